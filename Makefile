@@ -1,0 +1,40 @@
+# deftx: `make help` lists the targets. Each one that needs the project installs it into .venv first.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint type bench clean
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+
+setup: $(STAMP)  ## create .venv with deftx, its tested pins and the development tools
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt "torch>=2.8"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $(STAMP)
+
+demo: setup  ## pretrain a tiny encoder, train language and task SFTs, print the zero-shot table
+	$(BIN)/deftx run experiment=demo
+
+test: setup  ## run the test suite (offline, under five minutes)
+	$(BIN)/python -m pytest
+
+lint: setup  ## ruff: style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+type: setup  ## mypy: strict on deftx.core
+	$(BIN)/mypy
+
+bench: setup  ## side-by-side measurements against plain implementations
+	$(BIN)/python -m benchmarks
+
+clean:  ## remove .venv and tool caches; runs and the stage cache are kept
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
+	find . -name __pycache__ -type d -not -path './.venv/*' -exec rm -rf {} +

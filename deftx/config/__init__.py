@@ -1,0 +1,33 @@
+"""From Hydra's configuration to plain settings, with every problem of a command reported at once.
+
+``schema`` registers the rooms' settings with Hydra, ``session`` composes and launches, ``check`` looks at all jobs of a
+command before any starts, ``resolve`` turns a composed configuration into the settings the stages read.
+"""
+
+from deftx.config.check import Command, check_command
+from deftx.config.resolve import (
+    eval_settings,
+    pretrain_settings,
+    resolve_command,
+    sft_settings,
+    study_settings,
+    written_folders,
+)
+from deftx.config.session import conf_dir, group_options, hydra_session, language_settings, launch, run_directory
+
+__all__ = [
+    "Command",
+    "check_command",
+    "conf_dir",
+    "eval_settings",
+    "group_options",
+    "hydra_session",
+    "language_settings",
+    "launch",
+    "pretrain_settings",
+    "resolve_command",
+    "run_directory",
+    "sft_settings",
+    "study_settings",
+    "written_folders",
+]

@@ -1,0 +1,188 @@
+"""Look at every job of a command before any of them starts, and report all that is wrong in one message."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from hydra import compose
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException, OverrideParseException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from deftx.config.session import group_options, unknown
+from deftx.errors import DeftxError, did_you_mean
+
+# Groups without a node of their own in the configuration.
+GROUPS = ("experiment",)
+
+
+@dataclass
+class Command:
+    """A command that passed: what Hydra is asked to run.
+
+    Attributes:
+        name: Primary configuration (``run``, ``sft``, ...).
+        jobs: Overrides of each job; one entry unless it is a sweep.
+        multirun: Whether Hydra's sweeper runs it.
+        configs: The composed configuration of each job.
+    """
+
+    name: str
+    jobs: list[list[str]]
+    multirun: bool
+    configs: list[DictConfig]
+
+
+def check_command(
+    name: str, overrides: Sequence[str], *, multirun: bool, validate: Callable[[DictConfig], list[str]]
+) -> Command:
+    """Compose and validate every job of a command, or say everything that is wrong with it.
+
+    Call it inside :func:`deftx.config.session.hydra_session`.
+
+    Args:
+        name: Primary configuration.
+        overrides: As on the command line.
+        multirun: Whether a sweep was asked for; an experiment may ask for one itself.
+        validate: Gives what is wrong with one composed job; empty when nothing is.
+
+    Raises:
+        DeftxError: One message with every problem: unknown groups, options and keys, values of the wrong type, a sweep
+            without ``-m``, and whatever ``validate`` finds.
+    """
+    parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+    problems: list[str] = []
+    parsed: list[Override] = []
+    for text in overrides:
+        try:
+            parsed.append(parser.parse_override(text))
+        except (OverrideParseException, HydraException):
+            problems.append(f"{text!r} is no override; write key=value")
+    problems += [text for item in parsed for text in _group_problems(item)]
+    if not problems:
+        try:
+            jobs, multirun = _jobs(name, parsed, parser, multirun)
+            configs = [compose(name, overrides=job) for job in jobs]
+            problems = [text for config in configs for text in validate(config)]
+            if not problems:
+                return Command(name, jobs, multirun, configs)
+        except (HydraException, OmegaConfBaseException) as error:
+            problems = _override_problems(name, parsed, validate) or [_first_line(error)]
+    else:
+        problems += _override_problems(name, parsed, validate)
+    raise DeftxError("\n".join(dict.fromkeys(problems)))
+
+
+def _jobs(
+    name: str, items: Sequence[Override], parser: OverridesParser, multirun: bool
+) -> tuple[list[list[str]], bool]:
+    """The overrides of each job, and whether Hydra's sweeper runs them.
+
+    Raises:
+        DeftxError: Values to sweep over without a sweep.
+    """
+    single = [item for item in items if not item.is_sweep_override()]
+    base = compose(name, overrides=_lines(single), return_hydra_config=True)
+    multirun = multirun or base.hydra.mode == RunMode.MULTIRUN
+    if not multirun:
+        sweeps = [item for item in items if item.is_sweep_override()]
+        if sweeps:
+            raise DeftxError(
+                "\n".join(
+                    f"{item.input_line} is a sweep: add -m, or write {item.key_or_group}=[...]" for item in sweeps
+                )
+            )
+        return [_lines(single)], False
+    params = dict(base.hydra.sweeper.get("params") or {})
+    every = parser.parse_overrides([f"{key}={value}" for key, value in params.items()]) + list(items)
+    wrong = [text for item in every for text in _group_problems(item)]
+    if wrong:
+        raise DeftxError("\n".join(wrong))
+    return BasicSweeper.split_arguments(every, None)[0], True
+
+
+def _lines(items: Sequence[Override]) -> list[str]:
+    return [item.input_line or "" for item in items]
+
+
+def _values(item: Override) -> list[str]:
+    """Every option an override of a group names, sweeps and lists included."""
+    if item.is_sweep_override():
+        texts = list(item.sweep_string_iterator()) if item.is_discrete_sweep() else []
+    else:
+        value = item.value()
+        texts = [str(part) for part in value] if isinstance(value, list) else [str(value)]
+    return [part.strip() for text in texts for part in text.strip("[]").split(",")]
+
+
+def _is_group(item: Override) -> bool:
+    return bool(group_options(item.key_or_group)) and not item.key_or_group.startswith("hydra")
+
+
+def _group_problems(item: Override) -> list[str]:
+    if not _is_group(item):
+        return []
+    options = group_options(item.key_or_group)
+    return [
+        unknown(item.key_or_group, value, options)
+        for value in _values(item)
+        if value not in options and value not in ("null", "None", "")
+    ]
+
+
+def _override_problems(name: str, items: Sequence[Override], validate: Callable[[DictConfig], list[str]]) -> list[str]:
+    """Try each override by itself on top of the valid groups, to name every one that does not fit.
+
+    Those that fit are then validated together, so that a misspelt key does not hide a rank of 0.
+    """
+    chosen = [_each(item)[0] for item in items if _is_group(item) and not _group_problems(item)]
+    try:
+        base = compose(name, overrides=chosen)
+    except (HydraException, OmegaConfBaseException) as error:
+        return [_first_line(error)]
+    keys = sorted(_keys(OmegaConf.to_container(base)))
+    problems: list[str] = []
+    fitting: list[str] = []
+    for item in items:
+        if _is_group(item):
+            continue
+        key = item.key_or_group
+        ordinary = not item.is_add() and not item.is_force_add() and not item.is_delete()
+        if ordinary and not key.startswith("hydra") and key not in keys:
+            close = did_you_mean(key, [*keys, *GROUPS])
+            problems.append(f"unknown key {key!r}{close}; `deftx {name} --help` lists the knobs")
+            continue
+        for text in _each(item):
+            try:
+                compose(name, overrides=[*chosen, text])
+                fitting.append(text)
+            except (HydraException, OmegaConfBaseException) as error:
+                problems.append(f"{text}: {_first_line(error.__cause__ or error)}")
+    try:
+        problems += validate(compose(name, overrides=[*chosen, *fitting]))
+    except (HydraException, OmegaConfBaseException) as error:
+        problems.append(_first_line(error))
+    return problems
+
+
+def _each(item: Override) -> list[str]:
+    if item.is_sweep_override() and item.is_discrete_sweep():
+        return [f"{item.get_key_element()}={value}" for value in item.sweep_string_iterator()]
+    return [item.input_line or ""]
+
+
+def _keys(node: object, prefix: str = "") -> Iterator[str]:
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            yield f"{prefix}{key}"
+            yield from _keys(value, f"{prefix}{key}.")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0]

@@ -1,0 +1,226 @@
+"""From a composed configuration to plain settings, with every problem of it found.
+
+Precedence of the mask size: the SFT's own knob, then the top knob, then the sparsity group. Knobs that the method
+ignores become ``None``.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from deftx.config.schema import RunConfig, SFTConfig, SizeConfig
+from deftx.config.session import language_settings, plain, unknown
+from deftx.core.settings import RankPolicy, ResidualPolicy
+from deftx.data.settings import CorpusSettings, DataSettings, LanguageSettings
+from deftx.data.synthetic import SyntheticSettings
+from deftx.errors import DeftxError
+from deftx.stages.settings import CONTROLS, METHODS, ModelSettings, SFTSettings, StudySettings
+from deftx.tracking import LoggerSettings
+from deftx.training.settings import TrainerSettings, TrainingSettings
+
+COMMAND_KNOBS = {
+    "run": (),
+    "sft": ("kind", "out"),
+    "eval": ("task_sft", "language_sft"),
+    "pretrain": ("text", "out"),
+}
+
+
+def _size(own: SFTConfig, cfg: RunConfig, default: SizeConfig, *, moved: bool) -> tuple[int | None, float | None]:
+    """K or density by precedence: the SFT's own, then the top knob, then the sparsity group."""
+    levels = [(own.k, own.density)]
+    if moved:
+        levels.append((cfg.k, cfg.density))
+    levels.append((default.k, default.density))
+    return next((pair for pair in levels if pair != (None, None)), (None, None))
+
+
+def _sft(name: str, own: SFTConfig, cfg: RunConfig, default: SizeConfig, problems: list[str]) -> SFTSettings | None:
+    """Resolve one kind of SFT, appending what is wrong with it to ``problems``."""
+    before = len(problems)
+    rank = residual = None
+    try:
+        policy = RankPolicy.parse(own.rank)
+        rank = None if policy.kind == "none" else str(policy)
+    except DeftxError as error:
+        problems.append(str(error))
+    try:
+        residual = str(ResidualPolicy.parse(own.residual))
+    except DeftxError as error:
+        problems.append(str(error))
+    for level, pair in ((name, (own.k, own.density)), ("", (cfg.k, cfg.density))):
+        if None not in pair:
+            prefix = f"{level}." if level else ""
+            problems.append(f"{prefix}k={pair[0]} and {prefix}density={pair[1]}: give one of the two, the other null")
+    k, density = _size(own, cfg, default, moved=name != "source")
+    if k is None and density is None:
+        problems.append(f"no mask size for {name}: set k, density or the sparsity group")
+    if k is not None and k < 1:
+        problems.append(f"k={k}: K must be at least 1")
+    if density is not None and not 0 < density <= 1:
+        problems.append(f"density={density}: must lie in (0, 1]")
+    training = plain(own.training, TrainingSettings)
+    problems.extend(f"{name}.training.{text}" for text in training.problems())
+    if len(problems) > before:
+        return None
+    return SFTSettings(
+        rank=rank,
+        residual=None if rank is None else residual,
+        k=k,
+        density=density,
+        exclude=() if rank is None else tuple(own.exclude),
+        training=training,
+    )
+
+
+def study_settings(cfg: DictConfig) -> StudySettings:
+    """Resolve a composed ``run`` configuration.
+
+    Raises:
+        DeftxError: One message with every problem found.
+    """
+    settings, problems = resolve(cfg)
+    if problems or settings is None:
+        raise DeftxError("\n".join(problems))
+    return settings
+
+
+def resolve(cfg: DictConfig) -> tuple[StudySettings | None, list[str]]:
+    """Resolve a composed ``run`` configuration to settings, or to the list of everything that is wrong with it."""
+    from deftx.data.tasks import TASKS
+
+    problems: list[str] = []
+    config: RunConfig = cfg  # type: ignore[assignment]  # duck-typed: a DictConfig with RunConfig's fields
+
+    methods = [config.method.name, *(name for name in config.compare if name != config.method.name)]
+    problems += [unknown("method", name, METHODS) for name in methods if name not in METHODS]
+    problems += [unknown("control", name, CONTROLS) for name in config.controls if name not in CONTROLS]
+    if config.task.name not in TASKS:
+        problems.append(unknown("task", config.task.name, sorted(TASKS)))
+    if config.split not in ("test", "dev"):
+        problems.append(f"split={config.split!r}: must be test or dev")
+    if config.missing_text not in ("error", "skip"):
+        problems.append(f"missing_text={config.missing_text!r}: must be error or skip")
+    if not 0 <= config.seed < 2**32:
+        problems.append(f"seed={config.seed}: must lie in [0, 2**32)")
+    if not re.fullmatch(r"[\w.-]+", config.study):
+        problems.append(f"study={config.study!r}: use letters, digits, '.', '_' and '-'")
+    if not config.language:
+        problems.append("no target language: language=ace or language=[ace,ban]")
+
+    targets = {code: plain(node, LanguageSettings) for code, node in config.language.items()}
+    for code, language in targets.items():
+        if config.task.name in TASKS and not _evaluated_in(config.task.name, language):
+            problems.append(f"language {code!r} has no {config.task.name} test set: its file names no code for it")
+    source = _language(config.task.source, problems)
+    pretrain = (
+        {code: _language(code, problems) for code in [*config.model.languages, *config.model.vocabulary]}
+        if config.model.pretrain
+        else {}
+    )
+
+    language_sft = _sft("lang", config.lang, config, config.sparsity.language, problems)
+    task_sft = _sft("task", config.task, config, config.sparsity.task, problems)
+    source_sft = None
+    if config.source.enabled:
+        source_sft = _sft("source", config.source, config, config.sparsity.language, problems)
+    corpus = plain(config.corpus, CorpusSettings)
+    if config.budget.max_lines is not None:
+        corpus.max_lines = config.budget.max_lines
+    trainer = plain(config.trainer, TrainerSettings)
+    problems += [f"trainer.{text}" for text in trainer.problems()]
+    model = plain(config.model, ModelSettings)
+    if not (model.path or model.hub or model.pretrain):
+        problems.append("the model needs model.path=FOLDER, model.hub=ID or model=tiny")
+    problems = list(dict.fromkeys(problems))
+    if problems or language_sft is None or task_sft is None or source is None:
+        return None, problems
+    return (
+        StudySettings(
+            name=config.study,
+            seed=config.seed,
+            methods=tuple(methods),
+            model=model,
+            task=config.task.name,
+            train=config.task.train,
+            split=config.split,
+            source=source,
+            targets=targets,
+            pretrain_languages={code: item for code, item in pretrain.items() if item is not None},
+            language_sft=language_sft,
+            source_sft=source_sft,
+            task_sft=task_sft,
+            corpus=corpus,
+            data=plain(config.data, DataSettings),
+            synthetic=plain(config.synthetic, SyntheticSettings),
+            controls=tuple(dict.fromkeys(config.controls)),
+            missing_text=config.missing_text,
+            trainer=trainer,
+            logger=plain(config.logger, LoggerSettings),
+            cache_root=str(Path(config.paths.cache).expanduser()),
+        ),
+        problems,
+    )
+
+
+def _evaluated_in(task: str, language: LanguageSettings) -> bool:
+    """Whether a language has a test set in ``task``; own and generated sets go by the language's own code."""
+    if task not in ("nusax", "americasnli", "xnli"):
+        return True
+    return bool(getattr(language, task))
+
+
+def _language(code: str, problems: list[str]) -> LanguageSettings | None:
+    try:
+        return language_settings(code)
+    except DeftxError as error:
+        problems.append(str(error))
+        return None
+
+
+def resolve_command(name: str, cfg: DictConfig) -> tuple[StudySettings | None, list[str]]:
+    """Resolve the configuration of any command; see :func:`resolve`."""
+    settings, problems = resolve(cfg)
+    for knob in dict.fromkeys(knob for knobs in COMMAND_KNOBS.values() for knob in knobs):
+        if knob not in COMMAND_KNOBS[name] and cfg[knob]:
+            homes = [f"deftx {command}" for command, knobs in COMMAND_KNOBS.items() if knob in knobs]
+            problems.append(f"{knob} is a knob of {' and '.join(homes)}, not of deftx {name}")
+    if name == "sft" and cfg.kind not in ("language", "task"):
+        problems.append(f"kind={cfg.kind!r}: must be language or task")
+    if name == "eval" and not cfg.task_sft:
+        problems.append("task_sft=FOLDER is needed: the task SFT to compose with; `deftx sft kind=task` trains one")
+    if name == "eval":
+        problems += [
+            f"language_sft.{code}: no such target; add it with language=[{code}]"
+            for code in cfg.language_sft
+            if code not in cfg.language
+        ]
+    if name == "pretrain" and not cfg.out:
+        problems.append("out=FOLDER is needed: where the model goes")
+    if name == "pretrain" and not cfg.model.pretrain:
+        problems.append("model.pretrain is needed: use model=tiny and override its shape")
+    return (None if problems else settings), problems
+
+
+def written_folders(cfg: DictConfig) -> dict[str, Path]:
+    """Folders a command will write, by the knob that names them."""
+    folders = {"paths.cache": cfg.paths.cache, "paths.output": cfg.paths.output, "out": cfg.out}
+    return {knob: Path(folder) for knob, folder in folders.items() if folder}
+
+
+def sft_settings(cfg: DictConfig) -> tuple[StudySettings, str, Path | None]:
+    """Settings of ``deftx sft``: the study, the kind, and where the SFT goes."""
+    return study_settings(cfg), cfg.kind, Path(cfg.out).expanduser() if cfg.out else None
+
+
+def eval_settings(cfg: DictConfig) -> tuple[StudySettings, str, dict[str, str]]:
+    """Settings of ``deftx eval``: the study, φ_T, and φ_L by target."""
+    return study_settings(cfg), cfg.task_sft, dict(cfg.language_sft)
+
+
+def pretrain_settings(cfg: DictConfig) -> tuple[StudySettings, list[str], Path]:
+    """Settings of ``deftx pretrain``: the study, text files (empty: the languages' own), and where the model goes."""
+    return study_settings(cfg), list(cfg.text), Path(cfg.out).expanduser()

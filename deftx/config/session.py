@@ -1,0 +1,119 @@
+"""Hydra itself: where the configuration lies, composing it, and launching jobs.
+
+``hydra.main`` would do the last, but it reads ``sys.argv``, prints its own tracebacks and hides what the jobs returned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from hydra import compose
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_automatic_config_search_path
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.version import setbase
+from omegaconf import DictConfig, OmegaConf
+
+from deftx.config.schema import register
+from deftx.data.settings import LANGUAGE_ALIASES, LanguageSettings
+from deftx.errors import DeftxError, did_you_mean
+
+VERSION_BASE = "1.3"
+T = TypeVar("T")
+
+
+def conf_dir() -> Path:
+    """The configuration folder: the one packaged in the wheel, else the checkout's (editable installs)."""
+    package = Path(__file__).resolve().parent.parent
+    for folder in (package / "conf", package.parent / "conf"):
+        if (folder / "run.yaml").is_file():
+            return folder
+    raise DeftxError(f"no configuration folder at {package / 'conf'} or {package.parent / 'conf'}; reinstall deftx")
+
+
+def _hydra(config_dir: str | None) -> Hydra:
+    """A Hydra instance on deftx's configuration, with the user's own folder in front when there is one."""
+    register()
+    GlobalHydra.instance().clear()
+    setbase(VERSION_BASE)
+    search_path = create_automatic_config_search_path(None, None, str(conf_dir()))
+    if config_dir is not None:
+        if not Path(config_dir).is_dir():
+            raise DeftxError(f"--config-dir {config_dir}: no such folder")
+        search_path.prepend(provider="command-line", path=f"file://{Path(config_dir).resolve()}")
+    return Hydra.create_main_hydra2(task_name="deftx", config_search_path=search_path)
+
+
+@contextmanager
+def hydra_session(config_dir: str | None = None) -> Iterator[None]:
+    """Keep a Hydra instance open, so that configurations can be composed."""
+    _hydra(config_dir)
+    try:
+        yield
+    finally:
+        GlobalHydra.instance().clear()
+
+
+def launch(
+    name: str,
+    job: Callable[[DictConfig], str | None],
+    overrides: Sequence[str],
+    *,
+    multirun: bool,
+    config_dir: str | None,
+) -> list[str | None]:
+    """Run one job, or Hydra's sweeper over many.
+
+    Returns:
+        What each job returned: ``None`` when it finished, else its message.
+    """
+    hydra = _hydra(config_dir)
+    try:
+        if multirun:
+            returns = hydra.multirun(name, job, [*overrides, "hydra.mode=MULTIRUN"])
+            return [item.return_value for batch in returns for item in batch]
+        return [hydra.run(name, job, [*overrides, "hydra.mode=RUN"]).return_value]
+    finally:
+        GlobalHydra.instance().clear()
+
+
+def run_directory() -> Path:
+    """The folder Hydra made for this job; absolute."""
+    return Path(HydraConfig.get().runtime.output_dir)
+
+
+def group_options(group: str) -> list[str]:
+    """Names in a config group, from every folder on the search path."""
+    return sorted(GlobalHydra.instance().config_loader().get_group_options(group))
+
+
+def unknown(what: str, value: str, options: Sequence[str]) -> str:
+    """One message for an unknown name."""
+    if what == "language" and value in LANGUAGE_ALIASES:
+        return f"unknown language {value!r}; it is called {LANGUAGE_ALIASES[value]!r} here"
+    return f"unknown {what} {value!r}{did_you_mean(value, options)}; available: {', '.join(options)}"
+
+
+def language_settings(code: str) -> LanguageSettings:
+    """Settings of one language, from ``conf/language/<code>.yaml`` on Hydra's search path.
+
+    Raises:
+        DeftxError: No such file.
+    """
+    options = group_options("language")
+    if code not in options:
+        raise DeftxError(unknown("language", code, options))
+    node = compose(config_name=f"language/{code}")
+    merged = OmegaConf.merge(OmegaConf.structured(LanguageSettings), node.language[code])
+    return plain(merged, LanguageSettings)
+
+
+def plain(node: Any, kind: type[T]) -> T:
+    """A structured node as an instance of its dataclass, containers as plain lists and dicts."""
+    # Resolved while it still hangs in its configuration: interpolations look upwards.
+    content = OmegaConf.to_container(node, resolve=True)
+    return cast(T, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), content)))

@@ -1,0 +1,1 @@
+"""The mathematics: differences, denoising, selection, sparse optimisation. Needs torch and safetensors only."""

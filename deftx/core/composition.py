@@ -1,0 +1,291 @@
+"""Adding sparse fine-tunings up on one model, and how two of them meet.
+
+A :class:`Composition` owns one model and sets it to θ⁰ + Σ scale · φ. The sum is taken in float64 in the
+order of the terms' names and rounded once, so neither the order of adding and removing nor what came before
+leaves a trace in the bits. Composition by addition: Ansell et al. 2022 (arXiv 2110.07560). Overlaps and
+signs of the terms say how far they stand in each other's way.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from deftx.errors import DeftxError, did_you_mean
+
+if TYPE_CHECKING:
+    from deftx.core.delta import SparseDelta
+
+_SHOWN = 8  # names listed in a message
+
+
+class Composition:
+    """One model kept at θ⁰ + Σ scale · φ over named terms.
+
+    The sum is taken in float64 over the terms in the order of their names and rounded once. So the model's
+    bits are a function of the terms alone: every order of adding, removing and scaling ends at the same
+    bits, and without terms they are the base's. Each term remembers the base's values at its own coordinates
+    (4 bytes each) and where it meets the other terms; nothing else of the model is copied. While a
+    composition lives, nobody else may change the parameters it touches.
+
+    Args:
+        parameters: the model's float32 parameters by the base model's own names, at θ⁰; changed in place.
+        base_fingerprint: :func:`fingerprint` of the base.
+
+    Raises:
+        DeftxError: a parameter is not float32 (a half-precision base could not represent small changes
+            exactly).
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], *, base_fingerprint: str) -> None:
+        self.base_fingerprint = base_fingerprint
+        self._parameters = dict(parameters)
+        for name, parameter in self._parameters.items():
+            need_float32(name, parameter)
+            if not parameter.is_contiguous():
+                raise ValueError(f"{name} is not contiguous in memory")
+        self._terms: dict[str, _Term] = {}
+
+    @property
+    def terms(self) -> dict[str, float]:
+        """Scale by name of term, in the order of the names."""
+        return {name: self._terms[name].scale for name in sorted(self._terms)}
+
+    def add(self, name: str, delta: SparseDelta, scale: float = 1.0) -> None:
+        """Add scale · φ under a name.
+
+        Raises:
+            DeftxError: the name is taken; the SFT is for another base (both fingerprints are named); it has
+                keys that match no parameter, or shapes that differ (all are listed); the scale is not
+                finite. The model is unchanged.
+        """
+        if name in self._terms:
+            raise DeftxError(f"the composition already has a term {name!r}; remove it first, or scale it")
+        _check_scale(name, scale)
+        belongs = delta.base_fingerprint
+        if belongs != self.base_fingerprint:
+            model = delta.metadata.get("base_model")
+            named = f"{model}, fingerprint " if model else ""
+            raise DeftxError(
+                f"the SFT {name!r} belongs to another base: it was made for {named}{belongs}, "
+                f"this model is {self.base_fingerprint}; load the base it names, or train the SFT on this one"
+            )
+        unmatched = sorted(set(delta.indices) - set(self._parameters))
+        if unmatched:
+            raise DeftxError(
+                f"{len(unmatched)} of {len(delta.indices)} keys of the SFT {name!r} match no parameter of the model: "
+                f"{listed(unmatched)}"
+            )
+        differing = [
+            f"{key} ({list(shape)} in the SFT, {list(self._parameters[key].shape)} in the model)"
+            for key, shape in delta.shapes.items()
+            if tuple(shape) != tuple(self._parameters[key].shape)
+        ]
+        if differing:
+            raise DeftxError(f"shapes of the SFT {name!r} differ from the model's: {listed(differing)}")
+        parts: dict[str, _Part] = {}
+        for key, index in delta.indices.items():
+            flat = self._flat(key)
+            home = next(
+                (term.parts[key].base.device for term in self._terms.values() if key in term.parts), flat.device
+            )
+            index, value = index.to(home), delta.values[key].to(home)
+            base = flat[index.to(flat.device)].to(home)
+            part = parts[key] = _Part(index, value, base, {})
+            for other, term in self._terms.items():
+                if key in term.parts:
+                    there = term.parts[key]
+                    part.shared[other] = _common(index, there.index)
+                    there.shared[name] = part.shared[other][::-1]
+                    base[part.shared[other][0]] = there.base[part.shared[other][1]]
+        self._terms[name] = _Term(float(scale), parts)
+        self._refresh(parts)
+
+    def remove(self, name: str) -> None:
+        """Take a term out; where no other term touches, the base's bits return.
+
+        Raises:
+            DeftxError: there is no such term.
+        """
+        term = self._known(name)
+        del self._terms[name]
+        self._refresh(term.parts)
+        for key, part in term.parts.items():
+            for other in part.shared:
+                del self._terms[other].parts[key].shared[name]
+
+    def scale(self, name: str, factor: float) -> None:
+        """Give a term another scale (1 is the SFT as trained, 0 the base's bits).
+
+        Raises:
+            DeftxError: there is no such term, or the factor is not finite.
+        """
+        term = self._known(name)
+        _check_scale(name, factor)
+        term.scale = float(factor)
+        self._refresh(term.parts)
+
+    def clear(self) -> None:
+        """Remove all terms: the model has the base's bits again."""
+        for term in self._terms.values():
+            for key, part in term.parts.items():
+                self._write(key, part.index, part.base)
+        self._terms.clear()
+
+    def _flat(self, key: str) -> Tensor:
+        return self._parameters[key].detach().view(-1)
+
+    def _write(self, key: str, index: Tensor, value: Tensor) -> None:
+        flat = self._flat(key)  # the model may have moved to another device since a term was added
+        flat.index_copy_(0, index.to(flat.device), value.to(flat.device))
+
+    def _known(self, name: str) -> _Term:
+        if name not in self._terms:
+            hint = did_you_mean(name, self._terms)
+            raise DeftxError(f"the composition has no term {name!r}{hint} (it has: {', '.join(self.terms) or 'none'})")
+        return self._terms[name]
+
+    def _refresh(self, parts: Mapping[str, _Part]) -> None:
+        """Recompute the model at the coordinates of one term, the only ones that its change can affect."""
+        for key, part in parts.items():
+            total = part.base.double()
+            for name in sorted(self._terms):
+                term = self._terms[name]
+                other = term.parts.get(key)
+                if other is None or term.scale == 0:
+                    continue
+                # the same product and sum in both branches: a fused multiply-add in one of them would show in the bits
+                if other is part:
+                    total += term.scale * part.value.double()
+                else:
+                    here, there = part.shared[name]
+                    total.index_add_(0, here, term.scale * other.value[there].double())
+            self._write(key, part.index, total.float())
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """How two sparse fine-tunings meet.
+
+    Attributes:
+        a: coordinates of the first.
+        b: coordinates of the second.
+        overlap: coordinates of both.
+        sign_conflicts: coordinates of both which they push in opposite directions.
+    """
+
+    a: int
+    b: int
+    overlap: int
+    sign_conflicts: int
+
+    @property
+    def jaccard(self) -> float:
+        """Shared coordinates over all coordinates of either; 0 when both are empty."""
+        union = self.a + self.b - self.overlap
+        return self.overlap / union if union else 0.0
+
+    def to_dict(self) -> dict[str, float]:
+        """Plain JSON: the four counts and ``jaccard``."""
+        return {**asdict(self), "jaccard": self.jaccard}
+
+
+@dataclass(frozen=True)
+class OverlapReport:
+    """:class:`Overlap` in total and for each parameter that either touches, sorted by name."""
+
+    total: Overlap
+    parameters: dict[str, Overlap]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON."""
+        parameters = {name: overlap.to_dict() for name, overlap in self.parameters.items()}
+        return {"total": self.total.to_dict(), "parameters": parameters}
+
+
+def compare(a: SparseDelta, b: SparseDelta) -> OverlapReport:
+    """Overlap and sign conflicts of two sparse fine-tunings.
+
+    Raises:
+        DeftxError: they belong to different bases (both fingerprints are named).
+    """
+    if a.base_fingerprint != b.base_fingerprint:
+        raise DeftxError(f"the two SFTs belong to different bases: {a.base_fingerprint} and {b.base_fingerprint}")
+    empty = torch.empty(0, dtype=torch.int64)
+    parameters = {}
+    for name in sorted(set(a.indices) | set(b.indices)):
+        first, second = a.indices.get(name, empty), b.indices.get(name, empty)
+        here, there = _common(first, second)
+        conflicts = 0
+        if here.numel():
+            conflicts = int((a.values[name][here].sign() * b.values[name][there].sign() < 0).sum())
+        parameters[name] = Overlap(first.numel(), second.numel(), here.numel(), conflicts)
+    total = Overlap(
+        sum(entry.a for entry in parameters.values()),
+        sum(entry.b for entry in parameters.values()),
+        sum(entry.overlap for entry in parameters.values()),
+        sum(entry.sign_conflicts for entry in parameters.values()),
+    )
+    return OverlapReport(total, parameters)
+
+
+@dataclass
+class _Part:
+    """One parameter's share of a term: coordinates, changes, the base's values there, and where other terms meet it.
+
+    ``shared`` holds, by the other term's name, positions in this part's and in the other part's coordinates.
+    """
+
+    index: Tensor
+    value: Tensor
+    base: Tensor
+    shared: dict[str, tuple[Tensor, Tensor]]
+
+
+@dataclass
+class _Term:
+    scale: float
+    parts: dict[str, _Part]
+
+
+def _common(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions in two sorted index vectors of what both hold."""
+    if a.numel() > b.numel():
+        there, here = _common(b, a)
+        return here, there
+    if not a.numel():
+        none = torch.empty(0, dtype=torch.int64, device=a.device)
+        return none, none
+    place = torch.searchsorted(b, a).clamp_(max=b.numel() - 1)
+    here = (b[place] == a).nonzero().flatten()
+    return here, place[here]
+
+
+def listed(names: list[str]) -> str:
+    """The first names of a list and how many follow, for a message."""
+    rest = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def need_float32(name: str, *tensors: Tensor) -> None:
+    """Refuse parameters of another dtype.
+
+    Raises:
+        DeftxError: one of the tensors is not float32; the message names the parameter and its dtype.
+    """
+    for tensor in tensors:
+        if tensor.dtype != torch.float32:
+            raise DeftxError(
+                f"{name} is {tensor.dtype}: sparse fine-tunings are defined on float32 parameters; load the base with "
+                "dtype=float32 (autocast may still compute in lower precision)"
+            )
+
+
+def _check_scale(name: str, scale: float) -> None:
+    if not math.isfinite(scale):
+        raise DeftxError(f"the scale of term {name!r} must be a finite number, not {scale}")

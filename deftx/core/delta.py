@@ -1,0 +1,305 @@
+"""A sparse fine-tuning φ: which coordinates of a base model change, and by how much; its file and its composition.
+
+Step 6 of docs/method.md. Keys are the base model's own parameter names, indices are flat and sorted, values
+float32 in the order of the indices. On disk it is a folder: ``sft.safetensors`` (``<name>.indices``,
+``<name>.values`` and ``head.<name>``), ``sft.json`` (what it is, for which base, and the sha256 of both) and
+a model card; never a pickle. A :class:`Composition` owns one model and sets it to θ⁰ + Σ scale · φ: summed
+in float64 in the order of the terms' names and rounded once, so neither the order of adding and removing nor
+what came before leaves a trace in the bits.
+Sources: LT-SFT (Ansell et al. 2022, arXiv 2110.07560), DeFT-X (Simon & Jyothi 2025, arXiv 2505.15090).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deftx.core.composition import Composition, Overlap, OverlapReport, compare, listed, need_float32
+from deftx.core.folder import model_card, read_folder, write_folder
+from deftx.errors import DeftxError
+
+__all__ = ["Composition", "Overlap", "OverlapReport", "SparseDelta", "compare", "fingerprint"]
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """Identity of a base model's weights: sha256 over names, dtypes, shapes and bytes, in the order of the names.
+
+    Args:
+        tensors: parameters by the base model's own names. ``pooler.*`` does not count: a masked language
+            model has none, a classifier of the same base has, and both share all the rest.
+
+    Returns:
+        64 hexadecimal digits; the same on every device.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        if name.startswith("pooler."):
+            continue
+        tensor = tensors[name].detach()
+        digest.update(f"{name}\n{str(tensor.dtype).removeprefix('torch.')}\n{list(tensor.shape)}\n".encode())
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+@dataclass
+class SparseDelta:
+    """One sparse fine-tuning.
+
+    Attributes:
+        indices: by parameter name, the sorted flat indices that change, int64 of shape (count,), count > 0.
+        values: by the same names, the changes, float32 of shape (count,), finite.
+        shapes: by the same names, the parameter's shape.
+        head: trained head tensors by the training model's names; float tensors of any shape.
+        metadata: plain JSON. ``base_fingerprint`` (see :func:`fingerprint`) is required to save or to
+            compose; further keys with a meaning of their own: ``base_model``, ``kind`` (``language`` or
+            ``task``), ``method``, ``rank``, ``residual``, ``language``, ``task``, ``labels``, ``metrics``,
+            ``settings``, ``provenance``.
+    """
+
+    indices: dict[str, Tensor]
+    values: dict[str, Tensor]
+    shapes: dict[str, tuple[int, ...]]
+    head: dict[str, Tensor] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse what the class does not allow."""
+        if not self.indices.keys() == self.values.keys() == self.shapes.keys():
+            raise DeftxError("indices, values and shapes of a sparse fine-tuning must have the same names")
+        for name, index in self.indices.items():
+            value = self.values[name]
+            if not index.numel():
+                raise DeftxError(f"{name} changes no coordinate: leave it out of the sparse fine-tuning")
+            _check_indices(name, index, math.prod(self.shapes[name]))
+            if value.dtype != torch.float32 or value.shape != index.shape:
+                raise DeftxError(
+                    f"{name}: {index.numel()} indices need as many float32 values, found {value.dtype} of shape "
+                    f"{tuple(value.shape)}"
+                )
+            if not bool(value.isfinite().all()):
+                raise DeftxError(f"{name}: the values contain NaN or infinity; the training behind them has diverged")
+        for name, tensor in self.head.items():
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                raise DeftxError(f"head {name}: NaN or infinity; the training behind it has diverged")
+
+    @classmethod
+    def from_states(
+        cls,
+        base: Mapping[str, Tensor],
+        tuned: Mapping[str, Tensor],
+        *,
+        selection: Mapping[str, Tensor] | None = None,
+        head: Mapping[str, Tensor] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> SparseDelta:
+        """The difference tuned − base on the selected coordinates.
+
+        The difference is rounded to float32, so base + φ gives the tuned bits wherever the change is smaller
+        than the weight (it is then exact), and else differs from them by a rounding.
+
+        Args:
+            base: float32 parameters by the base model's own names, before training.
+            tuned: the same names and shapes, after training.
+            selection: sorted flat indices by name, as of ``select_topk``; names may be missing. All of them
+                are kept, also where nothing changed. None: every coordinate whose bits differ.
+            head: trained head tensors.
+            metadata: see the class; ``base_fingerprint`` is computed from ``base`` where it is not given (a
+                task SFT that was trained on top of a language SFT must give that of θ⁰).
+
+        Raises:
+            DeftxError: names or shapes that differ, another dtype than float32, a selection that does not
+                fit, or a difference that is not finite.
+        """
+        _same_keys(base, tuned)
+        unknown = sorted(set(selection or {}) - set(base))
+        if unknown:
+            raise DeftxError(f"the selection names parameters that the model does not have: {listed(unknown)}")
+        indices, values, shapes = {}, {}, {}
+        for name, before in base.items():
+            before, after = before.detach(), tuned[name].detach().to(before.device)
+            need_float32(name, before, after)
+            flat_before, flat_after = before.reshape(-1), after.reshape(-1)
+            if selection is None:
+                index = (flat_before.view(torch.int32) != flat_after.view(torch.int32)).nonzero().flatten()
+            else:
+                index = selection.get(name, torch.empty(0, dtype=torch.int64)).to(before.device)
+                _check_indices(name, index, before.numel())
+            if index.numel():
+                indices[name] = index.cpu()
+                values[name] = (flat_after[index] - flat_before[index]).cpu()
+                shapes[name] = tuple(before.shape)
+        facts = dict(metadata or {})
+        facts.setdefault("base_fingerprint", None)
+        if facts["base_fingerprint"] is None:
+            facts["base_fingerprint"] = fingerprint(base)
+        tensors = {name: tensor.detach().cpu().clone() for name, tensor in (head or {}).items()}
+        return cls(indices, values, shapes, tensors, facts)
+
+    @property
+    def base_fingerprint(self) -> str:
+        """:func:`fingerprint` of the base that it belongs to.
+
+        Raises:
+            DeftxError: the metadata does not name one.
+        """
+        found = self.metadata.get("base_fingerprint")
+        if not isinstance(found, str) or not found:
+            raise DeftxError("the sparse fine-tuning does not say which base it is for: base_fingerprint is missing")
+        return found
+
+    @property
+    def k(self) -> int:
+        """How many coordinates it changes; the head does not count."""
+        return sum(index.numel() for index in self.indices.values())
+
+    def density(self, maskable: int) -> float:
+        """Share of ``maskable`` coordinates that it changes."""
+        return self.k / maskable
+
+    def per_layer_counts(self) -> dict[str, int]:
+        """Changed coordinates by part of the model, in its order: ``embeddings``, ``layer.0``, …, ``pooler``."""
+        counts: dict[str, int] = {}
+        for name, index in self.indices.items():
+            found = re.search(r"(?:^|\.)layers?\.(\d+)\.", name)
+            part = f"layer.{found[1]}" if found else name.split(".")[0]
+            counts[part] = counts.get(part, 0) + index.numel()
+        order = {"embeddings": -1, "pooler": math.inf}
+
+        def place(part: str) -> tuple[float, str]:
+            number = re.fullmatch(r"layer\.(\d+)", part)
+            return (float(number[1]) if number else order.get(part, 1e9), part)
+
+        return {part: counts[part] for part in sorted(counts, key=place)}
+
+    def statistics(self) -> dict[str, Any]:
+        """Counts and magnitudes as plain JSON.
+
+        Returns:
+            ``k``, ``head_elements``, ``norm`` (L2 of all values), ``layers`` (as :meth:`per_layer_counts`)
+            and
+            ``parameters``: by name ``count``, ``density`` (of that parameter), ``mean_abs``, ``max_abs`` and
+            ``norm``.
+        """
+        parameters = {}
+        for name, value in self.values.items():
+            size = value.abs()
+            parameters[name] = {
+                "count": value.numel(),
+                "density": value.numel() / math.prod(self.shapes[name]),
+                "mean_abs": float(size.mean(dtype=torch.float64)),
+                "max_abs": float(size.max()),
+                "norm": float(torch.linalg.vector_norm(value, dtype=torch.float64)),
+            }
+        return {
+            "k": self.k,
+            "head_elements": sum(tensor.numel() for tensor in self.head.values()),
+            "norm": math.hypot(*(entry["norm"] for entry in parameters.values())),
+            "layers": self.per_layer_counts(),
+            "parameters": parameters,
+        }
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the folder, whole or not at all; equal content gives equal bytes.
+
+        Args:
+            folder: where; must not exist, or be empty. Parents are made.
+
+        Returns:
+            The folder.
+
+        Raises:
+            DeftxError: something lies at ``folder``; it cannot be written (permission, space); the metadata
+                is not plain JSON or lacks ``base_fingerprint``.
+        """
+        folder = Path(folder)
+        facts = {
+            "k": self.k,
+            "parameters": {
+                name: {"count": index.numel(), "shape": list(self.shapes[name])} for name, index in self.indices.items()
+            },
+            "head": sorted(self.head),
+            "metadata": {**self.metadata, "base_fingerprint": self.base_fingerprint},
+        }
+        card = model_card(self.metadata, self.k, self.per_layer_counts(), list(self.head))
+        write_folder(folder, _packed(self), facts, card)
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path) -> SparseDelta:
+        """Read and verify a folder that :meth:`save` wrote.
+
+        Raises:
+            DeftxError: a missing folder or file, a pickle, an unknown format version, content that was
+                truncated or edited after it was written, or indices that are not sorted, unique and within
+                their parameter.
+        """
+        folder = Path(folder)
+        tensors, facts = read_folder(folder)
+        try:
+            return _unpacked(tensors, facts)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DeftxError(
+                f"{folder} does not hold the tensors that it describes ({error}): fetch it again"
+            ) from error
+        except DeftxError as error:
+            raise DeftxError(f"{folder}: {error}") from error
+
+
+def _same_keys(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> None:
+    missing, extra = sorted(set(base) - set(tuned)), sorted(set(tuned) - set(base))
+    if missing or extra:
+        raise DeftxError(
+            "the tuned model's parameters are not the base's: "
+            f"missing {listed(missing) or 'none'}; unknown {listed(extra) or 'none'}"
+        )
+    differing = [
+        f"{name} ({list(tensor.shape)} and {list(tuned[name].shape)})"
+        for name, tensor in base.items()
+        if tensor.shape != tuned[name].shape
+    ]
+    if differing:
+        raise DeftxError(f"shapes of the base and the tuned model differ: {listed(differing)}")
+
+
+def _check_indices(name: str, index: Tensor, size: int) -> None:
+    if index.dim() != 1 or index.dtype != torch.int64:
+        raise DeftxError(
+            f"{name}: indices must be a vector of int64, found {index.dtype} of shape {tuple(index.shape)}"
+        )
+    if not index.numel():
+        return
+    if not bool((index[1:] > index[:-1]).all()):
+        raise DeftxError(f"{name}: the indices are not sorted, or hold the same coordinate twice")
+    if int(index[0]) < 0 or int(index[-1]) >= size:
+        raise DeftxError(f"{name}: indices from {int(index[0])} to {int(index[-1])} lie outside its {size} entries")
+
+
+def _packed(delta: SparseDelta) -> dict[str, Tensor]:
+    tensors = {f"head.{name}": tensor.detach().cpu().contiguous().clone() for name, tensor in delta.head.items()}
+    for name, index in delta.indices.items():
+        narrow = math.prod(delta.shapes[name]) <= torch.iinfo(torch.int32).max
+        pair = {f"{name}.indices": index.to("cpu", torch.int32 if narrow else torch.int64)}
+        pair[f"{name}.values"] = delta.values[name].cpu().contiguous()
+        if not tensors.keys().isdisjoint(pair):
+            raise ValueError(f"parameter {name} and a head tensor would share the key {sorted(pair)} in the file")
+        tensors.update(pair)
+    return tensors
+
+
+def _unpacked(tensors: dict[str, Tensor], facts: Mapping[str, Any]) -> SparseDelta:
+    head = {name: tensors.pop(f"head.{name}") for name in facts["head"]}
+    names = sorted(facts["parameters"])
+    indices = {name: tensors.pop(f"{name}.indices").to(torch.int64) for name in names}
+    values = {name: tensors.pop(f"{name}.values") for name in names}
+    if tensors:
+        raise KeyError(f"undescribed: {listed(sorted(tensors))}")
+    shapes = {name: tuple(facts["parameters"][name]["shape"]) for name in names}
+    return SparseDelta(indices, values, shapes, head, dict(facts["metadata"]))

@@ -1,0 +1,200 @@
+"""The folder in which a sparse fine-tuning lives: written whole or not at all, verified when read, never a pickle.
+
+``sft.safetensors`` holds the tensors, ``sft.json`` says what they are and carries the sha256 of the tensor
+file and of its own other content, so that a truncated or edited byte in either is noticed; README.md is a
+model card made from the same facts. Equal content gives equal bytes: no times, no paths, sorted keys.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from deftx.errors import DeftxError
+
+FORMAT_VERSION = 1
+TENSORS, FACTS, CARD = "sft.safetensors", "sft.json", "README.md"
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
+_PICKLE_STARTS = (b"\x80", b"PK\x03\x04")  # pickle protocol 2 and later; the zip that torch.save writes
+_AGAIN = "fetch or train it again"
+
+
+def write_folder(folder: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], card: str) -> None:
+    """Publish a folder under its final name only when it is complete.
+
+    Args:
+        folder: where; must not exist, or be empty. Parents are made.
+        tensors: contiguous CPU tensors that share no memory.
+        facts: plain JSON; ``format_version`` and ``sha256`` are added.
+        card: text of the README.
+
+    Raises:
+        DeftxError: something lies at ``folder``, it cannot be written, or the facts are not plain JSON.
+    """
+    data = safetensors.torch.save(dict(tensors))
+    try:
+        # through text and back, so that what is hashed here is what a reader will hash
+        plain = json.loads(json.dumps({**facts, "format_version": FORMAT_VERSION}, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise DeftxError(f"the metadata of a sparse fine-tuning must be plain JSON without NaN: {error}") from error
+    plain["sha256"] = {TENSORS: hashlib.sha256(data).hexdigest(), FACTS: _digest(plain)}
+    text = json.dumps(plain, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    _publish(folder, {TENSORS: data, FACTS: text.encode(), CARD: card.encode()})
+
+
+def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and facts of a folder, verified.
+
+    Raises:
+        DeftxError: a missing folder or file, a pickle, an unknown format version, or content that was
+            truncated or edited after it was written.
+    """
+    try:
+        _refuse_what_is_no_folder(folder)
+        data = (folder / TENSORS).read_bytes()
+        text = (folder / FACTS).read_bytes()
+    except OSError as error:
+        raise DeftxError(f"cannot read the sparse fine-tuning {folder}: {error.strerror or error}") from error
+    if data.startswith(_PICKLE_STARTS):
+        raise DeftxError(_pickle_message(folder / TENSORS))
+    try:
+        facts = json.loads(text)
+        version, digests = facts["format_version"], dict(facts.pop("sha256"))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DeftxError(f"{folder / FACTS} does not describe a sparse fine-tuning (edited?): {_AGAIN}") from error
+    if version != FORMAT_VERSION:
+        raise DeftxError(
+            f"{folder} has format version {version}; this deftx reads version {FORMAT_VERSION}: update deftx"
+        )
+    for file, found in ((TENSORS, hashlib.sha256(data).hexdigest()), (FACTS, _digest(facts))):
+        if digests.get(file) != found:
+            raise DeftxError(f"{folder / file} was truncated or edited after it was written (sha256 differs): {_AGAIN}")
+    try:
+        return safetensors.torch.load(data), facts
+    except SafetensorError as error:
+        raise DeftxError(f"{folder / TENSORS} is not a safetensors file ({error}): {_AGAIN}") from error
+
+
+def model_card(metadata: Mapping[str, Any], k: int, layers: Mapping[str, int], head: list[str]) -> str:
+    """The README of a folder: front matter as model hubs read it, the facts, and how to use it.
+
+    Args:
+        metadata: of the sparse fine-tuning.
+        k: how many coordinates it changes.
+        layers: changed coordinates by part of the model.
+        head: names of its head tensors.
+    """
+    front: dict[str, Any] = {"library_name": "deftx", "tags": ["sparse-fine-tuning", "deftx"]}
+    if metadata.get("base_model"):
+        front["base_model"] = metadata["base_model"]
+    if isinstance(metadata.get("language"), str):
+        front["language"] = [metadata["language"]]
+    shown = ("kind", "language", "task", "method", "rank", "residual", "base_model", "base_fingerprint", "labels")
+    rows: list[tuple[str, Any]] = [("coordinates changed (K)", k)]
+    rows += [(key.replace("_", " "), metadata[key]) for key in shown if metadata.get(key) is not None]
+    if head:
+        rows.append(("head tensors", ", ".join(sorted(head))))
+    if isinstance(metadata.get("metrics"), Mapping):
+        rows += [(f"metric: {key}", value) for key, value in sorted(metadata["metrics"].items())]
+    title = " ".join(str(metadata[key]) for key in ("kind", "language", "task") if metadata.get(key))
+    return "\n".join(
+        [
+            "---",
+            *(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in front.items()),
+            "---",
+            "",
+            f"# Sparse fine-tuning{': ' + title if title else ''}",
+            "",
+            "A sparse fine-tuning (SFT) changes a few coordinates of a pretrained encoder. SFTs of the same base add",
+            "up: a language's and a task's together make a zero-shot classifier for that language.",
+            "",
+            "| | |",
+            "|---|---|",
+            *(f"| {key} | {_cell(value)} |" for key, value in rows),
+            "",
+            "| part of the model | coordinates |",
+            "|---|---|",
+            *(f"| {part} | {count} |" for part, count in layers.items()),
+            "",
+            "```python",
+            "from deftx import Composition, SparseDelta",
+            "",
+            'sft = SparseDelta.load("path/to/this/folder")',
+            "# parameters: the base encoder's own, by name, float32",
+            'model = Composition(parameters, base_fingerprint=sft.metadata["base_fingerprint"])',
+            'model.add("sft", sft)',
+            "```",
+            "",
+        ]
+    )
+
+
+def _cell(value: object) -> str:
+    text = value if isinstance(value, str | int | float) else json.dumps(value, ensure_ascii=False, default=str)
+    return str(text).replace("|", "\\|").replace("\n", " ")
+
+
+def _digest(facts: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _refuse_what_is_no_folder(folder: Path) -> None:
+    if not folder.exists():
+        raise DeftxError(f"there is no sparse fine-tuning at {folder}: no such folder")
+    if not folder.is_dir():
+        with folder.open("rb") as file:
+            start = file.read(4)
+        if folder.suffix.lower() in PICKLES or start.startswith(_PICKLE_STARTS):
+            raise DeftxError(_pickle_message(folder))
+        raise DeftxError(f"{folder} is a file; a sparse fine-tuning is the folder that holds {TENSORS} and {FACTS}")
+    found = sorted(path.name for path in folder.iterdir())
+    missing = [name for name in (TENSORS, FACTS) if name not in found]
+    pickles = [name for name in found if Path(name).suffix.lower() in PICKLES]
+    if missing and pickles:
+        raise DeftxError(_pickle_message(folder / pickles[0]))
+    if missing:
+        there = ", ".join(found[:8]) or "nothing"
+        raise DeftxError(f"{folder} is no sparse fine-tuning: {' and '.join(missing)} missing (found: {there})")
+
+
+def _pickle_message(path: Path) -> str:
+    return (
+        f"{path} is a pickle, which can run code when it is opened; deftx reads only {TENSORS} with {FACTS}. "
+        "Convert it where it was made: build a SparseDelta from its tensors and call save()"
+    )
+
+
+def _publish(folder: Path, files: Mapping[str, bytes]) -> None:
+    temporary: Path | None = None
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise DeftxError(f"{folder} exists already and is not overwritten: remove it or choose another folder")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
+        for name, content in files.items():
+            with (temporary / name).open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o777 & ~mask)
+        temporary.replace(folder)
+    except OSError as error:
+        raise DeftxError(
+            f"cannot write the sparse fine-tuning to {folder}: {error.strerror or error}; "
+            "check permissions and free space, or choose another folder"
+        ) from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)  # nothing is left there after the rename

@@ -1,0 +1,439 @@
+"""Text turned into batches: tokenised once (cached by ``datasets``), batched by pure functions of the seed.
+
+Masked language modelling: lines are tokenised with their special tokens, concatenated and cut into blocks of one
+length; of each batch 15 % of the ordinary tokens are predicted, 80 % of them masked, 10 % replaced by a random
+ordinary token, 10 % left as they are (Devlin et al. 2019). Classification: texts or pairs, truncated (the longer of a
+pair first), padded to the longest of the batch.
+
+Training is one stream of batches over all epochs. Batch i depends on (seed, i) alone: never on what trains, on workers,
+or on whether the fit was interrupted. Validation masks are drawn once from the module's seed, example by example.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from deftx.errors import DeftxError
+
+TOKENISER_VERSION = 1  # part of the cache's names: raise it when the same lines give other tokens
+Batch = dict[str, Any]
+
+
+class TextDataModule(pl.LightningDataModule):
+    """Training stream and validation batches of one phase's data; see :meth:`for_language` and :meth:`for_task`.
+
+    Attributes:
+        examples: training rows or blocks; one epoch is ``ceil(examples / batch_size)`` optimizer steps.
+        valid_examples: validation rows or blocks.
+    """
+
+    def __init__(self, source: _Source, *, seed: int) -> None:
+        """Use the class methods; ``seed`` decides the validation masks."""
+        super().__init__()
+        self._source = source
+        self._seed = seed
+        self._plan: dict[str, int] = {}
+        self.examples = source.examples("train")
+        self.valid_examples = source.examples("valid")
+
+    @classmethod
+    def for_language(
+        cls,
+        train: Sequence[str],
+        valid: Sequence[str],
+        tokenizer: Any,
+        *,
+        block_length: int,
+        seed: int,
+        mlm_probability: float = 0.15,
+        cache_dir: Path | None = None,
+    ) -> TextDataModule:
+        """Prepare lines for masked language modelling.
+
+        Args:
+            train: lines to train on.
+            valid: lines held out.
+            tokenizer: a fast transformers tokenizer with a mask token.
+            block_length: tokens per block, special tokens included.
+            seed: decides the validation masks.
+            mlm_probability: share of ordinary tokens to predict.
+            cache_dir: folder for tokenised text, named by content; None keeps it in memory.
+
+        Raises:
+            DeftxError: either part holds less than one block of tokens.
+        """
+        splits = {"training": list(train), "validation": list(valid)}
+        blocks = [_tokenise(lines, tokenizer, block_length, cache_dir) for lines in splits.values()]
+        for (what, lines), made in zip(splits.items(), blocks, strict=True):
+            if not len(made):
+                tokens = sum(map(len, tokenizer(lines)["input_ids"])) if lines else 0
+                raise DeftxError(
+                    f"too little {what} text: {len(lines)} lines make {tokens} tokens, fewer than one block of "
+                    f"{block_length}; add text or lower max_length"
+                )
+        return cls(_Blocks(blocks[0], blocks[1], tokenizer, mlm_probability), seed=seed)
+
+    @classmethod
+    def for_task(cls, train: Any, valid: Any, tokenizer: Any, *, max_length: int, seed: int = 0) -> TextDataModule:
+        """Prepare labelled rows for classification.
+
+        Args:
+            train: frame with columns ``text``, ``label`` and, for pairs, ``text_pair``.
+            valid: the same for validation.
+            tokenizer: a fast transformers tokenizer.
+            max_length: tokens a text or pair is truncated to.
+            seed: unused here but for symmetry; the training order comes from :meth:`schedule`.
+
+        Raises:
+            DeftxError: a frame without rows.
+        """
+        for what, frame in (("training", train), ("validation", valid)):
+            if not len(frame):
+                raise DeftxError(f"there are no {what} rows")
+        return cls(_Rows(train, valid, tokenizer, max_length), seed=seed)
+
+    def schedule(
+        self, *, batch_size: int, steps: int, accumulate: int = 1, seed: int, num_workers: int = 0
+    ) -> TextDataModule:
+        """Fix the training stream: ``steps`` steps of ``batch_size`` examples, each in ``accumulate`` batches.
+
+        Args:
+            batch_size: examples of one optimizer step, over all devices.
+            steps: optimizer steps; epochs follow one another until they are reached.
+            accumulate: batches one step is split into.
+            seed: decides order and masking.
+            num_workers: processes that prepare batches.
+        """
+        self._plan = {
+            "batch_size": batch_size,
+            "steps": steps,
+            "accumulate": accumulate,
+            "seed": seed,
+            "num_workers": num_workers,
+        }
+        return self
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Return the stream from the trainer's current step on; its length is the whole fit's."""
+        if not self._plan:
+            raise RuntimeError("call schedule() before training")
+        plan, trainer = self._plan, self.trainer
+        rank, world, start = 0, 1, 0
+        if trainer is not None:
+            rank, world = trainer.global_rank, trainer.world_size
+            start = trainer.global_step * plan["accumulate"]
+        stream = _Stream(self._source, plan, rank, world)
+        return DataLoader(
+            stream,
+            batch_size=None,
+            sampler=_From(start, len(stream)),
+            num_workers=plan["num_workers"],
+            pin_memory=self._on_gpu(),
+        )
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Return validation batches, in a fixed order and, for language modelling, with fixed masks."""
+        plan, trainer = self._plan, self.trainer
+        rank, world = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
+        size = math.ceil(plan.get("batch_size", 32) / plan.get("accumulate", 1))
+        batches = _Validation(self._source, self._seed, size, rank, world)
+        return DataLoader(batches, batch_size=None, shuffle=False, pin_memory=self._on_gpu())
+
+    def _on_gpu(self) -> bool:
+        strategy = getattr(self.trainer, "strategy", None)
+        return strategy is not None and strategy.root_device.type == "cuda"
+
+
+class _From(Sampler[int]):
+    """Batch numbers from ``start`` on; its length is the whole stream's, as Lightning counts batches of an epoch."""
+
+    def __init__(self, start: int, total: int) -> None:
+        self.start, self.total = start, total
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.start, self.total))
+
+    def __len__(self) -> int:
+        return self.total
+
+
+class _Stream(Dataset[Batch]):
+    """Batch i of the training stream: a part of the optimizer step i // accumulate."""
+
+    def __init__(self, source: _Source, plan: Mapping[str, int], rank: int, world: int) -> None:
+        self.source, self.plan, self.rank, self.world = source, plan, rank, world
+        self.epoch_steps = math.ceil(source.examples("train") / plan["batch_size"])
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
+
+    def __len__(self) -> int:
+        return self.plan["steps"] * self.plan["accumulate"]
+
+    def order(self, epoch: int) -> np.ndarray:
+        """Return the order of the training examples in an epoch."""
+        if self._order[0] != epoch:
+            random = np.random.default_rng(_seed(self.plan["seed"], "order", epoch))
+            self._order = (epoch, random.permutation(self.source.examples("train")))
+        return self._order[1]
+
+    def __getitem__(self, index: int) -> Batch:
+        step, part = divmod(index, self.plan["accumulate"])
+        epoch, position = divmod(step, self.epoch_steps)
+        size = self.plan["batch_size"]
+        rows = self.order(epoch)[position * size : (position + 1) * size]
+        parts = self.plan["accumulate"] * self.world
+        seed = _seed(self.plan["seed"], "mask", epoch, position)
+        return self.source.batch("train", rows, seed, part * self.world + self.rank, parts)
+
+
+class _Validation(Dataset[Batch]):
+    """Validation batch i: consecutive rows, every ``world``-th batch for a device."""
+
+    def __init__(self, source: _Source, seed: int, size: int, rank: int, world: int) -> None:
+        self.source, self.seed, self.size, self.rank, self.world = source, seed, size, rank, world
+        self.count = math.ceil(source.examples("valid") / size)
+
+    def __len__(self) -> int:
+        return len(range(self.rank, self.count, self.world))
+
+    def __getitem__(self, index: int) -> Batch:
+        if index >= len(self):
+            raise IndexError(index)
+        first = (index * self.world + self.rank) * self.size
+        rows = np.arange(first, min(first + self.size, self.source.examples("valid")))
+        return self.source.batch("valid", rows, _seed(self.seed, "valid"), 0, 1)
+
+
+class _Source:
+    """Examples of both splits, and how a step's rows become the batch of one part of it."""
+
+    def examples(self, split: str) -> int:
+        raise NotImplementedError
+
+    def batch(self, split: str, rows: np.ndarray, seed: int, part: int, parts: int) -> Batch:
+        """Return part ``part`` of ``parts`` of the step that consists of ``rows``.
+
+        ``normalizer`` is the step's number of loss terms divided by ``parts``: the mean over the parts of
+        (summed loss / normalizer) is the step's mean loss, however unequal the parts are.
+        """
+        raise NotImplementedError
+
+
+class _Blocks(_Source):
+    """Blocks of tokens with dynamic masks."""
+
+    def __init__(self, train: Any, valid: Any, tokenizer: Any, probability: float) -> None:
+        self.blocks = {"train": train, "valid": valid}
+        self.probability = probability
+        self.mask_id = int(tokenizer.mask_token_id)
+        special = sorted({int(token) for token in tokenizer.all_special_ids})
+        self.special = np.array(special, dtype=np.int64)
+        self.ordinary = np.setdiff1d(np.arange(len(tokenizer), dtype=np.int64), self.special)
+
+    def examples(self, split: str) -> int:
+        return len(self.blocks[split])
+
+    def batch(self, split: str, rows: np.ndarray, seed: int, part: int, parts: int) -> Batch:
+        tokens = np.asarray(self.blocks[split][rows]["input_ids"], dtype=np.int64)
+        if split == "valid":  # by example, so that the masks don't depend on the batch size
+            drawn = [self.mask(block[None], _seed(seed, int(row))) for row, block in zip(rows, tokens, strict=True)]
+            inputs, chosen = (np.concatenate(pieces) for pieces in zip(*drawn, strict=True))
+        else:
+            inputs, chosen = self.mask(tokens, seed)
+        total = int(chosen.sum())
+        mine = _share(len(rows), part, parts)
+        if len(mine):
+            inputs, chosen, tokens = inputs[mine], chosen[mine], tokens[mine]
+        else:  # fewer rows than parts: a row without loss keeps the devices in step
+            inputs, chosen, tokens = tokens[:1], np.zeros_like(chosen[:1]), tokens[:1]
+        positions = np.flatnonzero(chosen)
+        targets = tokens.reshape(-1)[positions]
+        return {
+            "input_ids": torch.from_numpy(inputs),
+            "positions": torch.from_numpy(positions),
+            "targets": torch.from_numpy(targets),
+            "normalizer": torch.tensor(max(1, total) / parts, dtype=torch.float32),
+            "tokens": int(inputs.size),
+        }
+
+    def mask(self, tokens: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return (inputs, which tokens are predicted) for int64 ``tokens`` [B, T]; 80/10/10 of the chosen."""
+        random = np.random.default_rng(seed)
+        chosen = (random.random(tokens.shape) < self.probability) & ~np.isin(tokens, self.special)
+        kind = random.random(tokens.shape)
+        replacement = self.ordinary[random.integers(0, len(self.ordinary), tokens.shape)]
+        inputs = np.where(chosen & (kind < 0.8), self.mask_id, tokens)
+        inputs = np.where(chosen & (kind >= 0.8) & (kind < 0.9), replacement, inputs)
+        return inputs, chosen
+
+
+class _Rows(_Source):
+    """Labelled texts or pairs, tokenised and truncated."""
+
+    def __init__(self, train: Any, valid: Any, tokenizer: Any, max_length: int) -> None:
+        self.padding = {"input_ids": int(tokenizer.pad_token_id), "token_type_ids": int(tokenizer.pad_token_type_id)}
+        self.encoded = {}
+        self.labels = {}
+        for split, frame in (("train", train), ("valid", valid)):
+            texts = frame["text"].tolist()
+            pairs = frame["text_pair"].tolist() if "text_pair" in frame else None
+            self.encoded[split] = encode_texts(tokenizer, texts, pairs, max_length)
+            self.labels[split] = np.asarray(frame["label"], dtype=np.int64)
+
+    def examples(self, split: str) -> int:
+        return len(self.labels[split])
+
+    def batch(self, split: str, rows: np.ndarray, seed: int, part: int, parts: int) -> Batch:
+        mine = rows[_share(len(rows), part, parts)]
+        padding_row = not len(mine)
+        if padding_row:
+            mine = rows[:1]
+        batch = pad({name: [column[row] for row in mine] for name, column in self.encoded[split].items()}, self.padding)
+        labels = torch.from_numpy(self.labels[split][mine])
+        if padding_row:
+            labels = torch.full_like(labels, -100)  # F.cross_entropy's ignore_index: no loss from this row
+        normalizer = torch.tensor(len(rows) / parts, dtype=torch.float32)
+        return {**batch, "labels": labels, "normalizer": normalizer}
+
+
+def _share(count: int, part: int, parts: int) -> np.ndarray:
+    return np.array_split(np.arange(count), parts)[part]
+
+
+def encode_texts(
+    tokenizer: Any, texts: Sequence[str], pairs: Sequence[str | None] | None, max_length: int
+) -> dict[str, list[list[int]]]:
+    """Tokenise texts or pairs, truncated to ``max_length`` (the longer of a pair first), without padding.
+
+    Args:
+        tokenizer: a fast transformers tokenizer.
+        texts: first texts.
+        pairs: second texts, or None; a column of missing values (None, NaN) counts as None.
+        max_length: tokens, special tokens included.
+
+    Returns:
+        ``input_ids`` and, where the tokenizer makes them, ``token_type_ids``.
+
+    Raises:
+        DeftxError: some rows have a second text and others have none.
+    """
+    second = None
+    if pairs is not None:
+        present = [isinstance(pair, str) for pair in pairs]
+        if any(present) and not all(present):
+            lone = present.index(False)
+            raise DeftxError(f"row {lone} has no second text (text_pair) while other rows have one")
+        second = list(pairs) if all(present) and present else None
+    encoded = tokenizer(
+        list(texts),
+        second,
+        truncation="longest_first" if second is not None else True,
+        max_length=max_length,
+        padding=False,
+        return_attention_mask=False,
+    )
+    return {name: encoded[name] for name in ("input_ids", "token_type_ids") if name in encoded}
+
+
+def pad(columns: Mapping[str, Sequence[Sequence[int]]], padding: Mapping[str, int]) -> Batch:
+    """Pad rows to the longest: int64 [B, T], ``attention_mask`` only where there is padding, ``tokens`` counted."""
+    lengths = np.array([len(row) for row in columns["input_ids"]])
+    longest = int(lengths.max())
+    batch: Batch = {}
+    for name, rows in columns.items():
+        table = np.full((len(rows), longest), padding.get(name, 0), dtype=np.int64)
+        for line, row in zip(table, rows, strict=True):
+            line[: len(row)] = row
+        batch[name] = torch.from_numpy(table)
+    if lengths.min() < longest:
+        batch["attention_mask"] = torch.from_numpy(np.arange(longest)[None] < lengths[:, None]).to(torch.int64)
+    batch["tokens"] = int(lengths.sum())
+    return batch
+
+
+def _tokenise(lines: Sequence[str], tokenizer: Any, block: int, cache_dir: Path | None) -> Any:
+    """Return a dataset of blocks. Its name in the cache is its content: tokenizer, block length and lines."""
+    import datasets
+
+    features = datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))})
+    if not lines:
+        return datasets.Dataset.from_dict({"input_ids": []}, features=features)
+    digest = hashlib.sha256(f"{TOKENISER_VERSION}/{block}/{_identity(tokenizer)}".encode())
+    for line in lines:
+        digest.update(line.encode("utf-8", "surrogatepass") + b"\n")
+    name = digest.hexdigest()[:32]
+    target = None
+    if cache_dir is not None:
+        Path(cache_dir).mkdir(parents=True, exist_ok=True)
+        target = str(Path(cache_dir) / f"blocks-{name}.arrow")
+    rest: list[int] = []
+
+    def cut(batch: Mapping[str, list[str]]) -> dict[str, list[list[int]]]:
+        nonlocal rest
+        encoded = tokenizer(batch["text"], return_attention_mask=False, return_token_type_ids=False)["input_ids"]
+        stream = rest + [token for line in encoded for token in line]
+        whole = len(stream) // block * block
+        rest = stream[whole:]
+        return {"input_ids": [stream[i : i + block] for i in range(0, whole, block)]}
+
+    with _quiet_datasets(), _long_lines():
+        blocks = datasets.Dataset.from_dict({"text": list(lines)}).map(
+            cut,
+            batched=True,
+            remove_columns=["text"],
+            features=features,
+            keep_in_memory=target is None,
+            cache_file_name=target,
+            new_fingerprint=name,
+            load_from_cache_file=target is not None,
+        )
+    return blocks.with_format("numpy")
+
+
+def _identity(tokenizer: Any) -> str:
+    """Digest of what decides the tokens; truncation and padding are left over from the tokenizer's last call."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    parts = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
+    lasting = {name: value for name, value in parts.items() if name not in ("truncation", "padding")}
+    return hashlib.sha256(json.dumps(lasting, sort_keys=True).encode()).hexdigest()
+
+
+def _seed(*parts: Any) -> int:
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:7], "big")
+
+
+@contextlib.contextmanager
+def _quiet_datasets() -> Iterator[None]:
+    import datasets
+
+    shown = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+
+
+@contextlib.contextmanager
+def _long_lines() -> Iterator[None]:
+    """Lines longer than the model are cut into blocks, so the tokenizer's warning about them is beside the point."""
+    noisy = logging.getLogger("transformers.tokenization_utils_base")
+    level = noisy.level
+    noisy.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        noisy.setLevel(level)

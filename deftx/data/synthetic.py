@@ -1,0 +1,374 @@
+"""An offline family of generated languages: unlabelled text, labelled sentiment in the source, tests in every member.
+
+The idea: one ancestral vocabulary of *concepts*; every member derives a share of its words from it by its own regular
+sound changes (cognates) and invents the rest, a target partly as false friends of high-resource words. Members share
+word order, function words and a handful of international interjections, and build words from stems and productive
+affixes, so a tokenizer trained on them yields real subwords. In running text evaluative words keep company with each
+other and with interjections of their own polarity, and nouns with nouns of their topic: that distribution is what
+masked language modelling can learn for a language the encoder has never seen. The labelled sentences carry no
+interjections, as in sentiment sets collected by distant supervision (Go et al. 2009 strip the emoticons), so a
+target's test sentences are read by its own words.
+
+It demonstrates the plumbing, not the method: these are not natural languages. Standard library only; the same seed
+writes the same bytes on every machine.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from deftx.errors import DeftxError
+
+T = TypeVar("T")
+
+LABELS = ("negative", "neutral", "positive")
+CONSONANTS = "ptkbdgmnslrvzh"
+VOWELS = "aeiou"
+FORMAT_VERSION = 1
+
+
+@dataclass
+class SyntheticSettings:
+    """What the family looks like; every share is in [0, 1] and every count is per member.
+
+    Attributes:
+        seed: Everything is drawn from it; another seed is another family.
+        source: Code of the member with labelled training text; it is high-resource.
+        high_resource: The other members the encoder is pretrained on.
+        targets: Low-resource members, not seen in pretraining.
+        lines_high: Unlabelled lines of each high-resource member.
+        lines_low: Unlabelled lines of each target.
+        clauses: Clauses of an unlabelled line.
+        train: Labelled training sentences of the source.
+        valid: Labelled validation sentences of the source.
+        test: Labelled test sentences of each member; the labels are balanced, so a multiple of three.
+        topics: Topics; a line stays with one.
+        nouns_per_topic: Nouns of each topic.
+        verbs: Verbs of each polarity.
+        synonyms: Words for a quality of each polarity (the neutral ones only describe).
+        interjections: International interjections of each polarity, the same in all members.
+        cognates: Share of nouns and verbs inherited from the ancestor through regular sound changes.
+        evaluative_cognates: The same share for evaluative words.
+        false_friends: Share of a target's own words that look like a high-resource member's word for another concept.
+        purity: How often an evaluative slot of a sentence takes a word of the sentence's own polarity.
+        interjection_rate: How often a clause of unlabelled text ends in an interjection of its line's polarity.
+    """
+
+    seed: int = 0
+    source: str = "qaa"
+    high_resource: list[str] = field(default_factory=lambda: ["qab", "qac"])
+    targets: list[str] = field(default_factory=lambda: ["qba", "qbb", "qbc"])
+    lines_high: int = 8000
+    lines_low: int = 6000
+    clauses: int = 3
+    train: int = 1500
+    valid: int = 300
+    test: int = 450
+    topics: int = 3
+    nouns_per_topic: int = 4
+    verbs: int = 3
+    synonyms: int = 5
+    interjections: int = 2
+    cognates: float = 0.25
+    evaluative_cognates: float = 0.2
+    false_friends: float = 1.0
+    purity: float = 0.95
+    interjection_rate: float = 0.8
+
+    @property
+    def members(self) -> list[str]:
+        """All codes: the source, the other high-resource members, the targets."""
+        return [self.source, *self.high_resource, *self.targets]
+
+
+@dataclass(frozen=True)
+class Lexicon:
+    """One member's words.
+
+    Attributes:
+        words: Form of each concept (``noun.2.3``, ``quality.positive.4``, ``verb.negative.0``, ``function.and``,
+            ``interjection.positive.1``, ...).
+        cognates: Concepts inherited from the ancestor.
+        affixes: Form of each suffix (``plural``, ``past``, ``superlative``, ...).
+    """
+
+    words: dict[str, str]
+    cognates: frozenset[str]
+    affixes: dict[str, str]
+
+
+class _Dice:
+    """Integer draws only: independent of the platform and of how ``random`` derives floats, choices and shuffles."""
+
+    def __init__(self, *key: object) -> None:
+        self._bits = random.Random("/".join(str(part) for part in key)).getrandbits
+
+    def below(self, limit: int) -> int:
+        while True:
+            value = self._bits(limit.bit_length())
+            if value < limit:
+                return value
+
+    def chance(self, share: float) -> bool:
+        return self.below(1_000_000) < round(share * 1_000_000)
+
+    def pick(self, items: Sequence[T]) -> T:
+        return items[self.below(len(items))]
+
+    def shuffled(self, items: Iterable[T]) -> list[T]:
+        result = list(items)
+        for last in range(len(result) - 1, 0, -1):
+            other = self.below(last + 1)
+            result[last], result[other] = result[other], result[last]
+        return result
+
+
+_FUNCTION_WORDS = ("the", "a", "and", "but", "very", "quite")
+_NUMBERS = ("singular", "dual", "plural")
+_TENSES = ("past", "present", "future")
+_DEGREES = ("plain", "comparative", "superlative")
+_AFFIXES = (*_NUMBERS, *_TENSES, *_DEGREES)
+_NAMES = 4
+
+
+def _check(settings: SyntheticSettings) -> None:
+    problems = []
+    members = settings.members
+    repeated = sorted({code for code in members if members.count(code) > 1})
+    if repeated:
+        problems.append(f"member codes must differ; repeated: {', '.join(repeated)}")
+    bad = [code for code in members if not (len(code) == 3 and code.isascii() and code.isalpha() and code.islower())]
+    if bad:
+        problems.append(
+            f"a member code is three lower-case letters (qaa to qtz are for local use); got {', '.join(map(repr, bad))}"
+        )
+    if not settings.high_resource:
+        problems.append("high_resource is empty; the encoder needs at least one member beside the source")
+    if not settings.targets:
+        problems.append("targets is empty; give at least one low-resource member")
+    least = {"lines_high": 1, "lines_low": 1, "clauses": 1, "train": 3, "valid": 3, "test": 3}
+    least |= {"topics": 1, "nouns_per_topic": 2, "verbs": 1, "synonyms": 2, "interjections": 1}
+    for name, limit in least.items():
+        value = getattr(settings, name)
+        if value < limit:
+            problems.append(f"{name} = {value} is below {limit}")
+    for name in ("train", "valid", "test"):
+        if getattr(settings, name) % len(LABELS):
+            problems.append(
+                f"{name} = {getattr(settings, name)} is not a multiple of {len(LABELS)}, so labels cannot be balanced"
+            )
+    for name in ("cognates", "evaluative_cognates", "false_friends", "purity", "interjection_rate"):
+        value = getattr(settings, name)
+        if not 0 <= value <= 1:
+            problems.append(f"{name} = {value} is outside [0, 1]")
+    if problems:
+        raise DeftxError("the synthetic family cannot be generated: " + "; ".join(problems))
+
+
+def _concepts(settings: SyntheticSettings) -> tuple[list[str], list[str]]:
+    """Plain content concepts (nouns, verbs) and evaluative ones."""
+    plain = [f"noun.{t}.{i}" for t in range(settings.topics) for i in range(settings.nouns_per_topic)]
+    evaluative = [f"verb.{label}.{i}" for label in LABELS for i in range(settings.verbs)]
+    return plain, evaluative + [f"quality.{label}.{i}" for label in LABELS for i in range(settings.synonyms)]
+
+
+def _stem(dice: _Dice, taken: set[str]) -> str:
+    """A new stem of the form CVCV or CVCVC that nobody in ``taken`` has."""
+    for _ in range(10_000):
+        form = "".join(dice.pick(CONSONANTS) + dice.pick(VOWELS) for _ in range(2))
+        if dice.chance(0.4):
+            form += dice.pick("nslrk")
+        if form not in taken:
+            taken.add(form)
+            return form
+    raise DeftxError("the synthetic family has run out of word forms; lower synonyms, nouns_per_topic, topics or verbs")
+
+
+def _sound_changes(dice: _Dice) -> dict[int, str]:
+    """A member's regular sound changes: three consonants and one vowel become another sound everywhere."""
+    old, new = dice.shuffled(CONSONANTS)[:3], dice.shuffled(CONSONANTS)[:3]
+    changes = dict(zip(old, new, strict=True))
+    first, second = dice.shuffled(VOWELS)[:2]
+    changes[first] = second
+    return str.maketrans(changes)
+
+
+def lexicons(settings: SyntheticSettings) -> dict[str, Lexicon]:
+    """Draw every member's words.
+
+    Returns:
+        Lexicon of each member, in the order of ``settings.members``.
+
+    Raises:
+        DeftxError: A setting is out of its range, or the vocabulary does not fit into the possible word forms.
+    """
+    _check(settings)
+    plain, evaluative = _concepts(settings)
+    dice = _Dice(settings.seed, "ancestor")
+    taken: set[str] = set()
+    ancestor = {concept: _stem(dice, taken) for concept in plain + evaluative}
+    shared: dict[str, str] = {}
+    for label in LABELS:
+        for index in range(settings.interjections):
+            shared[f"interjection.{label}.{index}"] = _stem(dice, taken) + "h"
+    for index in range(_NAMES):
+        shared[f"name.{index}"] = _stem(dice, taken)
+    for word in _FUNCTION_WORDS:
+        form = dice.pick(VOWELS) + dice.pick(CONSONANTS)
+        while form in taken:
+            form = dice.pick(VOWELS) + dice.pick(CONSONANTS)
+        taken.add(form)
+        shared[f"function.{word}"] = form
+    ancestral_affixes: dict[str, str] = {}
+    for affix in _AFFIXES:
+        form = dice.pick(VOWELS) + dice.pick("mnslrt")
+        while form in ancestral_affixes.values():
+            form = dice.pick(VOWELS) + dice.pick("mnslrt")
+        ancestral_affixes[affix] = form
+
+    result: dict[str, Lexicon] = {}
+    for code in settings.members:
+        dice = _Dice(settings.seed, "lexicon", code)
+        changes = _sound_changes(dice)
+        words = dict(shared)
+        used = set(shared.values())
+        cognates: set[str] = set()
+        for concepts, share in ((plain, settings.cognates), (evaluative, settings.evaluative_cognates)):
+            for concept in sorted(dice.shuffled(concepts)[: round(share * len(concepts))]):
+                form = ancestor[concept].translate(changes)
+                if form not in used:  # a sound change may merge two words: the later one is replaced by an own word
+                    words[concept] = form
+                    used.add(form)
+                    cognates.add(concept)
+        friends: list[tuple[str, str]] = []
+        if code in settings.targets:
+            for other in (settings.source, *settings.high_resource):
+                friends += [(c, result[other].words[c]) for c in plain + evaluative]
+            friends = dice.shuffled(friends)
+        for concept in dice.shuffled(c for c in plain + evaluative if c not in words):
+            form = ""
+            if friends and dice.chance(settings.false_friends):
+                at = next((i for i, (c, f) in enumerate(friends) if c != concept and f not in used), None)
+                if at is not None:
+                    form = friends.pop(at)[1]
+                    used.add(form)
+            words[concept] = form or _stem(dice, used)
+        affixes = {name: form.translate(changes) for name, form in ancestral_affixes.items()}
+        if len(set(affixes.values())) < len(affixes):
+            affixes = ancestral_affixes
+        result[code] = Lexicon(words, frozenset(cognates), affixes)
+    return result
+
+
+class _Speaker:
+    """Speaks one member's language."""
+
+    def __init__(self, lexicon: Lexicon, settings: SyntheticSettings, dice: _Dice) -> None:
+        self.words, self.affixes, self.settings, self.dice = lexicon.words, lexicon.affixes, settings, dice
+
+    def _inflect(self, concept: str, affix: str) -> str:
+        return self.words[concept] + self.affixes[affix]
+
+    def _noun(self, topic: int) -> str:
+        number = self.dice.pick(_NUMBERS)
+        return self._inflect(f"noun.{topic}.{self.dice.below(self.settings.nouns_per_topic)}", number)
+
+    def _polarity(self, label: str) -> str:
+        return label if self.dice.chance(self.settings.purity) else self.dice.pick(LABELS)
+
+    def _evaluative(self, label: str) -> list[str]:
+        dice = self.dice
+        word = self._inflect(
+            f"quality.{self._polarity(label)}.{dice.below(self.settings.synonyms)}", dice.pick(_DEGREES)
+        )
+        return [self.words[dice.pick(("function.very", "function.quite"))], word] if dice.chance(0.1) else [word]
+
+    def clause(self, topic: int, label: str) -> list[str]:
+        dice, words = self.dice, self.words
+        subject = [words[dice.pick(("function.the", "function.a"))], self._noun(topic)]
+        verb = self._inflect(f"verb.{self._polarity(label)}.{dice.below(self.settings.verbs)}", dice.pick(_TENSES))
+        return [*subject, verb, *self._evaluative(label)]
+
+    def sentence(self, label: str, clauses: int, *, interjections: bool) -> str:
+        dice = self.dice
+        topic = dice.below(self.settings.topics)
+        result: list[str] = []
+        for index in range(clauses):
+            if index:
+                result.append(self.words[dice.pick(("function.and", "function.but"))])
+            result += self.clause(topic, label)
+            if interjections and dice.chance(self.settings.interjection_rate):
+                result.append(self.words[f"interjection.{label}.{dice.below(self.settings.interjections)}"])
+        return " ".join(result)
+
+
+def generate_family(folder: Path, settings: SyntheticSettings) -> None:
+    """Write the family into a new folder; a few seconds.
+
+    Layout: ``unlabelled/<code>.txt`` (a sentence a line), ``sentiment/<code>/{train,valid,test}.tsv`` (header
+    ``text<TAB>label``; train and valid for the source only), ``lexicon.tsv`` (concept by member) and ``family.json``
+    (settings, roles, sizes).
+
+    Args:
+        folder: Where to write; it must not exist or be empty.
+        settings: What to generate.
+
+    Raises:
+        DeftxError: A setting is out of its range, or the folder already holds something.
+    """
+    words = lexicons(settings)
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise DeftxError(f"{folder} already holds something; give a new folder for the synthetic family")
+    description = {}
+    for code, lexicon in words.items():
+        parts = {"train": settings.train, "valid": settings.valid} if code == settings.source else {}
+        parts["test"] = settings.test
+        seen: set[str] = set()
+        for part, size in parts.items():
+            rows = _labelled(_Speaker(lexicon, settings, _Dice(settings.seed, part, code)), size, seen)
+            _write(folder / "sentiment" / code / f"{part}.tsv", ["text\tlabel", *rows])
+        lines = settings.lines_low if code in settings.targets else settings.lines_high
+        speaker = _Speaker(lexicon, settings, _Dice(settings.seed, "unlabelled", code))
+        _write(folder / "unlabelled" / f"{code}.txt", _unlabelled(speaker, lines, seen))
+        role = "source" if code == settings.source else "target" if code in settings.targets else "high_resource"
+        description[code] = {"role": role, "unlabelled": lines, "sentiment": parts, "cognates": len(lexicon.cognates)}
+    concepts = sorted(words[settings.source].words)
+    rows = ["\t".join((concept, *(words[code].words[concept] for code in words))) for concept in concepts]
+    _write(folder / "lexicon.tsv", ["\t".join(("concept", *words)), *rows])
+    family = {"format_version": FORMAT_VERSION, "settings": asdict(settings), "labels": LABELS, "members": description}
+    _write(folder / "family.json", [json.dumps(family, indent=2)])
+
+
+def _labelled(speaker: _Speaker, size: int, seen: set[str]) -> list[str]:
+    """``size`` new rows with balanced labels in random order; what they say goes into ``seen``."""
+    rows = []
+    for label in LABELS:
+        for _ in range(size // len(LABELS)):
+            while True:
+                text = speaker.sentence(label, 2, interjections=False)
+                if text not in seen:
+                    break
+            seen.add(text)
+            rows.append(f"{text}\t{label}")
+    return speaker.dice.shuffled(rows)
+
+
+def _unlabelled(speaker: _Speaker, lines: int, protected: set[str]) -> list[str]:
+    """``lines`` sentences, none of them a labelled one."""
+    result: list[str] = []
+    while len(result) < lines:
+        text = speaker.sentence(speaker.dice.pick(LABELS), speaker.settings.clauses, interjections=True)
+        if text not in protected:
+            result.append(text)
+    return result
+
+
+def _write(path: Path, lines: Iterable[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", newline="\n")

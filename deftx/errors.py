@@ -1,0 +1,20 @@
+"""The one exception a user's mistake becomes.
+
+Every room may import this leaf. ``deftx.cli`` prints the message of a :class:`DeftxError` without a traceback and
+exits with status 1; anything else that escapes is a defect of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class DeftxError(Exception):
+    """A mistake the user can correct; the message names the value, the limit, what is available and what to do next."""
+
+
+def did_you_mean(value: str, available: Iterable[str]) -> str:
+    """Return ``"; did you mean 'x'?"`` for the closest available name, or an empty string when none is close."""
+    close = difflib.get_close_matches(value, sorted(available), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""

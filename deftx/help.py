@@ -1,0 +1,97 @@
+"""The ``--help`` page of a command, made from the configuration itself so that the two cannot drift apart.
+
+Knobs are the lines between ``# --- knobs`` and ``# --- end of knobs`` of ``conf/<command>.yaml``; experiments are shown
+with the first comment after the command that uses them.
+"""
+
+from __future__ import annotations
+
+import re
+
+from deftx.config import conf_dir, group_options
+
+GROUPS = (
+    "model",
+    "method",
+    "denoise",
+    "sparsity",
+    "task",
+    "language",
+    "source",
+    "budget",
+    "trainer",
+    "logger",
+)
+EXAMPLES = {
+    "run": (
+        "deftx run experiment=demo",
+        "deftx run experiment=nusax model=minilm model.path=FOLDER data.root=FOLDER budget=small sparsity=share",
+        "deftx run -m experiment=demo rank=8,energy:0.9,gavish_donoho,none",
+    ),
+    "sft": (
+        "deftx sft kind=language language=qba out=sfts/qba",
+        "deftx sft kind=task out=sfts/task",
+    ),
+    "eval": ("deftx eval task_sft=sfts/task language_sft.qba=sfts/qba language=qba",),
+    "pretrain": ("deftx pretrain text=[a.txt,b.txt] out=models/mine model.pretrain.steps=2000",),
+}
+
+
+def command_help(name: str, purpose: str) -> str:
+    """The help page of one command.
+
+    Args:
+        name: ``run``, ``sft``, ``eval`` or ``pretrain``.
+        purpose: One line on what it does.
+    """
+    lines = [
+        f"deftx {name}: {purpose}",
+        "",
+        f"usage: deftx {name} [GROUP=OPTION ...] [key=value ...] [-m]",
+        "",
+    ]
+    lines += ["knobs"]
+    lines += [f"  {text}" for source in dict.fromkeys(("run", name)) for text in _knobs(source)]
+    lines += ["", "groups"]
+    lines += [f"  {group:<10}{_wrapped(group_options(group))}" for group in GROUPS]
+    if name == "run":
+        lines += ["", "experiments"]
+        lines += [f"  {option:<20}{_purpose('experiment', option)}" for option in group_options("experiment")]
+    lines += [
+        "",
+        "budgets: lang.training.*, task.training.* and source.training.* (learning_rate, batch_size, epochs, ...)",
+        f"the whole configuration: deftx {name} --cfg job",
+        "",
+        "examples",
+        *(f"  {text}" for text in EXAMPLES[name]),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _knobs(name: str) -> list[str]:
+    """The knob lines of a primary configuration, defaults and comments as they stand there."""
+    text = (conf_dir() / f"{name}.yaml").read_text(encoding="utf-8")
+    section = re.search(r"^# --- knobs\n(.*?)^# --- end of knobs", text, re.DOTALL | re.MULTILINE)
+    return section.group(1).splitlines() if section else []
+
+
+def _purpose(group: str, option: str) -> str:
+    """The second comment line of an option's file: the first is the command that uses it."""
+    path = conf_dir() / group / f"{option}.yaml"
+    if not path.is_file():
+        return ""
+    comments = [line[1:].strip() for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+    comments = [line for line in comments if not line.startswith("@package") and not line.startswith("deftx ")]
+    return comments[0] if comments else ""
+
+
+def _wrapped(options: list[str], width: int = 96) -> str:
+    """Options on lines no longer than ``width``, aligned under the first."""
+    lines, current = [], ""
+    for option in options:
+        if current and len(current) + 2 + len(option) > width:
+            lines.append(current)
+            current = ""
+        current = f"{current}, {option}" if current else option
+    return ("\n" + " " * 12).join([*lines, current])

@@ -1,0 +1,130 @@
+"""What a study consists of, as plain values.
+
+``deftx.config`` turns a Hydra configuration into these dataclasses; the stages read nothing else. A knob that the
+method ignores is ``None`` here (LT-SFT has no residual), so that it can enter neither a key nor a published setting.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from deftx.data.settings import CorpusSettings, DataSettings, LanguageSettings
+from deftx.data.synthetic import SyntheticSettings
+from deftx.tracking import LoggerSettings
+from deftx.training.settings import PretrainSettings, TrainerSettings, TrainingSettings
+
+METHODS = ("deftx", "ltsft")
+CONTROLS = ("no_language_sft", "source_sft", "other_language_sft")
+
+
+@dataclass
+class ModelSettings:
+    """Where the base encoder comes from: a local folder, a hub id, or a pretraining of our own.
+
+    Attributes:
+        name: Short name, for tables and W&B.
+        path: Local folder with ``config.json``, ``model.safetensors`` and tokenizer files; wins over ``hub``.
+        hub: Model id on the hub.
+        revision: Commit or branch on the hub.
+        pretrain: Shape and budget of a small encoder trained here on ``languages``; null for a pretrained one.
+        languages: Languages the encoder is pretrained on.
+        vocabulary: Further languages whose text the tokenizer sees; the encoder does not. Multilingual vocabularies
+            cover languages that their encoder has hardly met, too.
+        seed: Seed of that pretraining. A base is given, like a download: it does not move with the run's seed.
+    """
+
+    name: str = "local"
+    path: str | None = None
+    hub: str | None = None
+    revision: str | None = None
+    pretrain: PretrainSettings | None = None
+    languages: list[str] = field(default_factory=list)
+    vocabulary: list[str] = field(default_factory=list)
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class SFTSettings:
+    """One sparse fine-tuning, resolved: canonical policies, and exactly one of ``k`` and ``density``.
+
+    Attributes:
+        rank: Canonical rank policy, ``None`` for LT-SFT.
+        residual: Canonical residual policy, ``None`` for LT-SFT.
+        k: Coordinates that may change.
+        density: The same as a share of the maskable parameters, in (0, 1].
+        exclude: ``fnmatch`` patterns of parameters that are not denoised.
+        training: Budget and optimisation of both phases.
+    """
+
+    rank: str | None
+    residual: str | None
+    k: int | None
+    density: float | None
+    exclude: tuple[str, ...]
+    training: TrainingSettings
+
+    def as_ltsft(self) -> SFTSettings:
+        """The same SFT without denoising."""
+        return replace(self, rank=None, residual=None, exclude=())
+
+    @property
+    def method(self) -> str:
+        """``ltsft`` without denoising, else ``deftx``."""
+        return "ltsft" if self.rank is None else "deftx"
+
+    def size(self, maskable: int) -> int:
+        """K for a model with ``maskable`` maskable parameters."""
+        return self.k if self.k is not None else max(1, round(float(self.density or 0) * maskable))
+
+    def selection_settings(self) -> dict[str, Any]:
+        """What decides the mask, apart from K."""
+        return {"rank": self.rank, "residual": self.residual, "exclude": list(self.exclude)}
+
+
+@dataclass(frozen=True)
+class StudySettings:
+    """One run: everything that decides its result, and where it goes.
+
+    Attributes:
+        name: Name of the study.
+        seed: Seed of heads, data order, masking and dropout.
+        methods: The main method first, then those trained beside it.
+        task: Task name (``deftx.data.tasks.TASKS``).
+        train: Data set the task SFT learns from.
+        split: Split of the targets that is evaluated.
+        source: Source language of the task.
+        targets: Target languages by code.
+        language_sft: Settings of the targets' language SFTs.
+        source_sft: Settings of φ_S; ``None`` trains the task SFT on θ⁰.
+        task_sft: Settings of the task SFT.
+        controls: Conditions evaluated beside the composed model.
+        missing_text: ``error`` or ``skip``.
+    """
+
+    name: str
+    seed: int
+    methods: tuple[str, ...]
+    model: ModelSettings
+    task: str
+    train: str
+    split: str
+    source: LanguageSettings
+    targets: dict[str, LanguageSettings]
+    pretrain_languages: dict[str, LanguageSettings]
+    language_sft: SFTSettings
+    source_sft: SFTSettings | None
+    task_sft: SFTSettings
+    corpus: CorpusSettings
+    data: DataSettings
+    synthetic: SyntheticSettings
+    controls: tuple[str, ...]
+    missing_text: str
+    trainer: TrainerSettings
+    logger: LoggerSettings
+    cache_root: str
+    knobs: dict[str, Any] = field(default_factory=dict)
+
+    def sft_for(self, method: str, sft: SFTSettings) -> SFTSettings:
+        """``sft`` as ``method`` trains it."""
+        return sft.as_ltsft() if method == "ltsft" else sft

@@ -1,0 +1,363 @@
+"""One sparse fine-tuning as four cached stages: full phase -> decomposition -> selection -> sparse phase.
+
+What each key holds is what changes its result and no more. The full phase knows neither rank nor K, so a sweep over
+both trains it once for each language (or task) and seed; the decomposition knows neither, so five ranks cost one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from deftx.cache import Entry, Stage, StageCache, Workspace, file_sha256
+from deftx.data.settings import LanguageSettings
+from deftx.data.tasks import TASKS
+from deftx.stages.evaluate import SFT
+from deftx.stages.inputs import Base, Corpus, TaskRows, stage_seed
+from deftx.stages.settings import SFTSettings, StudySettings
+
+if TYPE_CHECKING:
+    from deftx.training.modules import Encoder
+
+SFT_FOLDER = "sft"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the stages of one SFT share.
+
+    Attributes:
+        kind: ``language`` or ``task``.
+        language: Language the text or the rows are in.
+        sft: Settings of the SFT.
+        inputs: Keys of base, data and, for a task SFT, of the φ_S it is trained on.
+        load: Gives a freshly loaded module holding θ⁰ (+ φ_S), h⁰, and the fingerprint of θ⁰.
+        data: Gives the data module.
+        metadata: What the SFT's ``sft.json`` says beside the settings.
+    """
+
+    kind: str
+    language: str
+    sft: SFTSettings
+    inputs: Mapping[str, str]
+    load: Callable[[], tuple[Encoder, str]]
+    data: Callable[[], Any]
+    metadata: Mapping[str, Any]
+
+    @property
+    def label(self) -> str:
+        """How logs name it: ``language qba``, ``task on qaa``, ``task on θ⁰``."""
+        if self.kind == "language":
+            return f"language {self.language}"
+        return f"task on θ⁰+{self.language}" if "source_sft" in self.inputs else "task on θ⁰"
+
+    @property
+    def slug(self) -> str:
+        """A stable name for training curves: ``language-qba``, ``task``, ``task-on-qaa``."""
+        if self.kind == "language":
+            return f"language-{self.language}"
+        return f"task-on-{self.language}" if "source_sft" in self.inputs else "task"
+
+
+class Trainer:
+    """Trains the SFTs of one study on one base model, from the cache where it can."""
+
+    def __init__(
+        self, study: StudySettings, base: Base, cache: StageCache, loggers: Callable[[str], list[Any]]
+    ) -> None:
+        self.study = study
+        self.base = base
+        self.cache = cache
+        self.loggers = loggers
+
+    def language_sft(self, language: LanguageSettings, corpus: Corpus, sft: SFTSettings) -> SFT:
+        """φ_L: masked language modelling on unlabelled text of one language."""
+        head_seed = stage_seed(self.study.seed, "head", "mlm")
+
+        def load() -> tuple[Encoder, str]:
+            from deftx.training.encoder import base_fingerprint_of, load_masked_lm
+            from deftx.training.modules import MaskedLM
+
+            model, _ = load_masked_lm(self.base.folder, seed=head_seed)
+            return MaskedLM(model, sft.training), base_fingerprint_of(model)
+
+        def data() -> Any:
+            from deftx.data.module import TextDataModule
+            from deftx.training.encoder import load_tokenizer
+
+            return TextDataModule.for_language(
+                corpus.lines("train"),
+                corpus.lines("valid"),
+                load_tokenizer(self.base.folder),
+                block_length=sft.training.max_length,
+                seed=stage_seed(self.study.seed, "validation masks", language.code),
+                mlm_probability=sft.training.mlm_probability,
+                cache_dir=self.cache.root / "scratch" / "tokens",
+            )
+
+        recipe = Recipe(
+            kind="language",
+            language=language.code,
+            sft=sft,
+            inputs={"base": self.base.key, "data": corpus.key},
+            load=load,
+            data=data,
+            metadata={"languages": [language.code], "task": None, "text": corpus.report},
+        )
+        return self._train(recipe)
+
+    def task_sft(self, rows: TaskRows, sft: SFTSettings, on: SFT | None) -> SFT:
+        """φ_T: classification on the source language's labels, on θ⁰ + φ_S, or on θ⁰ when ``on`` is ``None``."""
+        task = TASKS[self.study.task]
+        head_seed = stage_seed(self.study.seed, "head", self.study.task)
+
+        def load() -> tuple[Encoder, str]:
+            from deftx.core.delta import Composition
+            from deftx.training.encoder import base_fingerprint_of, base_parameters, load_classifier
+            from deftx.training.modules import SequenceClassifier
+
+            model, _ = load_classifier(self.base.folder, labels=task.labels, seed=head_seed)
+            fingerprint = base_fingerprint_of(model)
+            if on is not None:
+                parameters = {name: parameter.data for name, parameter in base_parameters(model).items()}
+                Composition(parameters, base_fingerprint=fingerprint).add("source", on.load())
+            return SequenceClassifier(model, sft.training, metric=task.metric), fingerprint
+
+        def data() -> Any:
+            from deftx.data.module import TextDataModule
+            from deftx.training.encoder import load_tokenizer
+
+            tokenizer = load_tokenizer(self.base.folder)
+            return TextDataModule.for_task(
+                rows.rows("train"), rows.rows("valid"), tokenizer, max_length=sft.training.max_length
+            )
+
+        inputs = {"base": self.base.key, "data": rows.key}
+        if on is not None:
+            inputs["source_sft"] = on.key
+        recipe = Recipe(
+            kind="task",
+            language=self.study.source.code,
+            sft=sft,
+            inputs=inputs,
+            load=load,
+            data=data,
+            metadata={
+                "languages": [self.study.source.code],
+                "task": self.study.task,
+                "labels": list(task.labels),
+                "trained_on": None if on is None else {"language_sft": self.study.source.code, "sha256": on.key},
+                "rows": rows.report,
+            },
+        )
+        return self._train(recipe)
+
+    def full_stage(self, recipe: Recipe) -> Stage:
+        """The full phase: neither rank nor K nor the sparse phase's λ are in its key."""
+        return Stage(
+            kind="full",
+            version=1,
+            settings=self._phase_settings(recipe, ignored=("l1_sparse", "log_every")),
+            inputs=recipe.inputs,
+            seed=self.study.seed,
+            label=recipe.label,
+        )
+
+    def _phase_settings(self, recipe: Recipe, *, ignored: tuple[str, ...]) -> dict[str, Any]:
+        training = {key: value for key, value in asdict(recipe.sft.training).items() if key not in ignored}
+        if recipe.kind == "task":
+            training.pop("mlm_probability")
+            training["task"] = self.study.task
+        return {
+            "objective": recipe.kind,
+            "language": recipe.language,
+            "training": training,
+            "precision": self.study.trainer.precision,
+        }
+
+    def _train(self, recipe: Recipe) -> SFT:
+        from deftx.training.encoder import shapes_of
+
+        sft = recipe.sft
+        shapes = shapes_of(self.base.folder, kind=recipe.kind)
+        maskable = sum(_product(shape) for shape in shapes.values())
+        k = sft.size(maskable)
+        full_stage = self.full_stage(recipe)
+        select_inputs = {"full": full_stage.key}
+        decompose_stage = None
+        if sft.rank is not None:
+            decompose_stage = Stage(
+                kind="decompose",
+                version=1,
+                settings={"exclude": sorted(sft.exclude)},
+                inputs={"full": full_stage.key},
+                label=recipe.label,
+            )
+            select_inputs["decompose"] = decompose_stage.key
+        method = sft.method if sft.rank is None else f"{sft.method} rank={sft.rank} residual={sft.residual}"
+        select_stage = Stage(
+            kind="select",
+            version=1,
+            settings={**sft.selection_settings(), "k": k},
+            inputs=select_inputs,
+            label=f"{recipe.label} {method} K={k}",
+        )
+        sparse_stage = Stage(
+            kind="sparse",
+            version=1,
+            settings=self._phase_settings(recipe, ignored=("l1_full", "log_every")),
+            inputs={**recipe.inputs, "select": select_stage.key},
+            seed=self.study.seed,
+            label=f"{recipe.label} {method} K={k}",
+        )
+
+        # Asked for from the end: a finished SFT needs none of its earlier stages, which may have been pruned.
+        def sparse(work: Workspace) -> None:
+            selection = self.cache.get_or_compute(select_stage, select)
+            self._sparse_phase(recipe, selection, maskable, work)
+
+        def select(work: Workspace) -> None:
+            full = self.cache.get_or_compute(full_stage, lambda inner: self._full_phase(recipe, inner))
+            spectra = None
+            if decompose_stage is not None:
+                spectra = self.cache.get_or_compute(decompose_stage, lambda inner: self._decompose(recipe, full, inner))
+            self._select(recipe, full, spectra, k, work)
+
+        entry = self.cache.get_or_compute(sparse_stage, sparse)
+        metrics = json.loads(entry.file("metrics.json").read_text(encoding="utf-8"))
+        folder = entry.path / SFT_FOLDER
+        code = recipe.language if recipe.kind == "language" else self.study.task
+        return SFT(recipe.kind, f"{recipe.kind} {code} {sft.method}", folder, _sft_sha(entry), metrics)
+
+    def _full_phase(self, recipe: Recipe, work: Workspace) -> None:
+        from safetensors.torch import save_file
+
+        from deftx.training.callback import SparseFineTuning, full_state
+        from deftx.training.fit import fit_phase
+
+        module, _ = recipe.load()
+        result = fit_phase(
+            module,
+            recipe.data(),
+            SparseFineTuning("full", l1=recipe.sft.training.l1_full),
+            recipe.sft.training,
+            self.study.trainer,
+            work.scratch / "checkpoints",
+            seed=stage_seed(self.study.seed, "full", recipe.language),
+            loggers=self.loggers(f"full/{recipe.slug}"),
+            label=f"{recipe.label} · full phase",
+        )
+        save_file(full_state(module), work.out / "full.safetensors")
+        _write_metrics(work, result, module.monitor)
+
+    def _change(self, recipe: Recipe, full: Entry) -> dict[str, Any]:
+        from safetensors.torch import load_file
+
+        from deftx.training.callback import change_of
+
+        module, _ = recipe.load()
+        return change_of(load_file(full.file("full.safetensors")), module)
+
+    def _decompose(self, recipe: Recipe, full: Entry, work: Workspace) -> None:
+        from safetensors.torch import save_file
+
+        from deftx.core.denoise import decompose_all, pack_decompositions
+
+        found = decompose_all(self._change(recipe, full), exclude=recipe.sft.exclude)
+        save_file(pack_decompositions(found), work.out / "decompositions.safetensors")
+
+    def _select(self, recipe: Recipe, full: Entry, spectra: Entry | None, k: int, work: Workspace) -> None:
+        import pandas as pd
+        from safetensors.torch import load_file, save_file
+
+        from deftx.core.denoise import unpack_decompositions
+        from deftx.core.settings import RankPolicy, ResidualPolicy
+        from deftx.training.callback import select
+
+        sft = recipe.sft
+        selection = select(
+            self._change(recipe, full),
+            rank=RankPolicy.parse(sft.rank or "none"),
+            residual=ResidualPolicy.parse(sft.residual or "drop"),
+            k=k,
+            exclude=sft.exclude,
+            decompositions=None
+            if spectra is None
+            else unpack_decompositions(load_file(spectra.file("decompositions.safetensors"))),
+        )
+        save_file(selection.indices, work.out / "mask.safetensors")
+        rows = [
+            {
+                "parameter": report.name,
+                "rank": report.rank,
+                "energy": report.energy,
+                "singular_values": report.singular_values.tolist(),
+            }
+            for report in selection.reports
+        ]
+        frame = pd.DataFrame(rows, columns=["parameter", "rank", "energy", "singular_values"])
+        frame.to_parquet(work.out / "denoising.parquet")
+
+    def _sparse_phase(self, recipe: Recipe, selection: Entry, maskable: int, work: Workspace) -> None:
+        import shutil
+
+        from safetensors.torch import load_file
+
+        from deftx.training.callback import SparseFineTuning
+        from deftx.training.fit import fit_phase
+
+        sft = recipe.sft
+        module, fingerprint = recipe.load()
+        mask = load_file(selection.file("mask.safetensors"))
+        callback = SparseFineTuning("sparse", l1=sft.training.l1_sparse, selection=mask)
+        result = fit_phase(
+            module,
+            recipe.data(),
+            callback,
+            sft.training,
+            self.study.trainer,
+            work.scratch / "checkpoints",
+            seed=stage_seed(self.study.seed, "sparse", recipe.language),
+            loggers=self.loggers(f"sparse/{recipe.slug}-{sft.method}"),
+            label=f"{recipe.label} · sparse phase",
+        )
+        metadata = {
+            "kind": recipe.kind,
+            "method": sft.method,
+            "base_model": self.base.name,
+            "base_fingerprint": fingerprint,
+            "rank": sft.rank,
+            "residual": sft.residual,
+            "exclude": list(sft.exclude),
+            "k": sum(index.numel() for index in mask.values()),
+            "maskable": maskable,
+            "seed": self.study.seed,
+            "training": asdict(sft.training),
+            "precision": self.study.trainer.precision,
+            "metrics": {module.monitor: result.best_score, "best_step": result.best_step},
+            **recipe.metadata,
+        }
+        callback.delta(metadata).save(work.out / SFT_FOLDER)
+        shutil.copyfile(selection.file("denoising.parquet"), work.out / "denoising.parquet")
+        _write_metrics(work, result, module.monitor)
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    size = 1
+    for part in shape:
+        size *= part
+    return size
+
+
+def _sft_sha(entry: Entry) -> str:
+    """SHA-256 of the SFT's tensors, from the verified manifest."""
+    record = entry.manifest["files"].get(f"{SFT_FOLDER}/sft.safetensors")
+    return str(record["sha256"]) if record else file_sha256(entry.path / SFT_FOLDER / "sft.safetensors")
+
+
+def _write_metrics(work: Workspace, result: Any, monitor: str) -> None:
+    values = {key: value for key, value in asdict(result).items() if key != "checkpoint"}
+    text = json.dumps({"monitor": monitor, **values}, indent=1, sort_keys=True)
+    (work.out / "metrics.json").write_text(text + "\n", encoding="utf-8")

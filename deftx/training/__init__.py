@@ -1,0 +1,1 @@
+"""Lightning modules and the callback that run the two phases around the core."""

@@ -1,0 +1,354 @@
+"""One phase as one Lightning fit: exact number of steps, validation, best checkpoint, quiet and repeatable.
+
+The data module's training loader is one long stream, so that a fit is a single Lightning epoch of exactly the steps it
+should have; batch number i is a pure function of (seed, i). Dropout is seeded for each batch the same way: neither
+validation nor an interruption can move it, and a resumed phase needs no random states.
+
+Best checkpoint on validation per phase is the papers' rule (method.md, "Settings of the reference").
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import math
+import os
+import random
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
+
+from deftx.errors import DeftxError
+from deftx.training.callback import SparseFineTuning
+from deftx.training.modules import Encoder
+from deftx.training.settings import TrainerSettings, TrainingSettings, refuse
+
+
+@dataclass
+class PhaseResult:
+    """What a fit gave; the module holds the best weights when it is returned.
+
+    Attributes:
+        best_score: best value of the monitored validation metric.
+        best_step: optimizer step it was reached at.
+        steps: optimizer steps run.
+        seconds: wall time of the fit.
+        tokens_per_second: tokens that are no padding, over the wall time of training (validation left out).
+        history: one dict for each record of the training loss and each validation, all with ``step``.
+        checkpoint: file of the best weights (what was trained, keys as ``Encoder.trained``).
+        padding: share of padding among all tokens trained on.
+        train_examples: rows or blocks of the training data.
+    """
+
+    best_score: float
+    best_step: int
+    steps: int
+    seconds: float
+    tokens_per_second: float
+    history: list[dict[str, float]] = field(default_factory=list)
+    checkpoint: Path = Path()
+    padding: float = 0.0
+    train_examples: int = 0
+
+
+def phase_steps(settings: TrainingSettings, examples: int) -> tuple[int, int]:
+    """Return (optimizer steps of a phase, steps of one epoch): clamp(epochs × steps per epoch, min_steps, max_steps).
+
+    Args:
+        settings: epochs, batch size and limits.
+        examples: rows or blocks of the training data; the last, smaller batch of an epoch counts as a step.
+
+    Raises:
+        DeftxError: there are no examples.
+    """
+    if examples < 1:
+        raise DeftxError("there is no training data: 0 examples")
+    epoch = math.ceil(examples / settings.batch_size)
+    steps = max(settings.epochs * epoch, settings.min_steps)
+    if settings.max_steps is not None:
+        steps = min(steps, settings.max_steps)
+    return steps, epoch
+
+
+def fit_phase(
+    module: Encoder,
+    data_module: Any,
+    callback: SparseFineTuning | None,
+    settings: TrainingSettings,
+    trainer: TrainerSettings,
+    scratch: Path,
+    *,
+    seed: int,
+    loggers: Sequence[Any] = (),
+    label: str = "",
+) -> PhaseResult:
+    """Train one phase and leave the best weights in the module.
+
+    Args:
+        module: masked language model or classifier, on the CPU.
+        data_module: :class:`~deftx.data.module.TextDataModule` or its like (``examples``, ``schedule``).
+        callback: makes the fit a phase of a sparse fine-tuning; None trains everything the module trains.
+        settings: how to train.
+        trainer: what to run on.
+        scratch: folder of this phase's checkpoint; nothing is written elsewhere.
+        seed: decides the order of the data, the masking and dropout.
+        loggers: Lightning loggers; metric names get ``label`` as prefix, so that phases can share a logger.
+        label: how progress bar and errors name the phase.
+
+    Raises:
+        DeftxError: settings out of range, no accelerator, or a loss that is not finite.
+    """
+    refuse(settings)
+    refuse(trainer)
+    accelerator = _accelerator(trainer)
+    steps, epoch = phase_steps(settings, data_module.examples)
+    data_module.schedule(
+        batch_size=settings.batch_size,
+        steps=steps,
+        accumulate=settings.accumulate,
+        seed=seed,
+        num_workers=trainer.num_workers,
+    )
+    module.begin_fit(steps)
+    scratch = Path(scratch)
+    try:
+        scratch.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DeftxError(f"cannot write checkpoints to {scratch}: {error.strerror or error}") from error
+    checkpoint = ModelCheckpoint(
+        dirpath=scratch,
+        filename="best",
+        monitor=module.monitor,
+        mode=module.mode,
+        save_top_k=1,
+        save_weights_only=True,
+        save_on_train_epoch_end=False,
+        enable_version_counter=False,
+        auto_insert_metric_name=False,
+    )
+    record = _Record(settings, label or "training", seed, steps, checkpoint, loggers)
+    callbacks: list[pl.Callback] = [record, checkpoint]
+    if callback is not None:
+        callbacks.insert(0, callback)
+    if trainer.progress and sys.stderr.isatty():
+        callbacks.append(_Progress(label or "training", steps, module.monitor))
+    interval = (settings.eval_every or epoch) * settings.accumulate
+    with _surroundings(trainer):
+        fitter = pl.Trainer(
+            accelerator=accelerator,
+            devices=trainer.devices,
+            precision=trainer.precision,  # type: ignore[arg-type]
+            max_steps=steps,
+            max_epochs=1,
+            accumulate_grad_batches=settings.accumulate,
+            val_check_interval=interval,
+            check_val_every_n_epoch=None,
+            num_sanity_val_steps=0,
+            callbacks=callbacks,
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            deterministic="warn" if trainer.deterministic else None,
+            default_root_dir=scratch,
+        )
+        started = time.perf_counter()
+        try:
+            fitter.fit(module, datamodule=data_module)
+        except OSError as error:
+            raise DeftxError(
+                f"{label or 'training'}: cannot write the checkpoint in {scratch}: {error.strerror or error}; "
+                "free space or choose another cache folder, then run again"
+            ) from error
+        seconds = time.perf_counter() - started
+    best = torch.load(checkpoint.best_model_path, map_location="cpu", weights_only=True)
+    module.load_trained(best["state_dict"])
+    module.zero_grad(set_to_none=True)
+    if callback is not None and callback.phase == "sparse":
+        callback.verify()
+    training_seconds = max(1e-9, seconds - record.validation_seconds)
+    return PhaseResult(
+        best_score=float(checkpoint.best_model_score),  # type: ignore[arg-type]
+        best_step=int(best["global_step"]),
+        steps=int(fitter.global_step),
+        seconds=seconds,
+        tokens_per_second=record.tokens / training_seconds,
+        history=record.history,
+        checkpoint=Path(checkpoint.best_model_path),
+        padding=1.0 - record.tokens / max(1, record.cells),
+        train_examples=data_module.examples,
+    )
+
+
+class _Record(pl.Callback):
+    """Seeds each batch, keeps the history, looks for NaN now and then, and asks for the last step's validation."""
+
+    def __init__(
+        self,
+        settings: TrainingSettings,
+        label: str,
+        seed: int,
+        steps: int,
+        checkpoint: ModelCheckpoint,
+        loggers: Sequence[Any],
+    ) -> None:
+        super().__init__()
+        self.settings, self.label, self.seed, self.steps = settings, label, seed, steps
+        self.checkpoint, self.loggers = checkpoint, list(loggers)
+        self.history: list[dict[str, float]] = []
+        self.tokens = 0
+        self.cells = 0
+        self.validation_seconds = 0.0
+        self._validation_started = 0.0
+        self._logged_step = 0
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        torch.manual_seed(_seed(self.seed, "dropout", batch_idx, trainer.global_rank))
+        self.tokens += batch["tokens"]
+        self.cells += batch["input_ids"].numel()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if (batch_idx + 1) % self.settings.accumulate:
+            return
+        step = trainer.global_step
+        if step % self.settings.log_every == 0 or step >= self.steps:
+            self._check(pl_module)
+            loss = pl_module.take_loss(step - self._logged_step)
+            rate = trainer.optimizers[0].param_groups[0]["lr"]
+            self._add(step, {"train/loss": loss, "train/lr": float(rate)})
+            self._logged_step = step
+        if step >= self.steps:
+            trainer.should_stop = True  # makes Lightning validate after the last step, whatever the interval
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._check(pl_module)
+        self._validation_started = time.perf_counter()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+        self._add(trainer.global_step, metrics)
+        self.validation_seconds += time.perf_counter() - self._validation_started
+        if not all(math.isfinite(value) for value in metrics.values()):
+            self._fail(trainer.global_step, "the validation loss is not finite")
+
+    def _add(self, step: int, metrics: dict[str, float]) -> None:
+        self.history.append({"step": step, **metrics})
+        named = {f"{self.label}/{name}": value for name, value in metrics.items()}
+        for logger in self.loggers:
+            logger.log_metrics(named, step)
+
+    def _check(self, module: Encoder) -> None:
+        step = int(module.first_bad)
+        if step >= 0:
+            self._fail(step, "the loss or its gradient is not finite (NaN or infinity)")
+
+    def _fail(self, step: int, what: str) -> None:
+        kept = self.checkpoint.best_model_path
+        last = (
+            f"the last good checkpoint is kept: {kept}"
+            if kept
+            else "there is no good checkpoint yet (no validation came before)"
+        )
+        raise DeftxError(
+            f"{self.label}: {what} at step {step} of {self.steps}; {last}\n"
+            "next: lower learning_rate, or look at the data of that step"
+        )
+
+
+class _Progress(pl.Callback):
+    """A rich progress bar with the phase's label; reads nothing from the device but the validation score."""
+
+    def __init__(self, label: str, steps: int, monitor: str) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        super().__init__()
+        self.steps, self.monitor = steps, monitor
+        self.bar = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            TextColumn("{task.fields[score]}"),
+            console=Console(stderr=True),
+        )
+        self.task = self.bar.add_task(label, total=steps, score="")
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self.bar.start()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.bar.update(self.task, completed=trainer.global_step)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        score = trainer.callback_metrics.get(self.monitor)
+        if score is not None:
+            self.bar.update(self.task, score=f"{self.monitor} {float(score):.4f}")
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self.bar.stop()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
+        self.bar.stop()
+
+
+def _accelerator(trainer: TrainerSettings) -> str:
+    if trainer.accelerator == "gpu":
+        if not torch.cuda.is_available():
+            raise DeftxError("accelerator is gpu, but torch sees no CUDA device; use accelerator=cpu or auto")
+        return "cuda"
+    if trainer.accelerator == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return trainer.accelerator
+
+
+def _seed(*parts: Any) -> int:
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:7], "big")
+
+
+@contextlib.contextmanager
+def _surroundings(trainer: TrainerSettings) -> Iterator[None]:
+    """Threads, determinism, random states, warnings and Lightning's own messages, all put back afterwards."""
+    threads = torch.get_num_threads()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    benchmark = torch.backends.cudnn.benchmark
+    workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric")]
+    levels = [logger.level for logger in loggers]
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"pytorch_lightning\.|lightning_fabric\.|torch\.utils\.data\.")
+        try:
+            for logger in loggers:
+                logger.setLevel(logging.ERROR)
+            if trainer.threads is not None:
+                torch.set_num_threads(trainer.threads)
+            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+            yield
+        finally:
+            torch.set_num_threads(threads)
+            torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+            torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+            torch.backends.cudnn.benchmark = benchmark
+            if workspace is None:
+                os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+            else:
+                os.environ["CUBLAS_WORKSPACE_CONFIG"] = workspace
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)

@@ -1,0 +1,255 @@
+"""The two LightningModules, on one small base: masked language model and sequence classifier.
+
+The base owns what both phases share: which parameters train, AdamW or :class:`~deftx.core.optim.SparseAdamW`, linear
+decay over the exact number of steps, clipping over what is trained (norm in float64), and a watch for NaN that never
+waits for the device. The masked language model computes logits at the masked positions only: with 15 % of the tokens
+masked and a vocabulary of 250k that is most of the step's time and memory.
+
+A batch's ``normalizer`` is a share of the *step's* examples or masked tokens, so that a step computed in several
+batches (accumulation) or on several devices has the gradient of the whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+
+from deftx.core.optim import SparseAdamW, clip_trained
+from deftx.errors import DeftxError, did_you_mean
+from deftx.training.encoder import FAMILIES, head_parameters, maskable_parameters, model_inputs
+from deftx.training.settings import TrainingSettings
+
+TASK_METRICS = ("macro_f1", "accuracy")
+
+
+class Encoder(pl.LightningModule):
+    """A training model whose parameters are known as M (maskable) and head.
+
+    Attributes:
+        model: the transformers model.
+        maskable: M, by base names. Fixed here: phases that freeze parameters for a while do not change it.
+        head: trained head tensors, by full names.
+        selection: flat indices by base name in the sparse phase, None elsewhere (set by ``SparseFineTuning``).
+        total_steps: optimizer steps of the fit, the length of the decay (see :meth:`begin_fit`).
+        monitor: validation metric that chooses the checkpoint.
+        mode: ``"min"`` or ``"max"``.
+    """
+
+    monitor = "val/loss"
+    mode = "min"
+
+    def __init__(self, model: Any, settings: TrainingSettings, *, everything: bool = False) -> None:
+        """Keep the model and say what trains.
+
+        Args:
+            model: from :func:`~deftx.training.encoder.load_masked_lm` or ``load_classifier``.
+            settings: learning rate, weight decay, clipping; plain values only.
+            everything: train all parameters (pretraining), LayerNorm and a tied decoder included.
+        """
+        super().__init__()
+        self.save_hyperparameters(asdict(settings))
+        self.model = model
+        self.settings = settings
+        self.maskable: dict[str, nn.Parameter] = {} if everything else maskable_parameters(model)
+        self.head: dict[str, nn.Parameter] = dict(model.named_parameters()) if everything else head_parameters(model)
+        self.selection: dict[str, Tensor] | None = None
+        self.total_steps = 0
+        self.strict_loading = False  # checkpoints hold what is trained
+        self.first_bad: Tensor
+        self.loss_sum: Tensor
+        self._selections: dict[Tensor, Tensor] = {}
+        self.register_buffer("first_bad", torch.tensor(-1), persistent=False)
+        self.register_buffer("loss_sum", torch.tensor(0.0), persistent=False)
+
+    def begin_fit(self, steps: int) -> None:
+        """Set the length of the coming fit in optimizer steps, and forget what the last one noted.
+
+        Dropout is switched on here: transformers loads models in evaluation mode, and Lightning keeps modes as
+        it finds them.
+        """
+        self.train()
+        self.total_steps = steps
+        self.first_bad.fill_(-1)
+        self.loss_sum.zero_()
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Return the parameters that train now: M without what the phase froze, then the head under ``head.<name>``."""
+        found = {name: p for name, p in self.maskable.items() if p.requires_grad}
+        found.update({f"head.{name}": p for name, p in self.head.items() if p.requires_grad})
+        return found
+
+    def selections(self) -> dict[Tensor, Tensor]:
+        """Return parameter -> selected flat indices on its device; empty outside the sparse phase."""
+        if self.selection is None:
+            return {}
+        return {self.maskable[n]: i.to(self.maskable[n].device) for n, i in self.selection.items() if i.numel()}
+
+    def configure_optimizers(self) -> Any:
+        """AdamW, or SparseAdamW where a selection is set; linear decay to zero over ``total_steps``."""
+        settings = self.settings
+        parameters = list(self.trained().values())
+        self._selections = self.selections()
+        if self.selection is None:
+            optimizer: torch.optim.Optimizer = torch.optim.AdamW(
+                parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
+            )
+        else:
+            optimizer = SparseAdamW(
+                parameters,
+                selections=self._selections,
+                lr=settings.learning_rate,
+                weight_decay=settings.weight_decay,
+            )
+        warmup, total = settings.warmup_steps, max(1, self.total_steps)
+
+        def rate(step: int) -> float:
+            if step < warmup:
+                return (step + 1) / (warmup + 1)
+            return max(0.0, (total - step) / max(1, total - warmup))
+
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clip to ``clip_norm`` over what is trained (method.md, Sparse phase); a non-finite norm is noted."""
+        if self.settings.clip_norm > 0:
+            parameters = list(self.trained().values())
+            self.note(clip_trained(parameters, self._selections, self.settings.clip_norm))
+
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
+        """Return the batch's share of the step's loss."""
+        loss: Tensor = self.loss(batch, reduction="sum") / batch["normalizer"]
+        self.note(loss.detach())
+        self.loss_sum += loss.detach()
+        return loss
+
+    def loss(self, batch: Mapping[str, Any], *, reduction: str = "mean") -> Tensor:
+        """Return the cross entropy of a batch, a scalar; ``reduction`` as in torch's ``cross_entropy``."""
+        raise NotImplementedError
+
+    def note(self, value: Tensor) -> None:
+        """Remember the first optimizer step whose ``value`` is not finite, without waiting for the device."""
+        step = self.trainer.global_step + 1 if self._trainer is not None else 0
+        bad = ~torch.isfinite(value) & (self.first_bad < 0)
+        self.first_bad = torch.where(bad, torch.full_like(self.first_bad, step), self.first_bad)
+
+    def take_loss(self, steps: int) -> float:
+        """Return the mean training loss of the last ``steps`` optimizer steps and start a new sum (waits)."""
+        batches = max(1, steps * self.settings.accumulate)
+        mean = float(self.loss_sum) / batches
+        self.loss_sum.zero_()
+        return mean
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what is trained only: the frozen decoder copy alone would double a multilingual base's file."""
+        checkpoint["state_dict"] = {name: p.detach() for name, p in self.trained().items()}
+
+    def load_trained(self, state: Mapping[str, Tensor]) -> None:
+        """Copy trained tensors (keys as in :meth:`trained`) into the model, bit for bit."""
+        parameters: dict[str, nn.Parameter] = {**self.maskable, **{f"head.{n}": p for n, p in self.head.items()}}
+        unknown = sorted(set(state) - set(parameters))
+        if unknown:
+            raise DeftxError(f"{len(unknown)} trained tensors fit no parameter of this model, such as {unknown[0]!r}")
+        with torch.no_grad():
+            for name, tensor in state.items():
+                parameters[name].copy_(tensor)
+
+
+class MaskedLM(Encoder):
+    """Masked language model: mean cross entropy over the masked tokens, logits at those positions only.
+
+    A batch holds ``input_ids`` int64 [B, T], ``positions`` int64 [N] into the flattened B·T tokens, ``targets`` int64
+    [N], ``normalizer`` float32 scalar, and ``attention_mask`` [B, T] where there is padding.
+    """
+
+    def __init__(self, model: Any, settings: TrainingSettings, *, everything: bool = False) -> None:
+        """See :class:`Encoder`; raises :class:`DeftxError` for a model of another family."""
+        super().__init__(model, settings, everything=everything)
+        family = model.config.model_type
+        if family not in FAMILIES:
+            raise DeftxError(f"masked language modelling supports {', '.join(FAMILIES)}, not {family!r}")
+        self._head = FAMILIES[family]
+        self.val_loss = MeanMetric(nan_strategy="disable")
+
+    def forward(self, batch: Mapping[str, Any]) -> Tensor:
+        """Return logits at the masked positions, [N, vocabulary]."""
+        hidden = self.model.base_model(**model_inputs(batch)).last_hidden_state
+        picked = hidden.flatten(0, 1).index_select(0, batch["positions"])
+        logits: Tensor = getattr(self.model, self._head)(picked)
+        return logits
+
+    def loss(self, batch: Mapping[str, Any], *, reduction: str = "mean") -> Tensor:
+        """Return the cross entropy of the masked tokens."""
+        return cross_entropy(self(batch).float(), batch["targets"], reduction=reduction)
+
+    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+        """Add the batch's masked tokens to ``val/loss``, the mean over all of them."""
+        count = batch["targets"].numel()
+        if count:
+            self.val_loss.update(self.loss(batch), weight=count)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log ``val/loss``."""
+        self.log("val/loss", self.val_loss, logger=False)
+
+
+class SequenceClassifier(Encoder):
+    """Classifier over whole texts or pairs: cross entropy; macro-F1 or accuracy chooses the checkpoint.
+
+    A batch holds ``input_ids`` int64 [B, T], ``labels`` int64 [B], ``normalizer`` float32 scalar, ``token_type_ids``
+    where the tokenizer makes them, ``attention_mask`` [B, T] where there is padding.
+    """
+
+    mode = "max"
+
+    def __init__(self, model: Any, settings: TrainingSettings, *, metric: str = "macro_f1") -> None:
+        """See :class:`Encoder`; ``metric`` is the task's, ``"macro_f1"`` or ``"accuracy"``.
+
+        Raises:
+            DeftxError: an unknown metric.
+        """
+        super().__init__(model, settings)
+        if metric not in TASK_METRICS:
+            hint = did_you_mean(metric, TASK_METRICS)
+            raise DeftxError(f"unknown task metric {metric!r}{hint}; available: {', '.join(TASK_METRICS)}")
+        self.monitor = f"val/{metric}"
+        classes = model.config.num_labels
+        self.val_loss = MeanMetric(nan_strategy="disable")
+        self.val_metrics = MetricCollection(
+            {
+                "val/macro_f1": MulticlassF1Score(classes, average="macro", validate_args=False),
+                "val/accuracy": MulticlassAccuracy(classes, average="micro", validate_args=False),
+            },
+            compute_groups=False,
+        )
+
+    def forward(self, batch: Mapping[str, Any]) -> Tensor:
+        """Return logits, [B, labels]."""
+        logits: Tensor = self.model(**model_inputs(batch)).logits
+        return logits
+
+    def loss(self, batch: Mapping[str, Any], *, reduction: str = "mean") -> Tensor:
+        """Return the cross entropy of the batch's labels."""
+        return cross_entropy(self(batch).float(), batch["labels"], reduction=reduction)
+
+    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+        """Add the batch to ``val/loss``, ``val/macro_f1`` and ``val/accuracy``."""
+        logits = self(batch).float()
+        labels = batch["labels"]
+        self.val_loss.update(cross_entropy(logits, labels), weight=labels.numel())
+        self.val_metrics.update(logits, labels)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the three metrics."""
+        self.log("val/loss", self.val_loss, logger=False)
+        self.log_dict(self.val_metrics, logger=False)

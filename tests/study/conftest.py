@@ -1,0 +1,36 @@
+"""Fixtures that run the command line on the small study."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from small_study import SMALL, Command, Outcome
+
+from deftx.cli import main
+
+
+@pytest.fixture(scope="session")
+def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One stage cache for the tests that do not care where results come from."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def deftx(
+    tmp_path: Path, shared_cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Command:
+    """Run the command line in this process: ``deftx("run", "rank=2")`` with the small study's overrides before it."""
+    monkeypatch.chdir(tmp_path)
+    number = iter(range(1000))
+
+    def run(command: str, *arguments: str, small: bool = True, cache: Path | None = None) -> Outcome:
+        folder = tmp_path / f"out{next(number)}"
+        places = [f"paths.cache={cache or shared_cache}", f"paths.output={folder}", f"hydra.sweep.dir={folder}"]
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main([command, *(SMALL if small else []), *places, *arguments])
+        streams = capsys.readouterr()
+        return Outcome(int(stop.value.code or 0), streams.out, streams.err, folder)
+
+    return run

@@ -1,0 +1,56 @@
+"""A study small enough for tests: two targets of the generated family, a two-layer encoder, four steps a phase."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SMALL = [
+    "experiment=demo",
+    "budget=smoke",
+    "language=[qba,qbb]",
+    "logger=csv",
+    "trainer=cpu",
+    "trainer.progress=false",
+    "synthetic.lines_high=200",
+    "synthetic.lines_low=150",
+    "synthetic.train=48",
+    "synthetic.valid=24",
+    "synthetic.test=30",
+    "corpus.valid_fraction=0.2",
+    "model.pretrain.hidden=16",
+    "model.pretrain.heads=2",
+    "model.pretrain.intermediate=32",
+    "model.pretrain.vocab_size=300",
+    "model.pretrain.steps=4",
+    "model.pretrain.batch_size=8",
+    "model.pretrain.max_length=32",
+    "model.pretrain.positions=64",
+    "model.pretrain.valid_fraction=0.1",
+]
+
+
+@dataclass
+class Outcome:
+    """What a command left: exit status, both streams, and the folder of its newest run."""
+
+    status: int
+    out: str
+    err: str
+    folder: Path
+
+    def result(self) -> dict[str, Any]:
+        """The newest ``result.json``."""
+        return json.loads(
+            sorted(self.folder.rglob("result.json"), key=lambda path: path.stat().st_mtime)[-1].read_text()
+        )
+
+    def runs(self) -> list[dict[str, Any]]:
+        """Every ``result.json`` of the command, by path."""
+        return [json.loads(path.read_text()) for path in sorted(self.folder.rglob("result.json"))]
+
+
+Command = Callable[..., Outcome]

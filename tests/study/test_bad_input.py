@@ -1,0 +1,185 @@
+"""Each mistake gets one message, a non-zero exit, no traceback, and leaves nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+from small_study import Command
+
+PREPARED = ["compare=[]", "controls=[]", "language=qba"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["language=qbz"], ["unknown language 'qbz'", "did you mean 'qb"]),
+        (["task=nusaxx"], ["unknown task 'nusaxx'", "did you mean 'nusax'"]),
+        (["model=tinny"], ["unknown model 'tinny'", "did you mean 'tiny'"]),
+        (["experiment=dmo"], ["unknown experiment 'dmo'", "did you mean 'demo'"]),
+        (["rnak=3"], ["unknown key 'rnak'", "did you mean 'rank'"]),
+        (["lang.training.epoch=3"], ["unknown key", "did you mean 'lang.training.epochs'"]),
+        (["seed=abc"], ["seed=abc", "Integer"]),
+        (["rank=0"], ["rank 0", "at least 1"]),
+        (["rank=17"], ["rank=17", "exceeds 16"]),
+        (["rank=energy:1.5"], ["energy:1.5", "(0, 1]"]),
+        (["rank=median"], ["median", "gavish_donoho"]),
+        (["density=0"], ["density=0", "(0, 1]"]),
+        (["density=1.5"], ["density=1.5", "(0, 1]"]),
+        (["k=-3"], ["k=-3", "at least 1"]),
+        (["k=3", "density=0.5"], ["one of the two"]),
+        (["k=99999999"], ["k=99999999", "maskable parameters"]),
+        (["residual=prune:2"], ["prune:2", "[0, 1]"]),
+        (["residual=keep"], ["keep", "drop"]),
+        (["rank=2,4"], ["rank=2,4", "-m"]),
+        (["trainer.precision=16-mixed"], ["16-mixed", "bf16-mixed"]),
+        (["split=train"], ["split", "test or dev"]),
+        (["kind=task"], ["kind", "deftx sft"]),
+        (["nonsense"], ["nonsense", "key=value"]),
+        (["source.training.batch_size=0"], ["source.training.batch_size"]),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_limit(deftx: Command, arguments: list[str], expected: list[str]) -> None:
+    outcome = deftx("run", *arguments)
+    assert outcome.status == 1
+    for text in expected:
+        assert text in outcome.err
+    assert "Traceback" not in outcome.err
+    assert not outcome.folder.exists()
+
+
+def test_all_problems_come_in_one_message(deftx: Command) -> None:
+    outcome = deftx("run", "language=qbz", "rnak=3", "rank=0", "seed=-1", "lang.training.epochs=x", "task.k=0")
+    for text in ("qbz", "rnak", "rank 0", "seed=-1", "lang.training.epochs=x", "k=0"):
+        assert text in outcome.err
+
+
+def test_one_invalid_value_in_a_sweep_runs_nothing(deftx: Command, tmp_path: Path) -> None:
+    outcome = deftx("run", "-m", "rank=2,4,900", cache=tmp_path / "new")
+    assert outcome.status == 1
+    assert "rank=900" in outcome.err
+    assert not outcome.folder.exists()
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (None, "own.txt"),
+        (b"", "empty"),
+        (b"one line\n", "line"),
+        (b"good line\n\xff\xfe bad\n" * 50, "UTF-8"),
+    ],
+)
+def test_unusable_text_is_refused(deftx: Command, tmp_path: Path, content: bytes | None, expected: str) -> None:
+    path = tmp_path / "own.txt"
+    if content is not None:
+        path.write_bytes(content)
+    outcome = deftx("run", *PREPARED, f"language.qba.text=[{path}]")
+    assert outcome.status == 1
+    assert expected in outcome.err
+    assert "Traceback" not in outcome.err
+
+
+def model_folder(deftx: Command, tmp_path: Path) -> Path:
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"line {n} of a text with {n * 3} words or so\n" for n in range(300)))
+    assert deftx("pretrain", f"text=[{text}]", f"out={tmp_path / 'model'}").status == 0
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize(
+    ("removed", "expected"),
+    [("model.safetensors", "model.safetensors"), ("tokenizer.json", "tokenizer"), ("config.json", "config.json")],
+)
+def test_an_incomplete_model_folder_is_refused(deftx: Command, tmp_path: Path, removed: str, expected: str) -> None:
+    model = model_folder(deftx, tmp_path)
+    (model / removed).unlink()
+    outcome = deftx("run", *PREPARED, "model=local", f"model.path={model}")
+    assert outcome.status == 1
+    assert expected in outcome.err
+    assert "found" in outcome.err
+
+
+def test_weights_that_are_no_weights_are_refused(deftx: Command, tmp_path: Path) -> None:
+    model = model_folder(deftx, tmp_path)
+    (model / "model.safetensors").write_bytes(b"\0" * 100)
+    outcome = deftx("run", *PREPARED, "model=local", f"model.path={model}")
+    assert outcome.status == 1
+    assert "Traceback" not in outcome.err
+
+
+@pytest.fixture
+def sfts(deftx: Command, tmp_path: Path) -> Path:
+    """Folder with a task SFT and a language SFT of the small study."""
+    assert deftx("sft", "kind=language", "language=qba", f"out={tmp_path / 'sfts' / 'language'}").status == 0
+    assert deftx("sft", "kind=task", f"out={tmp_path / 'sfts' / 'task'}").status == 0
+    return tmp_path / "sfts"
+
+
+def test_a_damaged_sft_is_refused(deftx: Command, sfts: Path) -> None:
+    tensors = sfts / "language" / "sft.safetensors"
+    intact = tensors.read_bytes()
+    ask = ["language=qba", f"task_sft={sfts / 'task'}", f"language_sft.qba={sfts / 'language'}"]
+    for damaged in (intact[: len(intact) // 2], intact[:-1] + bytes([intact[-1] ^ 1])):
+        tensors.write_bytes(damaged)
+        outcome = deftx("eval", *ask)
+        assert outcome.status == 1
+        assert "sft.safetensors" in outcome.err
+        assert "Traceback" not in outcome.err
+    tensors.write_bytes(intact)
+    assert deftx("eval", *ask).status == 0
+
+
+def test_an_sft_of_another_base_is_refused(deftx: Command, sfts: Path) -> None:
+    outcome = deftx(
+        "eval", "language=qba", f"task_sft={sfts / 'task'}", "model.seed=5", f"language_sft.qba={sfts / 'language'}"
+    )
+    assert outcome.status == 1
+    assert "fingerprint" in outcome.err or "base" in outcome.err
+    said = json.loads((sfts / "task" / "sft.json").read_text())
+    assert said["metadata"]["base_fingerprint"][:8] in outcome.err
+
+
+def test_a_language_sft_is_no_task_sft(deftx: Command, sfts: Path) -> None:
+    outcome = deftx("eval", "language=qba", f"task_sft={sfts / 'language'}")
+    assert outcome.status == 1
+    assert "task SFT is needed" in outcome.err
+
+
+def test_a_pickle_is_never_opened(deftx: Command, tmp_path: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> tuple:
+            return (os.mkdir, (str(tmp_path / "exploded"),))
+
+    for name in ("sft.bin", "pytorch_model.bin"):
+        (tmp_path / name).write_bytes(pickle.dumps(Bomb()))
+        outcome = deftx("eval", "language=qba", f"task_sft={tmp_path / name}")
+        assert outcome.status == 1
+        assert "pickle" in outcome.err
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_an_output_folder_that_cannot_be_is_refused(deftx: Command, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    for places in (["paths.output=" + str(tmp_path / "file")], ["paths.cache=" + str(tmp_path / "file" / "cache")]):
+        outcome = deftx("run", *PREPARED, *places)
+        assert outcome.status == 1
+        assert str(tmp_path / "file") in outcome.err
+        assert "Traceback" not in outcome.err
+
+
+def test_a_loss_that_is_not_finite_stops_and_says_where(deftx: Command, tmp_path: Path) -> None:
+    outcome = deftx("run", *PREPARED, "lang.training.learning_rate=1e38", cache=tmp_path / "cache")
+    assert outcome.status == 1
+    assert "step" in outcome.err
+    result = outcome.result()
+    assert result["status"] == "failed"
+    assert "step" in result["error"]["message"]
+    # Nothing of the failed stage is published, what came before it is.
+    assert list((tmp_path / "cache" / "pretrain").iterdir())
+    labels = [stage["label"] for stage in result["stages"]]
+    assert "language qba" not in " ".join(labels)

@@ -1,0 +1,628 @@
+"""What runs leave behind: result.json, CSV, parquet, the terminal's table, W&B's offline files."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from rich.console import Console
+
+from deftx.errors import DeftxError
+from deftx.tracking import (
+    LoggerSettings,
+    Metric,
+    RunRecord,
+    Tracker,
+    print_results,
+    provenance,
+    read_result,
+    recording,
+    results_table,
+    write_diagnostics,
+    write_predictions,
+    write_result,
+)
+
+SCORES = [
+    Metric("ace", "ltsft", "macro_f1", 0.612, 400),
+    Metric("ace", "no_language_sft", "macro_f1", 0.5, 400),
+    Metric("ace", "deftx", "macro_f1", 0.6304, 400),
+    Metric("ban", "no_language_sft", "macro_f1", 0.4, 399),
+    Metric("ban", "deftx", "macro_f1", None, 399),
+    Metric("ban", "ltsft", "macro_f1", 0.55, 399),
+]
+
+# ------------------------------------------------------------------------------------------------- provenance
+
+
+def git(folder: Path, *arguments: str) -> None:
+    name = ["-c", "user.name=t", "-c", "user.email=t@t"]
+    subprocess.run(["git", "-C", str(folder), *name, *arguments], check=True, capture_output=True)
+
+
+def test_provenance_knows_commit_and_dirt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("clean", "dirty", "empty"):
+        folder = tmp_path / name
+        folder.mkdir()
+        git(folder, "init")
+        if name != "empty":
+            (folder / "a").write_text("1")
+            git(folder, "add", "a")
+            git(folder, "commit", "-m", "one")
+        (folder / "untracked").write_text("")
+    (tmp_path / "dirty" / "a").write_text("2")
+    answer = subprocess.run(
+        ["git", "-C", str(tmp_path / "clean"), "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+    )
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "dirty" / ".git"))
+    clean = provenance(tmp_path / "clean", gpu="H200")
+    assert clean["git"]["working_directory"] == {"commit": answer.stdout.strip(), "dirty": False}
+    assert provenance(tmp_path / "dirty")["git"]["working_directory"]["dirty"] is True
+    assert provenance(tmp_path / "empty")["git"]["working_directory"] is None
+    assert provenance(tmp_path)["git"]["working_directory"] is None
+    assert clean["versions"].keys() >= {"torch", "transformers", "pytorch-lightning", "numpy"}
+    assert clean["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert clean["gpu"] == "H200"
+    assert clean["cpus"] >= 1
+    assert clean["threads"] >= 1
+    assert clean["cpu"]
+    assert json.loads(json.dumps(clean)) == clean
+
+
+def test_provenance_without_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert provenance(tmp_path)["git"] == {"deftx": None, "working_directory": None}
+
+
+# --------------------------------------------------------------------------------------------------- results
+
+
+def test_result_holds_everything_and_reads_back(tmp_path: Path) -> None:
+    record = RunRecord(
+        study="demo",
+        job="deftx-0",
+        settings={"rank": "energy:0.9", "k": 100, "residual": None, "out": Path("x"), "bad": float("inf")},
+        seed=3,
+        provenance={"python": "3.11"},
+        metrics=list(SCORES),
+        fingerprints={"base": "f00d"},
+        stages=[{"kind": "full", "key": "k" * 64, "outcome": "cached", "seconds": np.float64(0.5)}],
+        times={"train": float("nan")},
+    )
+    record.finish()
+    path = write_result(tmp_path / "new" / "run", record)
+    content = json.loads(path.read_text())
+    assert path == tmp_path / "new" / "run" / "result.json"
+    assert content["schema_version"] == 1
+    assert content["status"] == "done"
+    assert content["settings"] == {"rank": "energy:0.9", "k": 100, "residual": None, "out": "x", "bad": None}
+    assert content["stages"][0]["seconds"] == 0.5
+    assert content["times"] == {"train": None}
+    assert content["error"] is None
+    assert content["seconds"] >= 0
+    assert content["started"].endswith("+00:00")
+    assert 10_000_000 < content["peak_memory"]["cpu"] < 2**40
+    assert content["metrics"][0] == {
+        "language": "ace",
+        "condition": "ltsft",
+        "metric": "macro_f1",
+        "value": 0.612,
+        "n": 400,
+        "split": "test",
+    }
+    assert not any(name.startswith("_") for name in content)
+    again = read_result(tmp_path / "new" / "run")
+    assert again.metrics == SCORES
+    assert (again.study, again.job, again.seed, again.fingerprints) == ("demo", "deftx-0", 3, {"base": "f00d"})
+    assert sorted(file.name for file in path.parent.iterdir()) == ["metrics.csv", "result.json"]
+
+
+def test_metrics_csv_has_one_row_for_each_score(tmp_path: Path) -> None:
+    write_result(
+        tmp_path, RunRecord("s", "j", metrics=[*SCORES[-2:], Metric('a,"b', "no_language_sft", "accuracy", 1 / 3, 7)])
+    )
+    assert (tmp_path / "metrics.csv").read_text().splitlines() == [
+        "language,condition,metric,value,n,split",
+        "ban,deftx,macro_f1,,399,test",
+        "ban,ltsft,macro_f1,0.55,399,test",
+        '"a,""b",no_language_sft,accuracy,0.3333333333333333,7,test',
+    ]
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "traced"),
+    [
+        (RuntimeError("boom"), "RuntimeError", True),
+        (DeftxError("rank is 0"), "DeftxError", False),
+        (KeyboardInterrupt(), "KeyboardInterrupt", False),
+    ],
+)
+def test_a_failed_run_leaves_its_record(tmp_path: Path, error: BaseException, kind: str, traced: bool) -> None:
+    record = RunRecord("s", "j", metrics=[SCORES[0]])
+    with pytest.raises(type(error)) as caught, recording(tmp_path, record):
+        raise error
+    assert caught.value is error
+    content = json.loads((tmp_path / "result.json").read_text())
+    assert content["status"] == "failed"
+    assert content["error"]["type"] == kind
+    assert content["error"]["message"] == str(error)
+    assert ("raise error" in (content["error"]["traceback"] or "")) is traced
+    assert len(content["metrics"]) == 1
+
+
+def test_a_run_that_ends_well_is_recorded(tmp_path: Path) -> None:
+    with recording(tmp_path, RunRecord("s", "j")):
+        pass
+    assert read_result(tmp_path).status == "done"
+
+
+def test_a_result_is_replaced_whole(tmp_path: Path) -> None:
+    before = write_result(tmp_path, RunRecord("s", "old")).stat().st_ino
+    with (tmp_path / "result.json").open() as reader:
+        assert write_result(tmp_path, RunRecord("s", "new")).stat().st_ino != before
+        assert json.load(reader)["job"] == "old", "a reader saw a file change under it"
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (None, "cannot read"),
+        ('{"schema_version": 0}', "schema version 0; this deftx reads 1"),
+        ('{"schema_version": 1}', "not a result"),
+        ('{"schema_version": 1, "metrics": [{"x": 1}]}', "not a result"),
+        ("[]", "not a result"),
+        ('{"schema', "not a result"),
+    ],
+)
+def test_what_is_no_result_is_refused(tmp_path: Path, content: str | None, text: str) -> None:
+    if content is not None:
+        (tmp_path / "result.json").write_text(content)
+    with pytest.raises(DeftxError, match=text):
+        read_result(tmp_path)
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DeftxError, match=r"cannot write .*Not a directory.*another output folder"):
+        write_result(tmp_path / "file" / "run", RunRecord("s", "j"))
+    with pytest.raises(RuntimeError, match="boom"), recording(tmp_path / "file" / "run", RunRecord("s", "j")):
+        raise RuntimeError("boom")
+    assert "cannot write" in caplog.text
+
+
+def test_a_full_disk_leaves_the_old_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_result(tmp_path, RunRecord("s", "old"))
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DeftxError, match="No space left on device"):
+        write_result(tmp_path, RunRecord("s", "new"))
+    assert read_result(tmp_path).job == "old"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["metrics.csv", "result.json"]
+
+
+def test_predictions_and_diagnostics(tmp_path: Path) -> None:
+    frame = pd.DataFrame(
+        {
+            "language": ["ace", "ace"],
+            "condition": ["deftx", "deftx"],
+            "id": ["0", "1"],
+            "label": [2, 0],
+            "negative": np.array([0.1, 0.7], dtype=np.float32),
+        },
+        index=[5, 9],
+    )
+    path = write_predictions(tmp_path, frame)
+    back = pd.read_parquet(path)
+    assert list(back.columns) == list(frame.columns)
+    assert back["negative"].dtype == "float32"
+    assert back.to_dict("list") == frame.to_dict("list")
+    assert list(back.index) == [0, 1]
+    first = path.read_bytes()
+    write_predictions(tmp_path, frame)
+    assert path.read_bytes() == first
+    with pytest.raises(ValueError, match=r"lack the columns \['id'\]"):
+        write_predictions(tmp_path, frame.drop(columns="id"))
+    write_diagnostics(tmp_path, pd.DataFrame({"name": ["w"], "rank": [3]}))
+    assert pd.read_parquet(tmp_path / "diagnostics.parquet")["rank"].tolist() == [3]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["diagnostics.parquet", "predictions.parquet"]
+
+
+# ----------------------------------------------------------------------------------------------------- table
+
+
+def cells(metrics: list[Metric], **options: Any) -> tuple[list[str], list[list[str]], list[list[bool]]]:
+    table = results_table(metrics, **options)
+    columns = [list(column.cells) for column in table.columns]
+    rows = [list(row) for row in zip(*columns, strict=True)]
+    bold = [[getattr(cell, "style", "") == "bold" for cell in row] for row in rows]
+    return [str(column.header) for column in table.columns], [[str(cell) for cell in row] for row in rows], bold
+
+
+def test_table_orders_conditions_and_marks_the_best() -> None:
+    header, rows, bold = cells(SCORES)
+    assert header == ["target", "n", "no language SFTs", "LT-SFT", "DeFT-X"]
+    assert rows == [
+        ["ace", "400", "50.0", "61.2", "63.0"],
+        ["ban", "399", "40.0", "55.0", "failed"],
+        ["mean of 2", "", "45.0", "58.1", "63.0 (1 of 2)"],
+    ]
+    assert bold == [
+        [False, False, False, False, True],
+        [False, False, False, True, False],
+        [False, False, False, True, False],
+    ]
+
+
+def test_table_shows_missing_cells_other_splits_and_ties() -> None:
+    header, rows, bold = cells(
+        [
+            Metric("quy", "mine", "accuracy", 0.5, 750),
+            Metric("quy", "source_sft", "accuracy", 0.5, 700),
+            Metric("gn [b]", "mine", "accuracy", float("nan"), 9, split="dev"),
+            Metric("quy", "source_sft", "macro_f1", 0.1, 750),
+        ]
+    )
+    assert header == ["target", "n", "source SFT left in", "mine"]
+    assert rows == [["quy", "700–750", "50.0", "50.0"], ["gn [b] (dev)", "9", "–", "failed"]]
+    assert bold[0] == [False, False, True, True]
+    assert not any(bold[1])
+    assert cells([Metric("a", "no_language_sft", "x", 0.5, 1)])[2] == [[False, False, False]]
+
+
+def test_a_mean_never_mixes_splits() -> None:
+    scores = [Metric(name, "no_language_sft", "x", value, 1, split) for name, value, split in [
+        ("a", 0.1, "test"), ("b", 0.3, "test"), ("c", 0.5, "dev"), ("d", 0.9, "dev")]]  # fmt: skip
+    assert [row for row in cells(scores)[1] if row[0].startswith("mean")] == [
+        ["mean of 2", "", "20.0"],
+        ["mean of 2 (dev)", "", "70.0"],
+    ]
+
+
+def test_two_runs_in_one_table_are_refused() -> None:
+    with pytest.raises(ValueError, match="two scores for ace, none"):
+        results_table([SCORES[1], SCORES[1]])
+
+
+def test_print_results_says_where_everything_lies() -> None:
+    out = io.StringIO()
+    long = "/a/[very]/" + "long/" * 40
+    print_results(
+        [*SCORES, Metric("ace", "no_language_sft", "accuracy", 0.7, 400)],
+        where={"results": "/r", "SFTs": long},
+        failed={"seed=1": "NaN loss at step 7"},
+        notes=["dev in place of test"],
+        title="demo",
+        console=Console(file=out, width=80),
+    )
+    lines = [line.rstrip() for line in out.getvalue().splitlines()]
+    assert any("demo: macro-F1 × 100" in line for line in lines)
+    assert any("demo: accuracy × 100" in line for line in lines)
+    assert lines[-4:] == [
+        "note: dev in place of test",
+        "failed: seed=1: NaN loss at step 7",
+        "results  /r",
+        f"SFTs     {long}",
+    ]
+    empty = io.StringIO()
+    print_results([], failed={"a": "b"}, console=Console(file=empty))
+    assert empty.getvalue() == "no scores\nfailed: a: b\n"
+
+
+# ------------------------------------------------------------------------------------------- Weights & Biases
+
+
+def test_settings_are_checked() -> None:
+    LoggerSettings().validate()
+    with pytest.raises(DeftxError, match=r"logger\.wandb is 'ofline'; it can be off.*did you mean 'offline'"):
+        LoggerSettings(wandb="ofline").validate()
+    with pytest.raises(DeftxError, match=r"logger\.project is 'a/b'"):
+        Tracker(LoggerSettings(project="a/b"), "x", study="s")
+
+
+def records(run_dir: Path) -> list[Any]:
+    """Return the records of the one offline run in a directory, once W&B's own process has closed it.
+
+    ``Run.finish`` tells that process to close the run and does not wait: the file is whole a moment later.
+    """
+    (path,) = run_dir.glob("wandb/offline-run-*/run-*.wandb")
+    deadline = time.monotonic() + 20
+    while not of("exit", found := decoded(path)):
+        assert time.monotonic() < deadline, f"{path} was never closed: {len(found)} records"
+        time.sleep(0.02)
+    return found
+
+
+def decoded(path: Path) -> list[Any]:
+    """Decode a transaction log: LevelDB's log format behind a header of seven bytes."""
+    from wandb.proto import wandb_internal_pb2
+
+    data, place, whole, found = path.read_bytes(), 7, b"", []
+    assert data[:4] in (b":W&B", b"")
+    while place + 7 <= len(data):
+        if 32768 - place % 32768 < 7:
+            place += 32768 - place % 32768
+            continue
+        _, size, kind = struct.unpack("<IHB", data[place : place + 7])
+        whole += data[place + 7 : place + 7 + size]
+        place += 7 + size
+        if kind in (1, 4):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(whole)
+            found.append(record)
+            whole = b""
+    return found
+
+
+def of(kind: str, found: list[Any]) -> list[Any]:
+    return [getattr(record, kind) for record in found if record.WhichOneof("record_type") == kind]
+
+
+def summary(found: list[Any]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for update in (update for record in of("summary", found) for update in record.update):
+        values[update.key or "|".join(update.nested_key)] = json.loads(update.value_json)
+    return values
+
+
+def history(found: list[Any]) -> list[dict[str, Any]]:
+    return [
+        {item.key or "|".join(item.nested_key): json.loads(item.value_json) for item in record.item}
+        for record in of("history", found)
+    ]
+
+
+@pytest.fixture(scope="module")
+def quiet_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """No account, no settings, no terminal to ask on."""
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("WANDB_") and name != "WANDB_SERVICE"]:
+            patch.delenv(name)
+        for name in ("HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_CACHE_HOME"):
+            patch.setenv(name, str(home))
+        patch.setenv("NETRC", str(home / "none"))
+        patch.setattr("builtins.input", lambda *_: pytest.fail("asked something"))
+        yield home
+
+
+@pytest.fixture(scope="module")
+def offline(quiet_home: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Two runs in one process at once, the inner one fails."""
+    import torch
+    from pytorch_lightning import LightningModule, Trainer
+
+    class Module(LightningModule):
+        def __init__(self, width: int = 2) -> None:
+            super().__init__()
+            self.save_hyperparameters()
+            self.layer = torch.nn.Linear(width, 1)
+
+        def training_step(self, batch: Any, index: int) -> Any:
+            loss = self.layer(batch).sum()
+            self.log("train/loss", torch.tensor(float(index)))
+            return loss
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    base = tmp_path_factory.mktemp("runs")
+    sft = base / "sft"
+    (sft / "sub").mkdir(parents=True)
+    (sft / "sft.json").write_text("{}")
+    (sft / "sub" / "x").write_text("x")
+    before = dict(os.environ)
+    good = Tracker(
+        LoggerSettings(artifacts=True, tags=["mine", "nusax"], project="p"),
+        base / "good",
+        study="study",
+        job_type="run",
+        name="deftx-0",
+        config={"rank": "energy:0.9", "residual": None, "lang": {"rank": 16, "out": Path("o")}, "language": ["ace"]},
+        tags=["deftx", "nusax", "ace", "x" * 100],
+    )
+    bad = Tracker(LoggerSettings(group="mine"), base / "bad", study="study")
+
+    def fail() -> None:
+        bad.artifact(sft, name="unwanted")
+        raise RuntimeError("boom")
+
+    with good:
+        mode = good.mode
+        # A second wandb.init in one process returns the first run, unless it is told not to.
+        with pytest.raises(RuntimeError, match="boom"), bad:
+            fail()
+        for stage in ("full/ace", "sparse/ace"):
+            loggers = good.lightning_loggers(stage)
+            trainer = Trainer(
+                max_steps=3,
+                logger=loggers,
+                log_every_n_steps=1,
+                accelerator="cpu",
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                default_root_dir=base,
+            )
+            trainer.fit(Module(), torch.utils.data.DataLoader(torch.ones(8, 2)))
+        good.record(SCORES, extra={"seconds": {"total": 1.5}})
+        good.artifact(sft, name="sft language/ace", about={"k": 3})
+    return {
+        "base": base,
+        "mode": mode,
+        "good": records(base / "good"),
+        "bad": records(base / "bad"),
+        "environment": ({**before, "WANDB_SERVICE": ""}, {**os.environ, "WANDB_SERVICE": ""}),
+        "after": (good.run, bad.run),
+    }
+
+
+def test_wandb_run_says_what_it_is(offline: dict[str, Any]) -> None:
+    (run, *_) = of("run", offline["good"])
+    assert offline["mode"] == "offline"
+    assert (run.project, run.run_group, run.job_type, run.display_name) == ("p", "study", "run", "deftx-0")
+    assert list(run.tags) == ["deftx", "nusax", "ace", "x" * 64, "mine"]
+    config = {item.key: json.loads(item.value_json) for item in run.config.update if item.key != "_wandb"}
+    assert config == {
+        "rank": "energy:0.9",
+        "residual": None,
+        "lang/rank": 16,
+        "lang/out": "o",
+        "language": ["ace"],
+    }
+    later = [item.key for record in of("config", offline["good"]) for item in record.update]
+    assert "width" not in later
+
+
+def test_wandb_summary_has_stable_names(offline: dict[str, Any]) -> None:
+    found = summary(offline["good"])
+    expected = {f"macro_f1/{item.language}/{item.condition}": item.value for item in SCORES}
+    expected |= {"macro_f1/mean/no_language_sft": 0.45, "macro_f1/mean/ltsft": 0.581, "seconds/total": 1.5, "status": "done"}
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
+    assert "macro_f1/mean/deftx" not in found
+
+
+def test_wandb_table_has_a_row_for_each_language(offline: dict[str, Any]) -> None:
+    (path,) = (offline["base"] / "good").glob("wandb/offline-run-*/files/media/table/results_*.table.json")
+    table = json.loads(path.read_text())
+    assert table["columns"] == ["language", "split", "metric", "n", "no_language_sft", "ltsft", "deftx"]
+    assert table["data"] == [
+        ["ace", "test", "macro_f1", 400, 0.5, 0.612, 0.6304],
+        ["ban", "test", "macro_f1", 399, 0.4, 0.55, None],
+    ]
+    assert summary(offline["good"])["results|nrows"] == 2
+
+
+def test_wandb_artifacts_are_staged_with_the_run(offline: dict[str, Any]) -> None:
+    artifacts = {record.type: record for record in of("artifact", offline["good"])}
+    assert artifacts["sft"].name == "sft-language-ace"
+    assert json.loads(artifacts["sft"].metadata) == {"k": 3}
+    contents = {item.path: Path(item.local_path) for item in artifacts["sft"].manifest.contents}
+    assert set(contents) == {"sft.json", "sub/x"}
+    for record in artifacts.values():
+        for item in record.manifest.contents:
+            assert Path(item.local_path).is_file()
+            assert Path(item.local_path).is_relative_to(offline["base"] / "good" / "wandb" / "staging")
+    assert not of("artifact", offline["bad"]), "artifacts are off unless asked for"
+
+
+def test_training_curves_share_the_run_under_their_stages(offline: dict[str, Any]) -> None:
+    points = history(offline["good"])
+    for stage in ("full/ace", "sparse/ace"):
+        curve = [(p[f"{stage}/step"], p[f"{stage}/train/loss"]) for p in points if f"{stage}/train/loss" in p]
+        assert curve == [(0, 0.0), (1, 1.0), (2, 2.0)]
+        rows = pd.read_csv(offline["base"] / "good" / "curves" / stage / "metrics.csv")
+        assert rows["train/loss"].tolist() == [0.0, 1.0, 2.0]
+    axes = {record.glob_name: record.step_metric for record in of("metric", offline["good"])}
+    assert axes["full/ace/*"] == "full/ace/step"
+
+
+def test_runs_are_separate_and_closed(offline: dict[str, Any]) -> None:
+    ids = [of("run", offline[name])[0].run_id for name in ("good", "bad")]
+    assert ids[0] != ids[1]
+    assert [of("exit", offline[name])[0].exit_code for name in ("good", "bad")] == [0, 1]
+    assert of("run", offline["bad"])[0].run_group == "mine"
+    assert summary(offline["bad"])["status"] == "failed"
+    assert offline["after"] == (None, None)
+    import wandb
+
+    assert wandb.run is None
+    assert offline["environment"][0] == offline["environment"][1]
+
+
+def test_wandb_off_writes_curves_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Tracker(LoggerSettings(wandb="off"), tmp_path, study="s") as tracker:
+        assert (tracker.mode, tracker.run) == ("off", None)
+        tracker.record(SCORES)
+        tracker.artifact(tmp_path, name="x")
+        tracker.log_curve("full", {"loss": 1.0}, 1)
+        assert len(tracker.lightning_loggers("full/ace")) == 1
+        (tmp_path / "curves" / "sparse").mkdir(parents=True)
+        assert [tracker.lightning_loggers(name)[0].name for name in ("full/ace", "sparse")] == [
+            "full/ace-2",
+            "sparse-2",
+        ]
+    with Tracker(LoggerSettings(wandb="off", curves=False), tmp_path, study="s") as tracker:
+        assert tracker.lightning_loggers("full") == []
+    assert not (tmp_path / "wandb").exists()
+
+
+@pytest.mark.parametrize(
+    ("asked", "environment", "mode"),
+    [
+        ("online", {"WANDB_MODE": "disabled"}, "off"),
+        ("offline", {"WANDB_MODE": "disabled"}, "off"),
+        ("off", {"WANDB_MODE": "online"}, "off"),
+        ("offline", {"RANK": "1"}, "off"),
+        ("offline", {"LOCAL_RANK": "2"}, "off"),
+    ],
+)
+def test_the_environment_can_only_lower_the_mode(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str, environment: dict[str, str], mode: str
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with Tracker(LoggerSettings(wandb=asked), tmp_path, study="s") as tracker:
+        assert tracker.mode == mode
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_online_without_an_account_goes_offline(
+    quiet_home: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import wandb
+
+    started, init = [], wandb.init
+    monkeypatch.setattr(wandb, "init", lambda **options: (started.append(options["mode"]), init(**options))[1])
+    with Tracker(LoggerSettings(wandb="online"), tmp_path, study="s") as tracker:
+        assert tracker.mode == "offline"
+        tracker.record(SCORES)
+    assert started == ["offline"], "going online without an account would ask for one on a terminal"
+    assert summary(records(tmp_path))["macro_f1/ace/deftx"] == 0.6304
+    (record,) = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert "wandb login" in record.getMessage()
+    assert capfd.readouterr() == ("", ""), "the console stays quiet"
+
+
+def test_trouble_with_wandb_costs_no_result(
+    quiet_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import wandb
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise wandb.errors.CommError("no core")
+
+    monkeypatch.setattr(wandb, "init", broken)
+    with Tracker(LoggerSettings(), tmp_path, study="s") as tracker:
+        tracker.record(SCORES)
+        assert tracker.mode == "off"
+    assert "no core" in caplog.text
+    with pytest.raises(DeftxError, match="cannot write"), Tracker(LoggerSettings(), "/dev/null/x", study="s"):
+        pass
+
+
+def test_importing_is_light() -> None:
+    code = (
+        "import sys, deftx.tracking; "
+        "print({'torch', 'pytorch_lightning', 'wandb', 'pandas', 'pyarrow', 'rich'} & set(sys.modules))"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert answer.stdout.strip() == "set()"
