@@ -129,7 +129,8 @@ def _parse(parser: argparse.ArgumentParser, arguments: list[str]) -> tuple[argpa
         raise DeftxError(f"{text}; `deftx COMMAND --help` lists the knobs")
 
     parser.error = refuse  # type: ignore[assignment,method-assign]
-    known = parser.parse_args(arguments)
+    # Intermixed, so that options may stand anywhere among the overrides.
+    known = parser.parse_intermixed_args(arguments)
     # Hydra wants ++ for a new key of an open mapping, which is all that these are.
     return known, [f"++{text}" if text.startswith(OPEN_MAPPINGS) else text for text in known.overrides]
 

@@ -18,6 +18,8 @@ from omegaconf.errors import OmegaConfBaseException
 from deftx.config.session import group_options, unknown
 from deftx.errors import DeftxError, did_you_mean
 
+# OmegaConf asserts where an override goes below a null (model.pretrain.steps=9 with model=local).
+COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, AssertionError)
 # Groups without a node of their own in the configuration.
 GROUPS = ("experiment",)
 
@@ -72,7 +74,7 @@ def check_command(
             problems = [text for config in configs for text in validate(config)]
             if not problems:
                 return Command(name, jobs, multirun, configs)
-        except (HydraException, OmegaConfBaseException) as error:
+        except COMPOSE_ERRORS as error:
             problems = _override_problems(name, parsed, validate) or [_first_line(error)]
     else:
         problems += _override_problems(name, parsed, validate)
@@ -144,7 +146,7 @@ def _override_problems(name: str, items: Sequence[Override], validate: Callable[
     chosen = [_each(item)[0] for item in items if _is_group(item) and not _group_problems(item)]
     try:
         base = compose(name, overrides=chosen)
-    except (HydraException, OmegaConfBaseException) as error:
+    except COMPOSE_ERRORS as error:
         return [_first_line(error)]
     keys = sorted(_keys(OmegaConf.to_container(base)))
     problems: list[str] = []
@@ -162,11 +164,11 @@ def _override_problems(name: str, items: Sequence[Override], validate: Callable[
             try:
                 compose(name, overrides=[*chosen, text])
                 fitting.append(text)
-            except (HydraException, OmegaConfBaseException) as error:
+            except COMPOSE_ERRORS as error:
                 problems.append(f"{text}: {_first_line(error.__cause__ or error)}")
     try:
         problems += validate(compose(name, overrides=[*chosen, *fitting]))
-    except (HydraException, OmegaConfBaseException) as error:
+    except COMPOSE_ERRORS as error:
         problems.append(_first_line(error))
     return problems
 
@@ -185,4 +187,6 @@ def _keys(node: object, prefix: str = "") -> Iterator[str]:
 
 
 def _first_line(error: BaseException) -> str:
+    if isinstance(error, AssertionError):
+        return "there is nothing to set below a null of this configuration"
     return str(error).strip().splitlines()[0]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from deftx import tracking
 from deftx.cache import StageCache
 from deftx.data.settings import DataSettings, LanguageSettings
-from deftx.data.tasks import TASKS, load_test
+from deftx.data.tasks import TASKS, fingerprint_rows, load_test
 from deftx.errors import DeftxError
 from deftx.stages.diagnostics import diagnostics
 from deftx.stages.evaluate import SFT, Cell, Evaluator, Outcome, plan_cells
@@ -39,6 +39,7 @@ class Products:
     outcomes: list[Outcome] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     reports: dict[str, Any] = field(default_factory=dict)
+    tests: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -225,6 +226,7 @@ def _evaluate(bench: Bench, cells: Sequence[Cell], data: DataSettings) -> None:
     tests: dict[str, pd.DataFrame] = {
         code: load_test(study.task, language, data, split=study.split) for code, language in study.targets.items()
     }
+    bench.products.tests = {f"{study.split} {code}": fingerprint_rows(rows) for code, rows in tests.items()}
     evaluator = Evaluator(study, base, bench.cache)
     # Cells that share a composition's terms follow each other, so that the model changes least.
     for cell in sorted(cells, key=lambda item: (item.task.key, item.language_sft.key if item.language_sft else "")):
@@ -317,13 +319,14 @@ def flat_knobs(study: StudySettings) -> dict[str, Any]:
 def _fill(record: tracking.RunRecord, bench: Bench) -> None:
     """What a run has to say so far, also when it is about to fail."""
     study, products = bench.study, bench.products
-    record.metrics = scores(products.outcomes, TASKS[study.task].metric, study.split)
+    record.metrics = scores(products.outcomes, list(study.targets), TASKS[study.task].metric, study.split)
     record.stages = [event._asdict() for event in bench.cache.events]
     record.sfts = [
         {"name": sft.name, "sha256": sft.key, "metrics": {k: v for k, v in sft.metrics.items() if k != "history"}}
         for sft in dict.fromkeys(products.sfts)
     ]
     record.data = dict(products.reports)
+    record.fingerprints = dict(products.tests)
     if products.base is not None:
         record.fingerprints["base"] = products.base.key
     if study.split != "test":
@@ -331,8 +334,8 @@ def _fill(record: tracking.RunRecord, bench: Bench) -> None:
     record.notes += [f"{code}: no unlabelled text, so no language SFT in its row" for code in products.skipped]
 
 
-def scores(outcomes: Sequence[Outcome], metric: str, split: str) -> list[tracking.Metric]:
-    """One score for each language, condition and metric, the task's own metric first.
+def scores(outcomes: Sequence[Outcome], targets: Sequence[str], metric: str, split: str) -> list[tracking.Metric]:
+    """One score for each language, condition and metric: the task's own metric first, targets in the order given.
 
     A condition with several cells for one language (each other target's φ_L in turn) gives their mean.
     """
@@ -341,7 +344,10 @@ def scores(outcomes: Sequence[Outcome], metric: str, split: str) -> list[trackin
         groups: dict[tuple[str, str], list[dict[str, float]]] = {}
         for outcome in outcomes:
             groups.setdefault((outcome.cell.language, outcome.cell.condition), []).append(outcome.metrics)
-        for (language, condition), items in groups.items():
+        known = list(tracking.CONDITIONS)
+        for (language, condition), items in sorted(
+            groups.items(), key=lambda item: (targets.index(item[0][0]), known.index(item[0][1]))
+        ):
             value = sum(item[name] for item in items) / len(items)
             found.append(tracking.Metric(language, condition, name, value, int(items[0]["n"]), split))
     return found

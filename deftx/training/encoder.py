@@ -338,8 +338,11 @@ def _has_pooler(folder: Path) -> bool:
 
     index = folder / WEIGHTS[1]
     if (folder / WEIGHTS[0]).is_file():
-        with safe_open(folder / WEIGHTS[0], "pt") as file:
-            names = list(file.keys())
+        try:
+            with safe_open(folder / WEIGHTS[0], "pt") as file:
+                names = list(file.keys())
+        except Exception as error:  # noqa: BLE001 - safetensors raises several kinds for a damaged file
+            raise DeftxError(f"the weights in {folder} cannot be read ({type(error).__name__}: {error})") from error
     elif index.is_file():
         names = list(json.loads(index.read_text("utf-8"))["weight_map"])
     else:

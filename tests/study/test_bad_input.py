@@ -32,7 +32,7 @@ PREPARED = ["compare=[]", "controls=[]", "language=qba"]
         (["k=-3"], ["k=-3", "at least 1"]),
         (["k=3", "density=0.5"], ["one of the two"]),
         (["k=99999999"], ["k=99999999", "maskable parameters"]),
-        (["residual=prune:2"], ["prune:2", "[0, 1]"]),
+        (["residual=prune:2"], ["residual 2.0", "[0, 1]"]),
         (["residual=keep"], ["keep", "drop"]),
         (["rank=2,4"], ["rank=2,4", "-m"]),
         (["trainer.precision=16-mixed"], ["16-mixed", "bf16-mixed"]),

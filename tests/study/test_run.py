@@ -14,6 +14,9 @@ from sklearn.metrics import accuracy_score, f1_score
 from small_study import SMALL, Command
 
 
+FEW = ("language=qba", "compare=[]", "controls=[]")
+
+
 def scores(result: dict) -> dict[tuple[str, str, str], float]:
     return {(row["language"], row["condition"], row["metric"]): row["value"] for row in result["metrics"]}
 
@@ -139,7 +142,8 @@ def test_pretraining_on_own_text_gives_a_usable_model(deftx: Command, tmp_path: 
     outcome = deftx("pretrain", f"text=[{text}]", f"out={model}")
     assert outcome.status == 0, outcome.err
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in model.iterdir()}
-    used = deftx("run", "model=local", f"model.path={model}", "compare=[]", "controls=[]", "language=qba")
+    local = [item for item in SMALL if not item.startswith("model.")]
+    used = deftx("run", *local, f"model.path={model}", "model=local", *FEW, small=False)
     assert used.status == 0, used.err
 
 
