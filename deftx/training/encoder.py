@@ -341,7 +341,7 @@ def _has_pooler(folder: Path) -> bool:
         try:
             with safe_open(folder / WEIGHTS[0], "pt") as file:
                 names = list(file.keys())
-        except Exception as error:  # noqa: BLE001 - safetensors raises several kinds for a damaged file
+        except Exception as error:
             raise DeftxError(f"the weights in {folder} cannot be read ({type(error).__name__}: {error})") from error
     elif index.is_file():
         names = list(json.loads(index.read_text("utf-8"))["weight_map"])

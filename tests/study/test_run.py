@@ -13,7 +13,6 @@ import pytest
 from sklearn.metrics import accuracy_score, f1_score
 from small_study import SMALL, Command
 
-
 FEW = ("language=qba", "compare=[]", "controls=[]")
 
 
