@@ -66,6 +66,7 @@ CONDITIONS = {
     "other_language_sft": "other language's SFT",
     "ltsft": "LT-SFT",
     "deftx": "DeFT-X",
+    "source_language_only": "task SFT alone",
     "composed": "composed",
 }
 """Stable names of what a target is evaluated with, in the order of the table's columns, and the columns'

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,3 +20,14 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no evaluation data at {folder} (set DEFTX_TEST_DATA)")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def root_logging() -> Iterator[None]:
+    """Take away what a command run in this process left on the root logger: it writes to a captured stream."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    logging.captureWarnings(False)
+    root.handlers[:] = handlers
+    root.setLevel(level)

@@ -12,14 +12,14 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from deftx.config.session import group_options, unknown
 from deftx.errors import DeftxError, did_you_mean
 
 # OmegaConf asserts where an override goes below a null (model.pretrain.steps=9 with model=local).
-COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, AssertionError)
+COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, AssertionError, ValueError)
 # Groups without a node of their own in the configuration.
 GROUPS = ("experiment",)
 
@@ -29,14 +29,10 @@ class Command:
     """A command that passed: what Hydra is asked to run.
 
     Attributes:
-        name: Primary configuration (``run``, ``sft``, ...).
-        jobs: Overrides of each job; one entry unless it is a sweep.
         multirun: Whether Hydra's sweeper runs it.
-        configs: The composed configuration of each job.
+        configs: The composed configuration of each job; one unless it is a sweep.
     """
 
-    name: str
-    jobs: list[list[str]]
     multirun: bool
     configs: list[DictConfig]
 
@@ -65,26 +61,26 @@ def check_command(
         try:
             parsed.append(parser.parse_override(text))
         except (OverrideParseException, HydraException):
-            problems.append(f"{text!r} is no override; write key=value")
+            quoted = (
+                ", values with spaces, commas or other letters in inner quotes: key='\"value\"'" if "=" in text else ""
+            )
+            problems.append(f"{text!r} is no override; write key=value{quoted}")
     problems += [text for item in parsed for text in _group_problems(item)]
     if not problems:
         try:
-            jobs, multirun = _jobs(name, parsed, parser, multirun)
-            configs = [compose(name, overrides=job) for job in jobs]
-            problems = [text for config in configs for text in validate(config)]
+            command = _composed(name, parsed, parser, multirun)
+            problems = [text for config in command.configs for text in validate(config)]
             if not problems:
-                return Command(name, jobs, multirun, configs)
+                return command
         except COMPOSE_ERRORS as error:
-            problems = _override_problems(name, parsed, validate) or [_first_line(error)]
+            problems = _override_problems(name, parsed, parser, validate) or [_first_line(error)]
     else:
-        problems += _override_problems(name, parsed, validate)
+        problems += _override_problems(name, parsed, parser, validate)
     raise DeftxError("\n".join(dict.fromkeys(problems)))
 
 
-def _jobs(
-    name: str, items: Sequence[Override], parser: OverridesParser, multirun: bool
-) -> tuple[list[list[str]], bool]:
-    """The overrides of each job, and whether Hydra's sweeper runs them.
+def _composed(name: str, items: Sequence[Override], parser: OverridesParser, multirun: bool) -> Command:
+    """The configuration of each job, and whether Hydra's sweeper runs them.
 
     Raises:
         DeftxError: Values to sweep over without a sweep.
@@ -100,13 +96,15 @@ def _jobs(
                     f"{item.input_line} is a sweep: add -m, or write {item.key_or_group}=[...]" for item in sweeps
                 )
             )
-        return [_lines(single)], False
+        with open_dict(base):
+            del base["hydra"]
+        return Command(False, [base])
     params = dict(base.hydra.sweeper.get("params") or {})
     every = parser.parse_overrides([f"{key}={value}" for key, value in params.items()]) + list(items)
     wrong = [text for item in every for text in _group_problems(item)]
     if wrong:
         raise DeftxError("\n".join(wrong))
-    return BasicSweeper.split_arguments(every, None)[0], True
+    return Command(True, [compose(name, overrides=job) for job in BasicSweeper.split_arguments(every, None)[0]])
 
 
 def _lines(items: Sequence[Override]) -> list[str]:
@@ -138,36 +136,39 @@ def _group_problems(item: Override) -> list[str]:
     ]
 
 
-def _override_problems(name: str, items: Sequence[Override], validate: Callable[[DictConfig], list[str]]) -> list[str]:
+def _override_problems(
+    name: str, items: Sequence[Override], parser: OverridesParser, validate: Callable[[DictConfig], list[str]]
+) -> list[str]:
     """Try each override by itself on top of the valid groups, to name every one that does not fit.
 
     Those that fit are then validated together, so that a misspelt key does not hide a rank of 0.
     """
     chosen = [_each(item)[0] for item in items if _is_group(item) and not _group_problems(item)]
     try:
-        base = compose(name, overrides=chosen)
+        config = compose(name, overrides=chosen)
     except COMPOSE_ERRORS as error:
         return [_first_line(error)]
-    keys = sorted(_keys(OmegaConf.to_container(base)))
+    keys = set(_keys(OmegaConf.to_container(config)))
     problems: list[str] = []
-    fitting: list[str] = []
     for item in items:
-        if _is_group(item):
-            continue
         key = item.key_or_group
+        if _is_group(item) or key.startswith("hydra"):
+            continue
         ordinary = not item.is_add() and not item.is_force_add() and not item.is_delete()
-        if ordinary and not key.startswith("hydra") and key not in keys:
-            close = did_you_mean(key, [*keys, *GROUPS])
+        if ordinary and key not in keys:
+            close = did_you_mean(key, [*sorted(keys), *GROUPS])
             problems.append(f"unknown key {key!r}{close}; `deftx {name} --help` lists the knobs")
             continue
         for text in _each(item):
             try:
-                compose(name, overrides=[*chosen, text])
-                fitting.append(text)
+                if ordinary:  # as Hydra merges it, without composing everything again
+                    OmegaConf.update(config, key, parser.parse_override(text).value(), merge=True)
+                else:
+                    compose(name, overrides=[*chosen, text])
             except COMPOSE_ERRORS as error:
                 problems.append(f"{text}: {_first_line(error.__cause__ or error)}")
     try:
-        problems += validate(compose(name, overrides=[*chosen, *fitting]))
+        problems += validate(config)
     except COMPOSE_ERRORS as error:
         problems.append(_first_line(error))
     return problems

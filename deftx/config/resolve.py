@@ -71,7 +71,7 @@ def _sft(name: str, own: SFTConfig, cfg: RunConfig, default: SizeConfig, problem
         residual=None if rank is None else residual,
         k=k,
         density=density,
-        exclude=() if rank is None else tuple(own.exclude),
+        exclude=() if rank is None else tuple(sorted(own.exclude)),
         training=training,
     )
 
@@ -127,6 +127,9 @@ def resolve(cfg: DictConfig) -> tuple[StudySettings | None, list[str]]:
     source_sft = None
     if config.source.enabled:
         source_sft = _sft("source", config.source, config, config.sparsity.language, problems)
+    if language_sft is not None and task_sft is not None and language_sft.rank is None and task_sft.rank is None:
+        # Nothing is denoised, whatever the method is called: that is LT-SFT, and tables have to say so.
+        methods = list(dict.fromkeys("ltsft" if name == "deftx" else name for name in methods))
     corpus = plain(config.corpus, CorpusSettings)
     if config.budget.max_lines is not None:
         corpus.max_lines = config.budget.max_lines

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from hydra import compose
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_automatic_config_search_path
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.version import setbase
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from deftx.config.schema import register
 from deftx.data.settings import LANGUAGE_ALIASES, LanguageSettings
@@ -39,6 +40,8 @@ def _hydra(config_dir: str | None) -> Hydra:
     """A Hydra instance on deftx's configuration, with the user's own folder in front when there is one."""
     register()
     GlobalHydra.instance().clear()
+    group_options.cache_clear()
+    _language_file.cache_clear()
     setbase(VERSION_BASE)
     search_path = create_automatic_config_search_path(None, None, str(conf_dir()))
     if config_dir is not None:
@@ -77,6 +80,10 @@ def launch(
             returns = hydra.multirun(name, job, [*overrides, "hydra.mode=MULTIRUN"])
             return [item.return_value for batch in returns for item in batch]
         return [hydra.run(name, job, [*overrides, "hydra.mode=RUN"]).return_value]
+    except OSError as error:
+        raise DeftxError(
+            f"the run's folder cannot be made: {error.filename}: {error.strerror}; choose another paths.output=FOLDER"
+        ) from error
     finally:
         GlobalHydra.instance().clear()
 
@@ -86,6 +93,7 @@ def run_directory() -> Path:
     return Path(HydraConfig.get().runtime.output_dir)
 
 
+@cache
 def group_options(group: str) -> list[str]:
     """Names in a config group, from every folder on the search path."""
     return sorted(GlobalHydra.instance().config_loader().get_group_options(group))
@@ -102,14 +110,22 @@ def language_settings(code: str) -> LanguageSettings:
     """Settings of one language, from ``conf/language/<code>.yaml`` on Hydra's search path.
 
     Raises:
-        DeftxError: No such file.
+        DeftxError: No such file, or something in it that is no setting of a language.
     """
     options = group_options("language")
     if code not in options:
         raise DeftxError(unknown("language", code, options))
-    node = compose(config_name=f"language/{code}")
-    merged = OmegaConf.merge(OmegaConf.structured(LanguageSettings), node.language[code])
-    return plain(merged, LanguageSettings)
+    try:
+        return plain(OmegaConf.merge(OmegaConf.structured(LanguageSettings), _language_file(code)), LanguageSettings)
+    except OmegaConfBaseException as error:
+        raise DeftxError(f"language/{code}.yaml: {str(error).splitlines()[0]}") from error
+
+
+@cache
+def _language_file(code: str) -> Any:
+    # Read alone: composing a whole configuration around it takes fifty times as long.
+    found = GlobalHydra.instance().config_loader().repository.load_config(f"language/{code}")  # type: ignore[attr-defined]
+    return found.config
 
 
 def plain(node: Any, kind: type[T]) -> T:

@@ -26,6 +26,7 @@ FORMAT_VERSION = 1
 TENSORS, FACTS, CARD = "sft.safetensors", "sft.json", "README.md"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
 _PICKLE_STARTS = (b"\x80", b"PK\x03\x04")  # pickle protocol 2 and later; the zip that torch.save writes
+_HEADER_AT = 8  # in a safetensors file
 _AGAIN = "fetch or train it again"
 
 
@@ -65,7 +66,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         text = (folder / FACTS).read_bytes()
     except OSError as error:
         raise DeftxError(f"cannot read the sparse fine-tuning {folder}: {error.strerror or error}") from error
-    if data.startswith(_PICKLE_STARTS):
+    if _is_pickle(data):
         raise DeftxError(_pickle_message(folder / TENSORS))
     try:
         facts = json.loads(text)
@@ -153,8 +154,8 @@ def _refuse_what_is_no_folder(folder: Path) -> None:
         raise DeftxError(f"there is no sparse fine-tuning at {folder}: no such folder")
     if not folder.is_dir():
         with folder.open("rb") as file:
-            start = file.read(4)
-        if folder.suffix.lower() in PICKLES or start.startswith(_PICKLE_STARTS):
+            start = file.read(_HEADER_AT + 1)
+        if folder.suffix.lower() in PICKLES or _is_pickle(start):
             raise DeftxError(_pickle_message(folder))
         raise DeftxError(f"{folder} is a file; a sparse fine-tuning is the folder that holds {TENSORS} and {FACTS}")
     found = sorted(path.name for path in folder.iterdir())
@@ -165,6 +166,11 @@ def _refuse_what_is_no_folder(folder: Path) -> None:
     if missing:
         there = ", ".join(found[:8]) or "nothing"
         raise DeftxError(f"{folder} is no sparse fine-tuning: {' and '.join(missing)} missing (found: {there})")
+
+
+def _is_pickle(start: bytes) -> bool:
+    # A safetensors file starts with the length of its JSON header in 8 bytes, whose lowest may be any byte, 0x80 too.
+    return start.startswith(_PICKLE_STARTS) and start[_HEADER_AT : _HEADER_AT + 1] != b"{"
 
 
 def _pickle_message(path: Path) -> str:

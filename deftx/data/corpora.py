@@ -27,6 +27,10 @@ WIKIPEDIA = "wikimedia/wikipedia"
 WIKIPEDIA_DUMP = "20231101"
 
 
+class MissingTextError(DeftxError):
+    """No unlabelled text is there for a language at all, as opposed to text that is bad."""
+
+
 @dataclass(frozen=True)
 class TextSource:
     """Where the unlabelled text of a language is.
@@ -134,7 +138,7 @@ def resolve_text(language: LanguageSettings, data: DataSettings) -> TextSource:
         wikipedia = "it has no Wikipedia"
     else:
         wikipedia = f"or data.wikipedia={WIKIPEDIA} for {WIKIPEDIA_DUMP}.{language.wikipedia}"
-    raise DeftxError(f"no unlabelled text for {language.code!r} ({looked}); set {own}=[FILE, ...]; {wikipedia}")
+    raise MissingTextError(f"no unlabelled text for {language.code!r} ({looked}); set {own}=[FILE, ...]; {wikipedia}")
 
 
 def build_corpus(source: TextSource, protected: Sequence[str], settings: CorpusSettings, seed: int) -> Corpus:

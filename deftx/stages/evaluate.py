@@ -57,7 +57,8 @@ class Cell:
 
     Attributes:
         language: Target language code.
-        condition: ``deftx``, ``ltsft``, ``no_language_sft``, ``source_sft`` or ``other_language_sft``.
+        condition: ``deftx``, ``ltsft``, ``no_language_sft``, ``source_sft``, ``other_language_sft``,
+            or for given SFTs ``composed`` and ``source_language_only``.
         task: φ_T; its head predicts.
         language_sft: The language SFT composed with it, if any.
         variant: Tells cells of one condition apart (whose φ_L it is), else empty.
@@ -137,7 +138,6 @@ class Evaluator:
             tokenizer=self._tokenizer,
             batch_size=EVAL_BATCH,
             max_length=self.study.task_sft.training.max_length,
-            device="cpu" if self.study.trainer.accelerator == "cpu" else None,
         )
         labels = rows["label"].tolist()
         metrics = {name: score(name, logits, labels, len(task.labels)) for name in ("macro_f1", "accuracy")}
@@ -151,6 +151,8 @@ class Evaluator:
 
     def _compose(self, cell: Cell) -> None:
         """Bring the model to the cell's composition, touching only the terms that differ."""
+        import torch
+
         from deftx.core.delta import Composition
         from deftx.training.encoder import (
             base_fingerprint_of,
@@ -162,6 +164,8 @@ class Evaluator:
         if self._composition is None:
             labels = TASKS[self.study.task].labels
             self._model, _ = load_classifier(self.base.folder, labels=labels, seed=0)
+            if self.study.trainer.accelerator != "cpu" and torch.cuda.is_available():
+                self._model.cuda()  # before the composition takes hold of the parameters
             self._tokenizer = load_tokenizer(self.base.folder)
             self._composition = Composition(
                 {name: parameter.data for name, parameter in base_parameters(self._model).items()},

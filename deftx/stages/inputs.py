@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deftx.cache import Entry, Stage, StageCache, Workspace, fingerprint_files
-from deftx.data.settings import DataSettings, LanguageSettings
+from deftx.data.settings import CorpusSettings, DataSettings, LanguageSettings
 from deftx.data.synthetic import generate_family
 from deftx.errors import DeftxError
 from deftx.stages.settings import ModelSettings, StudySettings
@@ -178,6 +178,8 @@ def _pretrained_here(study: StudySettings, data: DataSettings, cache: StageCache
         raise DeftxError("model.pretrain needs model.languages=[...]: the languages whose text the encoder learns from")
     sources = {code: resolve_text(language, data) for code, language in study.pretrain_languages.items()}
     protected = {code: protected_texts(language, data) for code, language in study.pretrain_languages.items()}
+    # Not the study's own cleaning: a budget's max_lines must not give another base.
+    cleaning = CorpusSettings(valid_fraction=settings.valid_fraction)
     inputs = {f"text.{code}": source.fingerprint for code, source in sources.items()}
     inputs |= {f"protected.{code}": hash_texts(texts) for code, texts in protected.items()}
     stage = Stage(
@@ -185,7 +187,7 @@ def _pretrained_here(study: StudySettings, data: DataSettings, cache: StageCache
         version=1,
         settings={
             "pretrain": asdict(settings),
-            "corpus": asdict(study.corpus),
+            "corpus": asdict(cleaning),
             "languages": list(study.model.languages),
             "precision": study.trainer.precision,
         },
@@ -203,7 +205,6 @@ def _pretrained_here(study: StudySettings, data: DataSettings, cache: StageCache
         from deftx.data.module import TextDataModule
         from deftx.training.pretrain import pretrain, train_tokenizer
 
-        cleaning = replace(study.corpus, valid_fraction=settings.valid_fraction)
         texts = {code: build_corpus(source, protected[code], cleaning, seed) for code, source in sources.items()}
         train = [line for code, text in texts.items() if code in languages for line in text.train]
         valid = [line for code, text in texts.items() if code in languages for line in text.valid]

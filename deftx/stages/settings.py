@@ -123,7 +123,6 @@ class StudySettings:
     trainer: TrainerSettings
     logger: LoggerSettings
     cache_root: str
-    knobs: dict[str, Any] = field(default_factory=dict)
 
     def sft_for(self, method: str, sft: SFTSettings) -> SFTSettings:
         """``sft`` as ``method`` trains it."""

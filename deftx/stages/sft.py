@@ -7,6 +7,7 @@ both trains it once for each language (or task) and seed; the decomposition know
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -33,7 +34,8 @@ class Recipe:
         language: Language the text or the rows are in.
         sft: Settings of the SFT.
         inputs: Keys of base, data and, for a task SFT, of the φ_S it is trained on.
-        load: Gives a freshly loaded module holding θ⁰ (+ φ_S), h⁰, and the fingerprint of θ⁰.
+        load: Gives a freshly loaded module holding θ⁰ (+ φ_S), h⁰; the fingerprint of θ⁰; and
+            the names of head tensors that were drawn, not read.
         data: Gives the data module.
         metadata: What the SFT's ``sft.json`` says beside the settings.
     """
@@ -42,7 +44,7 @@ class Recipe:
     language: str
     sft: SFTSettings
     inputs: Mapping[str, str]
-    load: Callable[[], tuple[Encoder, str]]
+    load: Callable[[], tuple[Encoder, str, list[str]]]
     data: Callable[[], Any]
     metadata: Mapping[str, Any]
 
@@ -55,7 +57,7 @@ class Recipe:
 
     @property
     def slug(self) -> str:
-        """A stable name for training curves: ``language-qba``, ``task``, ``task-on-qaa``."""
+        """A stable name for training curves: ``language-qba``, ``task-on-qaa``, ``task``."""
         if self.kind == "language":
             return f"language-{self.language}"
         return f"task-on-{self.language}" if "source_sft" in self.inputs else "task"
@@ -76,12 +78,12 @@ class Trainer:
         """φ_L: masked language modelling on unlabelled text of one language."""
         head_seed = stage_seed(self.study.seed, "head", "mlm")
 
-        def load() -> tuple[Encoder, str]:
+        def load() -> tuple[Encoder, str, list[str]]:
             from deftx.training.encoder import base_fingerprint_of, load_masked_lm
             from deftx.training.modules import MaskedLM
 
-            model, _ = load_masked_lm(self.base.folder, seed=head_seed)
-            return MaskedLM(model, sft.training), base_fingerprint_of(model)
+            model, report = load_masked_lm(self.base.folder, seed=head_seed)
+            return MaskedLM(model, sft.training), base_fingerprint_of(model), report.drawn
 
         def data() -> Any:
             from deftx.data.module import TextDataModule
@@ -113,17 +115,17 @@ class Trainer:
         task = TASKS[self.study.task]
         head_seed = stage_seed(self.study.seed, "head", self.study.task)
 
-        def load() -> tuple[Encoder, str]:
+        def load() -> tuple[Encoder, str, list[str]]:
             from deftx.core.delta import Composition
             from deftx.training.encoder import base_fingerprint_of, base_parameters, load_classifier
             from deftx.training.modules import SequenceClassifier
 
-            model, _ = load_classifier(self.base.folder, labels=task.labels, seed=head_seed)
+            model, report = load_classifier(self.base.folder, labels=task.labels, seed=head_seed)
             fingerprint = base_fingerprint_of(model)
             if on is not None:
                 parameters = {name: parameter.data for name, parameter in base_parameters(model).items()}
                 Composition(parameters, base_fingerprint=fingerprint).add("source", on.load())
-            return SequenceClassifier(model, sft.training, metric=task.metric), fingerprint
+            return SequenceClassifier(model, sft.training, metric=task.metric), fingerprint, report.drawn
 
         def data() -> Any:
             from deftx.data.module import TextDataModule
@@ -182,7 +184,7 @@ class Trainer:
 
         sft = recipe.sft
         shapes = shapes_of(self.base.folder, kind=recipe.kind)
-        maskable = sum(_product(shape) for shape in shapes.values())
+        maskable = sum(math.prod(shape) for shape in shapes.values())
         k = sft.size(maskable)
         full_stage = self.full_stage(recipe)
         select_inputs = {"full": full_stage.key}
@@ -191,7 +193,7 @@ class Trainer:
             decompose_stage = Stage(
                 kind="decompose",
                 version=1,
-                settings={"exclude": sorted(sft.exclude)},
+                settings={"exclude": list(sft.exclude)},
                 inputs={"full": full_stage.key},
                 label=recipe.label,
             )
@@ -228,8 +230,7 @@ class Trainer:
         entry = self.cache.get_or_compute(sparse_stage, sparse)
         metrics = json.loads(entry.file("metrics.json").read_text(encoding="utf-8"))
         folder = entry.path / SFT_FOLDER
-        code = recipe.language if recipe.kind == "language" else self.study.task
-        return SFT(recipe.kind, f"{recipe.kind} {code} {sft.method}", folder, _sft_sha(entry), metrics)
+        return SFT(recipe.kind, f"{recipe.label} {method}", folder, _sft_sha(entry), metrics)
 
     def _full_phase(self, recipe: Recipe, work: Workspace) -> None:
         from safetensors.torch import save_file
@@ -237,7 +238,7 @@ class Trainer:
         from deftx.training.callback import SparseFineTuning, full_state
         from deftx.training.fit import fit_phase
 
-        module, _ = recipe.load()
+        module, _, _ = recipe.load()
         result = fit_phase(
             module,
             recipe.data(),
@@ -257,7 +258,7 @@ class Trainer:
 
         from deftx.training.callback import change_of
 
-        module, _ = recipe.load()
+        module, _, _ = recipe.load()
         return change_of(load_file(full.file("full.safetensors")), module)
 
     def _decompose(self, recipe: Recipe, full: Entry, work: Workspace) -> None:
@@ -309,7 +310,7 @@ class Trainer:
         from deftx.training.fit import fit_phase
 
         sft = recipe.sft
-        module, fingerprint = recipe.load()
+        module, fingerprint, drawn = recipe.load()
         mask = load_file(selection.file("mask.safetensors"))
         callback = SparseFineTuning("sparse", l1=sft.training.l1_sparse, selection=mask)
         result = fit_phase(
@@ -333,6 +334,7 @@ class Trainer:
             "exclude": list(sft.exclude),
             "k": sum(index.numel() for index in mask.values()),
             "maskable": maskable,
+            "head_drawn": drawn,
             "seed": self.study.seed,
             "training": asdict(sft.training),
             "precision": self.study.trainer.precision,
@@ -342,13 +344,6 @@ class Trainer:
         callback.delta(metadata).save(work.out / SFT_FOLDER)
         shutil.copyfile(selection.file("denoising.parquet"), work.out / "denoising.parquet")
         _write_metrics(work, result, module.monitor)
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    size = 1
-    for part in shape:
-        size *= part
-    return size
 
 
 def _sft_sha(entry: Entry) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from deftx.cache import file_sha256
 from deftx.errors import DeftxError
@@ -11,12 +12,15 @@ from deftx.stages.evaluate import SFT
 SFT_FILES = ("sft.json", "sft.safetensors")
 
 
-def open_sft(place: str, role: str) -> SFT:
+def open_sft(place: str, role: str) -> tuple[SFT, dict[str, Any]]:
     """Find and verify an SFT.
 
     Args:
         place: Folder with ``sft.safetensors`` and ``sft.json``, or a hub id ``owner/name``.
         role: ``task`` or ``language``; what the SFT has to be.
+
+    Returns:
+        The SFT, and what its ``sft.json`` says of it.
 
     Raises:
         DeftxError: Not there, not intact, or of the other kind.
@@ -36,7 +40,7 @@ def open_sft(place: str, role: str) -> SFT:
         f"{role} {'+'.join(map(str, delta.metadata.get('languages', [])))} {delta.metadata.get('method', '')}".strip()
     )
     metrics = dict(delta.metadata.get("metrics") or {})
-    return SFT(role, name, folder, file_sha256(folder / "sft.safetensors"), metrics)
+    return SFT(role, name, folder, file_sha256(folder / "sft.safetensors"), metrics), dict(delta.metadata)
 
 
 def _download(repo: str) -> Path:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from deftx import tracking
 from deftx.cache import StageCache
+from deftx.data.corpora import MissingTextError
 from deftx.data.settings import DataSettings, LanguageSettings
 from deftx.data.tasks import TASKS, fingerprint_rows, load_test
 from deftx.errors import DeftxError
@@ -64,8 +65,8 @@ class Bench:
         """φ_L, or ``None`` for a target without text under ``missing_text=skip``."""
         try:
             text = corpus(self.study, language, data, self.cache)
-        except DeftxError as error:
-            if self.study.missing_text != "skip" or not _lacks_text(language, data):
+        except MissingTextError as error:
+            if self.study.missing_text != "skip" or language.code not in self.study.targets:
                 raise
             log.warning("%s: no unlabelled text, evaluated without a language SFT (%s)", language.code, error)
             if language.code not in self.products.skipped:
@@ -83,11 +84,6 @@ class Bench:
         made = trainer.task_sft(rows, sft, on)
         self.products.sfts.append(made)
         return made
-
-
-def _lacks_text(language: LanguageSettings, data: DataSettings) -> bool:
-    """Whether no text is named for a language at all, as opposed to text that is bad."""
-    return not language.text if data.root is not None else not (language.text or language.wikipedia)
 
 
 def run_study(study: StudySettings, run_dir: Path) -> tracking.RunRecord:
@@ -182,12 +178,19 @@ def run_eval(study: StudySettings, task_sft: str, language_sfts: dict[str, str],
     from deftx.stages.sources import open_sft
 
     def body(bench: Bench) -> None:
-        given = open_sft(task_sft, "task")
-        languages = {code: open_sft(place, "language") for code, place in language_sfts.items()}
+        given, about = open_sft(task_sft, "task")
+        if about.get("task") != study.task:
+            raise DeftxError(f"{task_sft} was trained for the task {about.get('task')!r}, not {study.task!r}")
+        languages: dict[str, SFT] = {}
+        for code, place in language_sfts.items():
+            languages[code], said = open_sft(place, "language")
+            if said.get("languages") != [code]:
+                log.warning("language_sft.%s=%s was trained on %s", code, place, said.get("languages"))
+        alone = "source_language_only" if about.get("trained_on") else "no_language_sft"
         data, _ = bench.open()
         bench.products.sfts += [given, *languages.values()]
-        cells = [Cell(code, "composed", given, languages.get(code)) for code in study.targets]
-        cells += [Cell(code, "no_language_sft", given, None) for code in study.targets if code in languages]
+        cells = [Cell(code, "composed", given, languages[code]) for code in study.targets if code in languages]
+        cells += [Cell(code, alone, given, None) for code in study.targets]
         _evaluate(bench, cells, data)
 
     return _run(study, run_dir, "eval", body)
@@ -206,12 +209,13 @@ def run_pretrain(study: StudySettings, text: Sequence[str], out: Path) -> None:
     if out.exists() and any(out.iterdir()):
         raise DeftxError(f"out={out} exists and is not empty; give a new folder")
     if text:
-        language = LanguageSettings(code="text", name="text", text=list(text))
-        data = replace(study.data, root=study.data.root or str(Path.cwd()))
+        # The files are the user's: relative to where the command was given, whatever data the study would use.
+        places = [str(Path(place).expanduser().absolute()) for place in text]
+        language = LanguageSettings(code="text", name="text", text=places)
         model = replace(study.model, languages=["text"], vocabulary=[])
-        study = replace(study, model=model, pretrain_languages={"text": language}, data=data)
+        study = replace(study, model=model, pretrain_languages={"text": language})
     cache = _open_cache(study)
-    data = data_settings(study, cache)
+    data = study.data if text else data_settings(study, cache)
     base = base_model(study, data, cache)
     out.parent.mkdir(parents=True, exist_ok=True)
     shutil.copytree(base.folder, out, dirs_exist_ok=True)
@@ -253,7 +257,6 @@ def _run(study: StudySettings, run_dir: Path, job: str, body: Callable[[Bench], 
 
     if study.trainer.threads is not None:
         torch.set_num_threads(study.trainer.threads)
-    run_dir.mkdir(parents=True, exist_ok=True)
     cache = _open_cache(study)
     record = tracking.RunRecord(
         study=study.name,
@@ -307,6 +310,8 @@ def flat_knobs(study: StudySettings) -> dict[str, Any]:
         "source.language": study.source.code,
         "precision": study.trainer.precision,
     }
+    if study.source_sft is None:
+        knobs["source.language"] = None
     for name, item in (("lang", sft), ("task", task), ("source", study.source_sft)):
         if item is not None:
             knobs |= {f"{name}.{key}": getattr(item, key) for key in ("rank", "residual", "k", "density")}

@@ -326,6 +326,19 @@ def test_pickle_is_refused_and_never_opened(
     assert not (tmp_path / "exploded").exists()
 
 
+def test_a_header_length_that_looks_like_a_pickle_is_read(tmp_path: Path) -> None:
+    # The first byte of a safetensors file is the lowest of its header's length: 0x80, a pickle's, is as good as any.
+    for length in range(1, 200):
+        base = {"w" * length: torch.zeros(3, 4)}
+        delta = SparseDelta.from_states(base, {"w" * length: torch.ones(3, 4)}, metadata=METADATA)
+        folder = tmp_path / str(length)
+        delta.save(folder)
+        if (folder / "sft.safetensors").read_bytes()[0] == 0x80:
+            assert SparseDelta.load(folder).k == 12
+            return
+    raise AssertionError("no name gave a header whose length ends in 0x80")
+
+
 def forged(saved: dict[str, bytes], tensors: Any = None, facts: Any = None) -> dict[str, bytes]:
     """A folder whose digests are right although its content is wrong."""
     content = safetensors.torch.load(saved["sft.safetensors"])
