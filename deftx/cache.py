@@ -240,7 +240,10 @@ def _read_memo(memo: Path | None) -> dict[str, list[Any]]:
 
 
 class Event(NamedTuple):
-    """One request to the cache: ``outcome`` is ``cached`` or ``computed``; ``seconds`` is wall time."""
+    """One request to the cache.
+
+    ``outcome`` is ``cached`` or ``computed``; ``seconds`` is its own wall time, that of stages it asked for left out.
+    """
 
     kind: str
     label: str
@@ -325,6 +328,7 @@ class StageCache:
         self.root = Path(root).expanduser().absolute()
         self.provenance = dict(provenance or {"python": platform.python_version(), "machine": platform.machine()})
         self.events: list[Event] = []
+        self._inner_seconds = 0.0  # spent by stages that the one being computed asked for
         self._verified: dict[tuple[int, ...], str] = {}
 
     @property
@@ -410,15 +414,20 @@ class StageCache:
             Exception: whatever ``compute`` raises; ``workspace.scratch`` stays for the next attempt.
         """
         started = time.perf_counter()
+        around, self._inner_seconds = self._inner_seconds, 0.0
         outcome = "cached"
-        entry = self.find(stage)
-        if entry is None:
-            with self._lock(stage):
-                entry = self.find(stage)
-                if entry is None:
-                    outcome = "computed"
-                    entry = self._compute(stage, compute, self.provenance if provenance is None else provenance)
-        seconds = time.perf_counter() - started
+        try:
+            entry = self.find(stage)
+            if entry is None:
+                with self._lock(stage):
+                    entry = self.find(stage)
+                    if entry is None:
+                        outcome = "computed"
+                        entry = self._compute(stage, compute, self.provenance if provenance is None else provenance)
+        finally:
+            total = time.perf_counter() - started
+            seconds = total - self._inner_seconds
+            self._inner_seconds = around + total
         log.info("%s: %s in %.1f s", stage, outcome, seconds)
         self.events.append(Event(stage.kind, stage.label, stage.key, outcome, seconds))
         return entry

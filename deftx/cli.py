@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deftx import __version__
@@ -144,7 +145,8 @@ def _job_problems(name: str, config: DictConfig) -> list[str]:
         return problems
     from deftx.stages.preflight import preflight
 
-    return preflight(settings, written_folders(config))
+    job = f"sft {config.kind}" if name == "sft" else name
+    return preflight(settings, job, written_folders(config), Path(config.out).expanduser() if config.out else None)
 
 
 def _launch(name: str, overrides: list[str], multirun: bool, config_dir: str | None) -> int:

@@ -7,11 +7,21 @@ exits with status 1; anything else that escapes is a defect of ours and keeps it
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class DeftxError(Exception):
     """A mistake the user can correct; the message names the value, the limit, what is available and what to do next."""
+
+
+@contextmanager
+def collected(problems: list[str]) -> Iterator[None]:
+    """Add what a :class:`DeftxError` in the block says to ``problems``, a line each, instead of raising it."""
+    try:
+        yield
+    except DeftxError as error:
+        problems += str(error).splitlines()
 
 
 def did_you_mean(value: str, available: Iterable[str]) -> str:

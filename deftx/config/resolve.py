@@ -7,16 +7,17 @@ ignores become ``None``.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from deftx.config.schema import RunConfig, SFTConfig, SizeConfig
 from deftx.config.session import language_settings, plain, unknown
 from deftx.core.settings import RankPolicy, ResidualPolicy
 from deftx.data.settings import CorpusSettings, DataSettings, LanguageSettings
 from deftx.data.synthetic import SyntheticSettings
-from deftx.errors import DeftxError
+from deftx.errors import DeftxError, collected
 from deftx.stages.settings import CONTROLS, METHODS, ModelSettings, SFTSettings, StudySettings
 from deftx.tracking import LoggerSettings
 from deftx.training.settings import TrainerSettings, TrainingSettings
@@ -42,15 +43,11 @@ def _sft(name: str, own: SFTConfig, cfg: RunConfig, default: SizeConfig, problem
     """Resolve one kind of SFT, appending what is wrong with it to ``problems``."""
     before = len(problems)
     rank = residual = None
-    try:
+    with collected(problems):
         policy = RankPolicy.parse(own.rank)
         rank = None if policy.kind == "none" else str(policy)
-    except DeftxError as error:
-        problems.append(str(error))
-    try:
+    with collected(problems):
         residual = str(ResidualPolicy.parse(own.residual))
-    except DeftxError as error:
-        problems.append(str(error))
     for level, pair in ((name, (own.k, own.density)), ("", (cfg.k, cfg.density))):
         if None not in pair:
             prefix = f"{level}." if level else ""
@@ -76,21 +73,21 @@ def _sft(name: str, own: SFTConfig, cfg: RunConfig, default: SizeConfig, problem
     )
 
 
-def study_settings(cfg: DictConfig) -> StudySettings:
-    """Resolve a composed ``run`` configuration.
+def study_settings(cfg: DictConfig, command: str = "run") -> StudySettings:
+    """Resolve a composed configuration.
 
     Raises:
         DeftxError: One message with every problem found.
     """
-    settings, problems = resolve(cfg)
+    settings, problems = resolve(cfg, command)
     if problems or settings is None:
         raise DeftxError("\n".join(problems))
     return settings
 
 
-def resolve(cfg: DictConfig) -> tuple[StudySettings | None, list[str]]:
-    """Resolve a composed ``run`` configuration to settings, or to the list of everything that is wrong with it."""
-    from deftx.data.tasks import TASKS
+def resolve(cfg: DictConfig, command: str = "run") -> tuple[StudySettings | None, list[str]]:
+    """Resolve a composed configuration to settings, or to the list of everything that is wrong with it."""
+    from deftx.data.tasks import TASKS, task_spec
 
     problems: list[str] = []
     config: RunConfig = cfg  # type: ignore[assignment]  # duck-typed: a DictConfig with RunConfig's fields
@@ -100,8 +97,13 @@ def resolve(cfg: DictConfig) -> tuple[StudySettings | None, list[str]]:
     problems += [unknown("control", name, CONTROLS) for name in config.controls if name not in CONTROLS]
     if config.task.name not in TASKS:
         problems.append(unknown("task", config.task.name, sorted(TASKS)))
+    elif config.task.name == "tsv":
+        with collected(problems):
+            task_spec("tsv", plain(config.data, DataSettings))
     if config.split not in ("test", "dev"):
         problems.append(f"split={config.split!r}: must be test or dev")
+    if config.split == "dev" and config.task.name == "synthetic":
+        problems.append("split=dev: the generated family has test sets only")
     if config.missing_text not in ("error", "skip"):
         problems.append(f"missing_text={config.missing_text!r}: must be error or skip")
     if not 0 <= config.seed < 2**32:
@@ -112,10 +114,13 @@ def resolve(cfg: DictConfig) -> tuple[StudySettings | None, list[str]]:
         problems.append("no target language: language=ace or language=[ace,ban]")
 
     targets = {code: plain(node, LanguageSettings) for code, node in config.language.items()}
-    for code, language in targets.items():
-        if config.task.name in TASKS and not _evaluated_in(config.task.name, language):
-            problems.append(f"language {code!r} has no {config.task.name} test set: its file names no code for it")
-    source = _language(config.task.source, problems)
+    if command in ("run", "eval") or config.task.name == "synthetic":
+        problems += _targets_without_rows(config, targets)
+    source = None
+    if OmegaConf.is_missing(cfg.task, "source"):
+        problems.append(f"task={config.task.name} needs task.source=CODE: the language its labelled rows are in")
+    else:
+        source = _language(config.task.source, problems)
     pretrain = (
         {code: _language(code, problems) for code in [*config.model.languages, *config.model.vocabulary]}
         if config.model.pretrain
@@ -169,24 +174,34 @@ def resolve(cfg: DictConfig) -> tuple[StudySettings | None, list[str]]:
     )
 
 
-def _evaluated_in(task: str, language: LanguageSettings) -> bool:
-    """Whether a language has a test set in ``task``; own and generated sets go by the language's own code."""
+def _targets_without_rows(config: RunConfig, targets: Mapping[str, LanguageSettings]) -> list[str]:
+    """One message for each target the task has no test set for; own files go by the language's code."""
+    task = config.task.name
+    if task == "synthetic":
+        members = plain(config.synthetic, SyntheticSettings).members
+        return [
+            f"language {code!r} is not in the generated family ({', '.join(members)}); choose its task: task=nusax, ..."
+            for code in targets
+            if code not in members
+        ]
     if task not in ("nusax", "americasnli", "xnli"):
-        return True
-    return bool(getattr(language, task))
+        return []
+    return [
+        f"language {code!r} has no {task} test set: its file names no code for it"
+        for code, language in targets.items()
+        if not getattr(language, task)
+    ]
 
 
 def _language(code: str, problems: list[str]) -> LanguageSettings | None:
-    try:
+    with collected(problems):
         return language_settings(code)
-    except DeftxError as error:
-        problems.append(str(error))
-        return None
+    return None
 
 
 def resolve_command(name: str, cfg: DictConfig) -> tuple[StudySettings | None, list[str]]:
     """Resolve the configuration of any command; see :func:`resolve`."""
-    settings, problems = resolve(cfg)
+    settings, problems = resolve(cfg, name)
     for knob in dict.fromkeys(knob for knobs in COMMAND_KNOBS.values() for knob in knobs):
         if knob not in COMMAND_KNOBS[name] and cfg[knob]:
             homes = [f"deftx {command}" for command, knobs in COMMAND_KNOBS.items() if knob in knobs]
@@ -216,14 +231,14 @@ def written_folders(cfg: DictConfig) -> dict[str, Path]:
 
 def sft_settings(cfg: DictConfig) -> tuple[StudySettings, str, Path | None]:
     """Settings of ``deftx sft``: the study, the kind, and where the SFT goes."""
-    return study_settings(cfg), cfg.kind, Path(cfg.out).expanduser() if cfg.out else None
+    return study_settings(cfg, "sft"), cfg.kind, Path(cfg.out).expanduser() if cfg.out else None
 
 
 def eval_settings(cfg: DictConfig) -> tuple[StudySettings, str, dict[str, str]]:
     """Settings of ``deftx eval``: the study, φ_T, and φ_L by target."""
-    return study_settings(cfg), cfg.task_sft, dict(cfg.language_sft)
+    return study_settings(cfg, "eval"), cfg.task_sft, dict(cfg.language_sft)
 
 
 def pretrain_settings(cfg: DictConfig) -> tuple[StudySettings, list[str], Path]:
     """Settings of ``deftx pretrain``: the study, text files (empty: the languages' own), and where the model goes."""
-    return study_settings(cfg), list(cfg.text), Path(cfg.out).expanduser()
+    return study_settings(cfg, "pretrain"), list(cfg.text), Path(cfg.out).expanduser()

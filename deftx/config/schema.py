@@ -6,6 +6,7 @@ An unknown key or a value of the wrong type is refused by this schema before any
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -148,4 +149,6 @@ def register() -> None:
         schema[node].exclude = "${denoise.exclude}"
     for node in ("lang", "task"):
         schema[node].rank, schema[node].residual = "${rank}", "${residual}"
+    # Hydra makes these folders itself, and the shell leaves the ~ of key=~/x alone.
+    OmegaConf.register_new_resolver("home", lambda path: str(Path(path).expanduser()), replace=True)
     ConfigStore.instance().store(name="run_schema", node=schema)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deftx.cache import Entry, Stage, StageCache, Workspace
-from deftx.data.tasks import TASKS, fingerprint_rows
+from deftx.data.tasks import fingerprint_rows
 from deftx.stages.inputs import Base
 from deftx.stages.settings import StudySettings
 
@@ -43,6 +43,11 @@ class SFT:
     folder: Path
     key: str
     metrics: dict[str, Any] = field(default_factory=dict, compare=False, hash=False)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Metadata of its ``sft.json``: how it was trained."""
+        return dict(json.loads((self.folder / "sft.json").read_text(encoding="utf-8"))["metadata"])
 
     def load(self) -> SparseDelta:
         """Read it, verified."""
@@ -82,12 +87,20 @@ class Outcome:
 
 
 class Evaluator:
-    """Evaluates cells of one study on one base model."""
+    """Evaluates cells of one study on one base model.
 
-    def __init__(self, study: StudySettings, base: Base, cache: StageCache) -> None:
+    Args:
+        study: Resolved settings; the task and the accelerator are read.
+        base: θ⁰.
+        cache: Where cells are stages.
+        max_length: Tokens a text is truncated to; what φ_T was trained with.
+    """
+
+    def __init__(self, study: StudySettings, base: Base, cache: StageCache, max_length: int) -> None:
         self.study = study
         self.base = base
         self.cache = cache
+        self.max_length = max_length
         self._model: Any = None
         self._tokenizer: Any = None
         self._composition: Composition | None = None
@@ -102,8 +115,8 @@ class Evaluator:
             kind="evaluate",
             version=1,
             settings={
-                "task": self.study.task,
-                "max_length": self.study.task_sft.training.max_length,
+                "labels": list(self.study.task_spec.labels),
+                "max_length": self.max_length,
                 "batch": EVAL_BATCH,
             },
             inputs=inputs,
@@ -128,7 +141,7 @@ class Evaluator:
     def _compute(self, cell: Cell, rows: pd.DataFrame, work: Workspace) -> None:
         from deftx.training.predict import predict, score
 
-        task = TASKS[self.study.task]
+        labels = self.study.task_spec.labels
         self._compose(cell)
         pairs = None if rows["text_pair"].isna().all() else rows["text_pair"].tolist()
         logits = predict(
@@ -137,13 +150,13 @@ class Evaluator:
             pairs,
             tokenizer=self._tokenizer,
             batch_size=EVAL_BATCH,
-            max_length=self.study.task_sft.training.max_length,
+            max_length=self.max_length,
         )
-        labels = rows["label"].tolist()
-        metrics = {name: score(name, logits, labels, len(task.labels)) for name in ("macro_f1", "accuracy")}
+        gold = rows["label"].tolist()
+        metrics = {name: score(name, logits, gold, len(labels)) for name in ("macro_f1", "accuracy")}
         frame = rows[["id", "label"]].reset_index(drop=True)
         frame["prediction"] = logits.argmax(dim=1).tolist()
-        for index, label in enumerate(task.labels):
+        for index, label in enumerate(labels):
             frame[f"score_{label}"] = logits[:, index].tolist()
         frame.to_parquet(work.out / "predictions.parquet")
         text = json.dumps({**metrics, "n": len(rows)}, sort_keys=True)
@@ -162,8 +175,7 @@ class Evaluator:
         )
 
         if self._composition is None:
-            labels = TASKS[self.study.task].labels
-            self._model, _ = load_classifier(self.base.folder, labels=labels, seed=0)
+            self._model, _ = load_classifier(self.base.folder, labels=self.study.task_spec.labels, seed=0)
             if self.study.trainer.accelerator != "cpu" and torch.cuda.is_available():
                 self._model.cuda()  # before the composition takes hold of the parameters
             self._tokenizer = load_tokenizer(self.base.folder)

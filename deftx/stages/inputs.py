@@ -104,7 +104,7 @@ def data_settings(study: StudySettings, cache: StageCache) -> DataSettings:
 
     The family is written by a cached stage the first time it is needed.
     """
-    if not _generated(study):
+    if not study.generated:
         return study.data
     stage = Stage(
         kind="family",
@@ -116,12 +116,6 @@ def data_settings(study: StudySettings, cache: StageCache) -> DataSettings:
     )
     entry = cache.get_or_compute(stage, lambda work: generate_family(work.out / "family", study.synthetic))
     return replace(study.data, root=str(entry.path / "family"))
-
-
-def _generated(study: StudySettings) -> bool:
-    members = set(study.synthetic.members)
-    codes = {study.source.code, *study.targets, *study.pretrain_languages}
-    return study.task == "synthetic" or (study.data.root is None and codes <= members)
 
 
 def resolve_model(model: ModelSettings, *, weights: bool = True) -> Path:
@@ -271,7 +265,6 @@ def task_rows(study: StudySettings, data: DataSettings, cache: StageCache) -> Ta
         kind="task",
         version=1,
         settings={
-            "task": study.task,
             "train": study.train,
             "language": study.source.code,
             "data": data.result_settings(),

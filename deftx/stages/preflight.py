@@ -10,41 +10,83 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from deftx.core.settings import RankPolicy
-from deftx.errors import DeftxError
+from deftx.data.corpora import resolve_text
+from deftx.data.tasks import load_test, task_files
+from deftx.errors import DeftxError, collected
 from deftx.stages.inputs import resolve_model
 from deftx.stages.settings import SFTSettings, StudySettings
+from deftx.training.encoder import bert_config, check_model_folder, longest_input, shapes_of
 
 
-def preflight(study: StudySettings, folders: Mapping[str, Path]) -> list[str]:
+@dataclass(frozen=True)
+class Needs:
+    """What a command reads, and so what can be missing.
+
+    Attributes:
+        lang: Language SFTs of the targets are trained.
+        task: A task SFT is trained, and φ_S under it.
+        tests: Targets are evaluated.
+        base: A model folder is read, or its shape checked.
+    """
+
+    lang: bool = False
+    task: bool = False
+    tests: bool = False
+    base: bool = True
+
+
+NEEDS = {
+    "run": Needs(lang=True, task=True, tests=True),
+    "sft language": Needs(lang=True),
+    "sft task": Needs(task=True),
+    "eval": Needs(tests=True),
+    "pretrain": Needs(base=False),
+}
+
+
+def preflight(study: StudySettings, job: str, folders: Mapping[str, Path], out: Path | None = None) -> list[str]:
     """Every problem of a study that its configuration, model folder and data files show; empty when there is none.
 
     Args:
         study: Resolved settings.
+        job: A key of :data:`NEEDS`.
         folders: Folders that will be written, by the knob that names them.
+        out: Folder of the SFTs or the model, if the command writes one; must be new or empty.
     """
+    needs = NEEDS[job]
     problems: list[str] = []
     for knob, folder in folders.items():
-        with _collected(problems):
+        with collected(problems):
             _check_writable(knob, folder)
-    with _collected(problems):
+    if out is not None:
+        places = [out / code for code in study.targets] if needs.lang and len(study.targets) > 1 else [out]
+        for place in places:
+            with collected(problems):
+                refuse_used(place)
+    with collected(problems):
         _check_accelerator(study)
-    with _collected(problems):
-        problems += _size_problems(study)
-    if study.task != "synthetic":
-        problems += _data_problems(study)
+    with collected(problems):
+        problems += _size_problems(study, needs) if needs.base else _shape_problems(study)
+    if needs.base and not study.generated:
+        with collected(problems):
+            _check_pretraining_text(study)
+        problems += _data_problems(study, needs)
     return problems
 
 
-@contextmanager
-def _collected(problems: list[str]) -> Iterator[None]:
-    try:
-        yield
-    except DeftxError as error:
-        problems += str(error).splitlines()
+def refuse_used(place: Path) -> None:
+    """Refuse a folder that holds something.
+
+    Raises:
+        DeftxError: It does, or it is a file.
+    """
+    if place.exists() and (not place.is_dir() or any(place.iterdir())):
+        raise DeftxError(f"out={place} exists and is not empty; give a new folder")
 
 
 def _check_writable(knob: str, folder: Path) -> None:
@@ -67,17 +109,29 @@ def _check_accelerator(study: StudySettings) -> None:
             raise DeftxError("trainer.accelerator=gpu: torch sees no GPU; use trainer=cpu or trainer=auto")
 
 
-def _size_problems(study: StudySettings) -> list[str]:
-    """Ranks and mask sizes against the shapes of the model."""
-    problems = []
-    for kind, sfts in (
-        ("language", {"lang": study.language_sft, "source": study.source_sft}),
-        ("task", {"task": study.task_sft}),
-    ):
-        shapes = _shapes(study, kind)
-        for name, sft in sfts.items():
+def _shape_problems(study: StudySettings) -> list[str]:
+    pretrain = study.model.pretrain
+    return [] if pretrain is None else [f"model.pretrain.{text}" for text in pretrain.problems()]
+
+
+def _size_problems(study: StudySettings, needs: Needs) -> list[str]:
+    """Ranks, mask sizes and lengths against the shapes of the model."""
+    trained = {
+        "lang": study.language_sft if needs.lang else None,
+        "task": study.task_sft if needs.task else None,
+        "source": study.source_sft if needs.task else None,
+    }
+    problems: list[str] = []
+    with _described(study) as folder:
+        limit = longest_input(folder)
+        for name, sft in trained.items():
             if sft is not None:
-                problems += _check_size(name, sft, shapes)
+                problems += _check_size(name, sft, _shapes(study, folder, "task" if name == "task" else "language"))
+                if sft.training.max_length > limit:
+                    problems.append(
+                        f"{name}.training.max_length={sft.training.max_length} exceeds {limit}, the longest input of "
+                        "this model"
+                    )
     return list(dict.fromkeys(problems))
 
 
@@ -97,58 +151,69 @@ def _check_size(name: str, sft: SFTSettings, shapes: Mapping[str, tuple[int, ...
     return problems
 
 
-def _shapes(study: StudySettings, kind: str) -> dict[str, tuple[int, ...]]:
-    from deftx.training.encoder import check_model_folder, shapes_of
+def _shapes(study: StudySettings, folder: Path, kind: str) -> dict[str, tuple[int, ...]]:
+    found = shapes_of(folder, kind=kind)
+    if study.model.path is None and study.model.pretrain is not None:
+        # Pretrained here by MLM alone, it has no pooler: that belongs to the classifier's head.
+        return {name: size for name, size in found.items() if not name.startswith("pooler.")}
+    return found
 
+
+@contextmanager
+def _described(study: StudySettings) -> Iterator[Path]:
+    """A folder with the model's ``config.json``; of a model still to be pretrained, one written for it."""
     model = study.model
     if model.path is None and model.pretrain is not None:
-        from transformers import BertConfig
-
-        problems = model.pretrain.problems()
+        problems = _shape_problems(study)
         if problems:
-            raise DeftxError("\n".join(f"model.pretrain.{text}" for text in problems))
+            raise DeftxError("\n".join(problems))
         with tempfile.TemporaryDirectory() as scratch:
-            shape = model.pretrain
-            BertConfig(
-                vocab_size=shape.vocab_size,
-                hidden_size=shape.hidden,
-                num_hidden_layers=shape.layers,
-                num_attention_heads=shape.heads,
-                intermediate_size=shape.intermediate,
-                max_position_embeddings=shape.positions,
-            ).save_pretrained(scratch)
-            # Pretrained here by MLM alone, it has no pooler: that belongs to the classifier's head.
-            found = shapes_of(Path(scratch), kind=kind)
-            return {name: size for name, size in found.items() if not name.startswith("pooler.")}
+            bert_config(model.pretrain, model.pretrain.vocab_size).save_pretrained(scratch)
+            yield Path(scratch)
+        return
+    folder = resolve_model(model, weights=model.path is not None)
     if model.path is not None:
-        folder = resolve_model(model)
         check_model_folder(folder)
-        return shapes_of(folder, kind=kind)
-    return shapes_of(resolve_model(model, weights=False), kind=kind)
+    yield folder
 
 
-def _data_problems(study: StudySettings) -> list[str]:
+def _check_pretraining_text(study: StudySettings) -> None:
+    """A base that is pretrained here needs its languages' text, wherever the study's own data comes from."""
+    if study.model.path is not None or study.model.pretrain is None:
+        return
+    for code, language in study.pretrain_languages.items():
+        try:
+            resolve_text(language, study.data)
+        except DeftxError as error:
+            raise DeftxError(
+                f"model={study.model.name} is pretrained here on text of {code!r}: {error}; choose a pretrained model "
+                "(model=minilm model.path=FOLDER, model=xlmr_base, ...) or other model.languages=[...]"
+            ) from error
+
+
+def _data_problems(study: StudySettings, needs: Needs) -> list[str]:
     """Read the labelled files and find the text: small, and far cheaper than to fail after hours of training."""
-    from deftx.data.corpora import resolve_text
-    from deftx.data.tasks import load_test, task_files
-
     if study.data.root is None and _from_hub(study):
         # Hub data sets are downloaded by the stages themselves.
         return []
-    checks: list[Callable[[], object]] = [partial(task_files, study.train, study.source, study.data)]
+    checks: list[Callable[[], object]] = []
+    if needs.task:
+        checks.append(partial(task_files, study.train, study.source, study.data))
+        if study.source_sft is not None:
+            checks.append(partial(resolve_text, study.source, study.data))
     for language in study.targets.values():
-        checks.append(partial(load_test, study.task, language, study.data, split=study.split))
-        if study.missing_text == "error":
+        if needs.tests:
+            checks.append(partial(load_test, study.task, language, study.data, split=study.split))
+        if needs.lang and study.missing_text == "error":
             checks.append(partial(resolve_text, language, study.data))
-    if study.source_sft is not None:
-        checks.append(partial(resolve_text, study.source, study.data))
     problems: list[str] = []
     for check in checks:
-        with _collected(problems):
+        with collected(problems):
             check()
     return list(dict.fromkeys(problems))
 
 
 def _from_hub(study: StudySettings) -> bool:
     settings = study.data
-    return not any((settings.nusax, settings.smsa, settings.americasnli, settings.multinli, settings.xnli))
+    places = (settings.nusax, settings.smsa, settings.americasnli, settings.multinli, settings.xnli)
+    return not any((*places, settings.train, settings.test))

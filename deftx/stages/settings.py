@@ -7,12 +7,15 @@ method ignores is ``None`` here (LT-SFT has no residual), so that it can enter n
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deftx.data.settings import CorpusSettings, DataSettings, LanguageSettings
 from deftx.data.synthetic import SyntheticSettings
 from deftx.tracking import LoggerSettings
 from deftx.training.settings import PretrainSettings, TrainerSettings, TrainingSettings
+
+if TYPE_CHECKING:
+    from deftx.data.tasks import TaskSpec
 
 METHODS = ("deftx", "ltsft")
 CONTROLS = ("no_language_sft", "source_sft", "other_language_sft")
@@ -123,6 +126,20 @@ class StudySettings:
     trainer: TrainerSettings
     logger: LoggerSettings
     cache_root: str
+
+    @property
+    def task_spec(self) -> TaskSpec:
+        """Labels and metric of the task."""
+        from deftx.data.tasks import task_spec
+
+        return task_spec(self.task, self.data)
+
+    @property
+    def generated(self) -> bool:
+        """Whether text and rows are the generated family's."""
+        members = set(self.synthetic.members)
+        codes = {self.source.code, *self.targets, *self.pretrain_languages}
+        return self.task == "synthetic" or (self.data.root is None and codes <= members)
 
     def sft_for(self, method: str, sft: SFTSettings) -> SFTSettings:
         """``sft`` as ``method`` trains it."""

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from deftx.cache import Entry, Stage, StageCache, Workspace, file_sha256
 from deftx.data.settings import LanguageSettings
-from deftx.data.tasks import TASKS
 from deftx.stages.evaluate import SFT
 from deftx.stages.inputs import Base, Corpus, TaskRows, stage_seed
 from deftx.stages.settings import SFTSettings, StudySettings
@@ -112,8 +111,9 @@ class Trainer:
 
     def task_sft(self, rows: TaskRows, sft: SFTSettings, on: SFT | None) -> SFT:
         """φ_T: classification on the source language's labels, on θ⁰ + φ_S, or on θ⁰ when ``on`` is ``None``."""
-        task = TASKS[self.study.task]
-        head_seed = stage_seed(self.study.seed, "head", self.study.task)
+        # What it learns from decides it, not what it is evaluated on: AmericasNLI and XNLI share one.
+        task = self.study.task_spec
+        head_seed = stage_seed(self.study.seed, "head", self.study.train)
 
         def load() -> tuple[Encoder, str, list[str]]:
             from deftx.core.delta import Composition
@@ -148,7 +148,7 @@ class Trainer:
             data=data,
             metadata={
                 "languages": [self.study.source.code],
-                "task": self.study.task,
+                "task": self.study.train,
                 "labels": list(task.labels),
                 "trained_on": None if on is None else {"language_sft": self.study.source.code, "sha256": on.key},
                 "rows": rows.report,
@@ -171,7 +171,7 @@ class Trainer:
         training = {key: value for key, value in asdict(recipe.sft.training).items() if key not in ignored}
         if recipe.kind == "task":
             training.pop("mlm_probability")
-            training["task"] = self.study.task
+            training |= {"labels": list(self.study.task_spec.labels), "metric": self.study.task_spec.metric}
         return {
             "objective": recipe.kind,
             "language": recipe.language,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from deftx.cache import file_sha256
 from deftx.errors import DeftxError
@@ -12,15 +11,12 @@ from deftx.stages.evaluate import SFT
 SFT_FILES = ("sft.json", "sft.safetensors")
 
 
-def open_sft(place: str, role: str) -> tuple[SFT, dict[str, Any]]:
+def open_sft(place: str, role: str) -> SFT:
     """Find and verify an SFT.
 
     Args:
         place: Folder with ``sft.safetensors`` and ``sft.json``, or a hub id ``owner/name``.
         role: ``task`` or ``language``; what the SFT has to be.
-
-    Returns:
-        The SFT, and what its ``sft.json`` says of it.
 
     Raises:
         DeftxError: Not there, not intact, or of the other kind.
@@ -40,7 +36,7 @@ def open_sft(place: str, role: str) -> tuple[SFT, dict[str, Any]]:
         f"{role} {'+'.join(map(str, delta.metadata.get('languages', [])))} {delta.metadata.get('method', '')}".strip()
     )
     metrics = dict(delta.metadata.get("metrics") or {})
-    return SFT(role, name, folder, file_sha256(folder / "sft.safetensors"), metrics), dict(delta.metadata)
+    return SFT(role, name, folder, file_sha256(folder / "sft.safetensors"), metrics)
 
 
 def _download(repo: str) -> Path:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,11 +17,12 @@ from deftx import tracking
 from deftx.cache import StageCache
 from deftx.data.corpora import MissingTextError
 from deftx.data.settings import DataSettings, LanguageSettings
-from deftx.data.tasks import TASKS, fingerprint_rows, load_test
+from deftx.data.tasks import fingerprint_rows, load_test
 from deftx.errors import DeftxError
 from deftx.stages.diagnostics import diagnostics
 from deftx.stages.evaluate import SFT, Cell, Evaluator, Outcome, plan_cells
 from deftx.stages.inputs import Base, base_model, corpus, data_settings, task_rows
+from deftx.stages.preflight import refuse_used
 from deftx.stages.settings import SFTSettings, StudySettings
 from deftx.stages.sft import Trainer
 
@@ -41,6 +42,7 @@ class Products:
     skipped: list[str] = field(default_factory=list)
     reports: dict[str, Any] = field(default_factory=dict)
     tests: dict[str, str] = field(default_factory=dict)
+    drawn: bool = False
 
 
 @dataclass
@@ -75,6 +77,7 @@ class Bench:
         self.products.reports[f"text {language.code}"] = text.report
         made = trainer.language_sft(language, text, sft)
         self.products.sfts.append(made)
+        self.products.drawn |= bool(made.facts["head_drawn"])
         return made
 
     def task_sft(self, trainer: Trainer, data: DataSettings, sft: SFTSettings, on: SFT | None) -> SFT:
@@ -128,9 +131,9 @@ def run_study(study: StudySettings, run_dir: Path) -> tracking.RunRecord:
             source_sft=source_sft,
             controls=study.controls,
         )
-        _evaluate(bench, cells, data)
+        _evaluate(bench, cells, data, study.task_sft.training.max_length)
 
-    return _run(study, run_dir, "run", body)
+    return _run(study, run_dir, "run", flat_knobs(study), body)
 
 
 def run_sft(study: StudySettings, kind: str, out: Path | None, run_dir: Path) -> tracking.RunRecord:
@@ -163,7 +166,7 @@ def run_sft(study: StudySettings, kind: str, out: Path | None, run_dir: Path) ->
                 _copy_sft(sft, place)
                 print(f"{sft.name}: {place}")
 
-    return _run(study, run_dir, f"sft-{kind}", body)
+    return _run(study, run_dir, f"sft-{kind}", flat_knobs(study), body)
 
 
 def run_eval(study: StudySettings, task_sft: str, language_sfts: dict[str, str], run_dir: Path) -> tracking.RunRecord:
@@ -177,23 +180,31 @@ def run_eval(study: StudySettings, task_sft: str, language_sfts: dict[str, str],
     """
     from deftx.stages.sources import open_sft
 
+    given = open_sft(task_sft, "task")
+    about = given.facts
+    needed = list(study.task_spec.labels)
+    if about.get("labels") != needed:
+        raise DeftxError(
+            f"{task_sft} predicts {about.get('labels')}, {study.task} needs {needed}: give another task SFT"
+        )
+    languages: dict[str, SFT] = {}
+    knobs = _given_knobs(study, about)
+    for code, place in language_sfts.items():
+        languages[code] = open_sft(place, "language")
+        said = languages[code].facts
+        if said.get("languages") != [code]:
+            log.warning("language_sft.%s=%s was trained on %s", code, place, said.get("languages"))
+        knobs |= {f"language_sft.{code}.{name}": said.get(name) for name in SFT_KNOBS}
+    alone = "source_language_only" if about.get("trained_on") else "no_language_sft"
+
     def body(bench: Bench) -> None:
-        given, about = open_sft(task_sft, "task")
-        if about.get("task") != study.task:
-            raise DeftxError(f"{task_sft} was trained for the task {about.get('task')!r}, not {study.task!r}")
-        languages: dict[str, SFT] = {}
-        for code, place in language_sfts.items():
-            languages[code], said = open_sft(place, "language")
-            if said.get("languages") != [code]:
-                log.warning("language_sft.%s=%s was trained on %s", code, place, said.get("languages"))
-        alone = "source_language_only" if about.get("trained_on") else "no_language_sft"
         data, _ = bench.open()
         bench.products.sfts += [given, *languages.values()]
         cells = [Cell(code, "composed", given, languages[code]) for code in study.targets if code in languages]
         cells += [Cell(code, alone, given, None) for code in study.targets]
-        _evaluate(bench, cells, data)
+        _evaluate(bench, cells, data, int(about["training"]["max_length"]))
 
-    return _run(study, run_dir, "eval", body)
+    return _run(study, run_dir, "eval", knobs, body)
 
 
 def run_pretrain(study: StudySettings, text: Sequence[str], out: Path) -> None:
@@ -206,8 +217,7 @@ def run_pretrain(study: StudySettings, text: Sequence[str], out: Path) -> None:
     """
     from dataclasses import replace
 
-    if out.exists() and any(out.iterdir()):
-        raise DeftxError(f"out={out} exists and is not empty; give a new folder")
+    refuse_used(out)
     if text:
         # The files are the user's: relative to where the command was given, whatever data the study would use.
         places = [str(Path(place).expanduser().absolute()) for place in text]
@@ -222,7 +232,7 @@ def run_pretrain(study: StudySettings, text: Sequence[str], out: Path) -> None:
     print(f"model: {out}\nuse it with: model=local model.path={out}")
 
 
-def _evaluate(bench: Bench, cells: Sequence[Cell], data: DataSettings) -> None:
+def _evaluate(bench: Bench, cells: Sequence[Cell], data: DataSettings, max_length: int) -> None:
     study = bench.study
     base = bench.products.base
     if base is None:
@@ -231,7 +241,7 @@ def _evaluate(bench: Bench, cells: Sequence[Cell], data: DataSettings) -> None:
         code: load_test(study.task, language, data, split=study.split) for code, language in study.targets.items()
     }
     bench.products.tests = {f"{study.split} {code}": fingerprint_rows(rows) for code, rows in tests.items()}
-    evaluator = Evaluator(study, base, bench.cache)
+    evaluator = Evaluator(study, base, bench.cache, max_length)
     # Cells that share a composition's terms follow each other, so that the model changes least.
     for cell in sorted(cells, key=lambda item: (item.task.key, item.language_sft.key if item.language_sft else "")):
         bench.products.outcomes.append(evaluator.evaluate(cell, tests[cell.language]))
@@ -243,15 +253,16 @@ def _open_cache(study: StudySettings) -> StageCache:
 
 def _copy_sft(sft: SFT, place: Path) -> None:
     """Copy an SFT out of the cache; an existing folder is never overwritten."""
-    if place.exists() and any(place.iterdir()):
-        raise DeftxError(f"out={place} exists and is not empty; give a new folder")
+    refuse_used(place)
     try:
         shutil.copytree(sft.folder, place, dirs_exist_ok=True)
     except OSError as error:
         raise DeftxError(f"cannot write {place}: {error.strerror or error}; choose another out=FOLDER") from error
 
 
-def _run(study: StudySettings, run_dir: Path, job: str, body: Callable[[Bench], None]) -> tracking.RunRecord:
+def _run(
+    study: StudySettings, run_dir: Path, job: str, knobs: dict[str, Any], body: Callable[[Bench], None]
+) -> tracking.RunRecord:
     """Run ``body`` around everything a run leaves behind, whether it succeeds or not."""
     import torch
 
@@ -261,7 +272,7 @@ def _run(study: StudySettings, run_dir: Path, job: str, body: Callable[[Bench], 
     record = tracking.RunRecord(
         study=study.name,
         job=f"{job}-{run_dir.name}",
-        settings=flat_knobs(study),
+        settings=knobs,
         seed=study.seed,
         provenance=cache.provenance,
     )
@@ -280,7 +291,7 @@ def _run(study: StudySettings, run_dir: Path, job: str, body: Callable[[Bench], 
             body(bench)
         finally:
             _fill(record, bench)
-        _write_tables(run_dir, bench)
+            _write_tables(run_dir, bench)
         tracker.record(record.metrics, extra={"cache/hits": cache.hits, "cache/computed": cache.computed})
         for sft in dict.fromkeys(bench.products.sfts):
             tracker.artifact(sft.folder, name=sft.name, about={"sha256": sft.key, "role": sft.role})
@@ -290,41 +301,78 @@ def _run(study: StudySettings, run_dir: Path, job: str, body: Callable[[Bench], 
 
 
 def flat_knobs(study: StudySettings) -> dict[str, Any]:
-    """A run's settings under the knobs' names, flat; what the method ignores is ``None``."""
-    sft = study.sft_for(study.methods[0], study.language_sft)
-    task = study.sft_for(study.methods[0], study.task_sft)
-    knobs: dict[str, Any] = {
-        "study": study.name,
+    """A run's settings under the knobs' names, flat; what the method ignores is ``None``.
+
+    A short knob (``rank``, ``residual``, ``k``, ``density``) is what language and task SFTs have in common, and
+    ``None`` where ``lang.*`` and ``task.*`` differ.
+    """
+    sfts = {
+        "lang": study.sft_for(study.methods[0], study.language_sft),
+        "task": study.sft_for(study.methods[0], study.task_sft),
+        "source": study.source_sft,
+    }
+    knobs = _shared_knobs(study) | {
         "method": study.methods[0],
         "compare": list(study.methods[1:]),
-        "task": study.task,
+        "controls": list(study.controls),
+        "missing_text": study.missing_text,
         "train": study.train,
+        "source.language": study.source.code if study.source_sft is not None else None,
+    }
+    for key in ("rank", "residual", "k", "density"):
+        values = [getattr(sfts[name], key) for name in ("lang", "task")]
+        knobs[key] = values[0] if values[0] == values[1] else None
+    for name, item in sfts.items():
+        if item is None:
+            knobs[f"{name}.enabled"] = False
+            continue
+        knobs |= {f"{name}.{key}": getattr(item, key) for key in ("rank", "residual", "k", "density")}
+        knobs[f"{name}.exclude"] = list(item.exclude) if item.rank is not None else None
+        knobs |= {f"{name}.training.{key}": value for key, value in asdict(item.training).items()}
+        if name == "task":
+            knobs["task.training.mlm_probability"] = None
+    knobs |= {f"corpus.{key}": value for key, value in asdict(study.corpus).items()}
+    return knobs
+
+
+SFT_KNOBS = ("method", "rank", "residual", "exclude", "k", "seed")
+
+
+def _shared_knobs(study: StudySettings) -> dict[str, Any]:
+    """Settings of a run that say nothing about how its SFTs were trained."""
+    model = asdict(study.model)
+    shape = model.pop("pretrain") if study.model.path is None and study.model.pretrain is not None else None
+    if shape is None:
+        model |= {"pretrain": None, "languages": None, "vocabulary": None, "seed": None}
+    knobs = {
+        "study": study.name,
+        "seed": study.seed,
+        "task": study.task,
         "split": study.split,
         "language": list(study.targets),
         "model": study.model.name,
-        "seed": study.seed,
-        "rank": sft.rank,
-        "residual": sft.residual,
-        "k": sft.k,
-        "density": sft.density,
-        "source.language": study.source.code,
         "precision": study.trainer.precision,
     }
-    if study.source_sft is None:
-        knobs["source.language"] = None
-    for name, item in (("lang", sft), ("task", task), ("source", study.source_sft)):
-        if item is not None:
-            knobs |= {f"{name}.{key}": getattr(item, key) for key in ("rank", "residual", "k", "density")}
-            knobs |= {f"{name}.training.{key}": value for key, value in asdict(item.training).items()}
-        else:
-            knobs[f"{name}.enabled"] = False
-    return knobs
+    # Where a file lies is no setting: what is in it is under fingerprints.
+    knobs |= {f"model.{key}": value for key, value in model.items() if key not in ("name", "path")}
+    if shape is not None:
+        knobs |= {f"model.pretrain.{key}": value for key, value in shape.items()}
+    knobs |= {f"data.{key}": value for key, value in study.data.result_settings().items()}
+    synthetic = asdict(study.synthetic) if study.generated else {}
+    return knobs | {f"synthetic.{key}": value for key, value in synthetic.items()}
+
+
+def _given_knobs(study: StudySettings, about: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of an evaluation of given SFTs: what trained them is what they say, not what is configured here."""
+    knobs = _shared_knobs(study) | {name: about.get(name) for name in SFT_KNOBS if name != "seed"}
+    knobs |= {f"task_sft.{name}": about.get(name) for name in SFT_KNOBS}
+    return knobs | {"train": about.get("task"), "source.language": (about.get("trained_on") or {}).get("language_sft")}
 
 
 def _fill(record: tracking.RunRecord, bench: Bench) -> None:
     """What a run has to say so far, also when it is about to fail."""
     study, products = bench.study, bench.products
-    record.metrics = scores(products.outcomes, list(study.targets), TASKS[study.task].metric, study.split)
+    record.metrics = scores(products.outcomes, list(study.targets), study.task_spec.metric, study.split)
     record.stages = [event._asdict() for event in bench.cache.events]
     record.sfts = [
         {"name": sft.name, "sha256": sft.key, "metrics": {k: v for k, v in sft.metrics.items() if k != "history"}}
@@ -337,6 +385,19 @@ def _fill(record: tracking.RunRecord, bench: Bench) -> None:
     if study.split != "test":
         record.notes.append(f"evaluated on the {study.split} split, not on test")
     record.notes += [f"{code}: no unlabelled text, so no language SFT in its row" for code in products.skipped]
+    if products.drawn:
+        record.notes.append(
+            "the base has no trained MLM head: language SFTs started from a drawn one, which weakens them"
+        )
+    for event in bench.cache.events:
+        record.times[event.kind] = round(record.times.get(event.kind, 0.0) + event.seconds, 3)
+    record.peak_memory["gpu"] = _peak_gpu_memory()
+
+
+def _peak_gpu_memory() -> int | None:
+    import torch
+
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
 
 
 def scores(outcomes: Sequence[Outcome], targets: Sequence[str], metric: str, split: str) -> list[tracking.Metric]:
@@ -375,7 +436,7 @@ def _write_tables(run_dir: Path, bench: Bench) -> None:
 
 
 def _show(study: StudySettings, record: tracking.RunRecord, run_dir: Path, cache: StageCache) -> None:
-    metric = TASKS[study.task].metric
+    metric = study.task_spec.metric
     where = {
         "result": run_dir / tracking.RESULT,
         "predictions": run_dir / tracking.PREDICTIONS,

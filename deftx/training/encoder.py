@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from deftx.core.delta import fingerprint
 from deftx.errors import DeftxError, did_you_mean
+from deftx.training.settings import PretrainSettings
 
 logger = logging.getLogger(__name__)
 _SAID: set[str] = set()
@@ -330,6 +331,36 @@ def shapes_of(folder: Path, *, kind: str) -> dict[str, tuple[int, ...]]:
     if any(name.startswith("pooler.") for name in names) and not _has_pooler(Path(folder)):
         names = [name for name in names if not name.startswith("pooler.")]
     return {name: tuple(base[name].shape) for name in names}
+
+
+def bert_config(settings: PretrainSettings, vocab_size: int, *, pad_token_id: int = 0) -> Any:
+    """Return the ``BertConfig`` of an encoder that is pretrained here."""
+    from transformers import BertConfig
+
+    return BertConfig(
+        vocab_size=vocab_size,
+        hidden_size=settings.hidden,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.heads,
+        intermediate_size=settings.intermediate,
+        max_position_embeddings=settings.positions,
+        hidden_dropout_prob=settings.dropout,
+        attention_probs_dropout_prob=settings.dropout,
+        pad_token_id=pad_token_id,
+    )
+
+
+def longest_input(folder: Path) -> int:
+    """Return how many tokens the model of a folder accepts at once, from ``config.json`` alone.
+
+    RoBERTa's kin number positions from behind the padding token's, so two of XLM-R's 514 are never used.
+
+    Raises:
+        DeftxError: no readable ``config.json``, or an unsupported family.
+    """
+    config = _read_config(folder)
+    positions = int(config.get("max_position_embeddings", 512))
+    return positions if config["model_type"] == "bert" else positions - int(config.get("pad_token_id", 1)) - 1
 
 
 def _has_pooler(folder: Path) -> bool:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from deftx.errors import DeftxError
-from deftx.training.encoder import quiet_transformers
+from deftx.training.encoder import bert_config, quiet_transformers
 from deftx.training.fit import PhaseResult, fit_phase
 from deftx.training.modules import MaskedLM
 from deftx.training.settings import PretrainSettings, TrainerSettings, TrainingSettings, refuse
@@ -159,19 +159,9 @@ def pretrain(
 
 def build_encoder(settings: PretrainSettings, vocab_size: int, *, pad_token_id: int = 0, seed: int) -> Any:
     """Return an untrained ``BertForMaskedLM``, a function of its size and the seed."""
-    from transformers import BertConfig, BertForMaskedLM
+    from transformers import BertForMaskedLM
 
-    config = BertConfig(
-        vocab_size=vocab_size,
-        hidden_size=settings.hidden,
-        num_hidden_layers=settings.layers,
-        num_attention_heads=settings.heads,
-        intermediate_size=settings.intermediate,
-        max_position_embeddings=settings.positions,
-        hidden_dropout_prob=settings.dropout,
-        attention_probs_dropout_prob=settings.dropout,
-        pad_token_id=pad_token_id,
-    )
+    config = bert_config(settings, vocab_size, pad_token_id=pad_token_id)
     with torch.random.fork_rng(devices=[]), quiet_transformers():
         torch.manual_seed(seed)
         auto: Any = BertForMaskedLM

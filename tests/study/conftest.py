@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -34,3 +35,26 @@ def deftx(
         return Outcome(int(stop.value.code or 0), streams.out, streams.err, folder)
 
     return run
+
+
+@pytest.fixture
+def model(deftx: Command, shared_cache: Path, tmp_path: Path) -> Path:
+    """A copy of a model folder that ``deftx pretrain`` wrote on text of the user's own."""
+    made = shared_cache.with_name("model")
+    if not made.exists():
+        text = shared_cache.with_name("text.txt")
+        lines = (f"the {n} small cats saw {n * 7} large dogs near house number {n % 13}\n" for n in range(400))
+        text.write_text("".join(lines))
+        outcome = deftx("pretrain", f"text=[{text}]", f"out={made}")
+        assert outcome.status == 0, outcome.err
+    return Path(shutil.copytree(made, tmp_path / "model"))
+
+
+@pytest.fixture
+def sfts(deftx: Command, shared_cache: Path, tmp_path: Path) -> Path:
+    """A copy of a folder with a task SFT and a language SFT (qba) of the small study."""
+    made = shared_cache.with_name("sfts")
+    if not made.exists():
+        assert deftx("sft", "kind=language", "language=qba", f"out={made / 'language'}").status == 0
+        assert deftx("sft", "kind=task", f"out={made / 'task'}").status == 0
+    return Path(shutil.copytree(made, tmp_path / "sfts"))

@@ -14,6 +14,7 @@ SMALL = [
     "language=[qba,qbb]",
     "logger=csv",
     "trainer=cpu",
+    "trainer.threads=1",
     "trainer.progress=false",
     "synthetic.lines_high=200",
     "synthetic.lines_low=150",

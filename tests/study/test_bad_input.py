@@ -37,6 +37,13 @@ PREPARED = ["compare=[]", "controls=[]", "language=qba"]
         (["rank=2,4"], ["rank=2,4", "-m"]),
         (["trainer.precision=16-mixed"], ["16-mixed", "bf16-mixed"]),
         (["split=train"], ["split", "test or dev"]),
+        (["split=dev"], ["split=dev", "test sets only"]),
+        (["lang.training.max_length=600"], ["lang.training.max_length=600", "exceeds 64"]),
+        (["language=ace"], ["'ace' is not in the generated family", "task=nusax"]),
+        (["task=tsv"], ["data.labels=[no,yes]", "task.source=CODE"]),
+        (["task=nusax", "language=ace", "data.root=/nowhere"], ["/nowhere", "pretrained here on text of 'qaa'"]),
+        (["language=null"], ["string or a list"]),
+        (["paths.output=/proc/nowhere"], ["/proc/nowhere", "paths.output=FOLDER"]),
         (["kind=task"], ["kind", "deftx sft"]),
         (["nonsense"], ["nonsense", "key=value"]),
         (["source.training.batch_size=0"], ["source.training.batch_size"]),
@@ -84,19 +91,11 @@ def test_unusable_text_is_refused(deftx: Command, tmp_path: Path, content: bytes
     assert "Traceback" not in outcome.err
 
 
-def model_folder(deftx: Command, tmp_path: Path) -> Path:
-    text = tmp_path / "text.txt"
-    text.write_text("".join(f"line {n} of a text with {n * 3} words or so\n" for n in range(300)))
-    assert deftx("pretrain", f"text=[{text}]", f"out={tmp_path / 'model'}").status == 0
-    return tmp_path / "model"
-
-
 @pytest.mark.parametrize(
     ("removed", "expected"),
     [("model.safetensors", "model.safetensors"), ("tokenizer.json", "tokenizer"), ("config.json", "config.json")],
 )
-def test_an_incomplete_model_folder_is_refused(deftx: Command, tmp_path: Path, removed: str, expected: str) -> None:
-    model = model_folder(deftx, tmp_path)
+def test_an_incomplete_model_folder_is_refused(deftx: Command, model: Path, removed: str, expected: str) -> None:
     (model / removed).unlink()
     outcome = deftx("run", *PREPARED, "model=local", f"model.path={model}")
     assert outcome.status == 1
@@ -104,20 +103,11 @@ def test_an_incomplete_model_folder_is_refused(deftx: Command, tmp_path: Path, r
     assert "found" in outcome.err
 
 
-def test_weights_that_are_no_weights_are_refused(deftx: Command, tmp_path: Path) -> None:
-    model = model_folder(deftx, tmp_path)
+def test_weights_that_are_no_weights_are_refused(deftx: Command, model: Path) -> None:
     (model / "model.safetensors").write_bytes(b"\0" * 100)
     outcome = deftx("run", *PREPARED, "model=local", f"model.path={model}")
     assert outcome.status == 1
     assert "Traceback" not in outcome.err
-
-
-@pytest.fixture
-def sfts(deftx: Command, tmp_path: Path) -> Path:
-    """Folder with a task SFT and a language SFT of the small study."""
-    assert deftx("sft", "kind=language", "language=qba", f"out={tmp_path / 'sfts' / 'language'}").status == 0
-    assert deftx("sft", "kind=task", f"out={tmp_path / 'sfts' / 'task'}").status == 0
-    return tmp_path / "sfts"
 
 
 def test_a_damaged_sft_is_refused(deftx: Command, sfts: Path) -> None:

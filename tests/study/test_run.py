@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -102,55 +103,67 @@ def read_bits(cache: Path) -> dict[str, bytes]:
 
 @pytest.mark.slow
 def test_two_processes_with_one_seed_give_the_same_bits(tmp_path: Path) -> None:
-    def run(name: str, seed: int) -> dict[str, bytes]:
+    def start(name: str, seed: int) -> subprocess.Popen[bytes]:
         places = [f"paths.cache={tmp_path / name}", f"paths.output={tmp_path / 'out'}"]
-        few = ["language=qba", "compare=[]", "controls=[]"]
-        command = [sys.executable, "-m", "deftx", "run", *SMALL, *places, *few, f"seed={seed}"]
-        subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
-        return read_bits(tmp_path / name)
+        command = [sys.executable, "-m", "deftx", "run", *SMALL, *places, *FEW, f"seed={seed}"]
+        return subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
 
-    one, two, other = run("one", 7), run("two", 7), run("other", 8)
+    for process in [start("one", 7), start("two", 7), start("other", 8)]:
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors.decode()
+    one, two, other = (read_bits(tmp_path / name) for name in ("one", "two", "other"))
     assert len(one) == 4
     assert one == two
     assert not set(one) & set(other)
     assert not set(one.values()) & set(other.values())
 
 
-def test_single_sfts_evaluate_as_in_the_run(deftx: Command, tmp_path: Path) -> None:
+def test_single_sfts_evaluate_as_in_the_run(deftx: Command, sfts: Path) -> None:
     composed = scores(deftx("run").result())
-    assert deftx("sft", "kind=language", "language=qba", f"out={tmp_path / 'language'}").status == 0
-    assert deftx("sft", "kind=task", f"out={tmp_path / 'task'}").status == 0
-    assert (tmp_path / "task" / "README.md").is_file()
-    evaluated = deftx(
-        "eval", "language=qba", f"task_sft={tmp_path / 'task'}", f"language_sft.qba={tmp_path / 'language'}"
-    )
+    assert (sfts / "task" / "README.md").is_file()
+    evaluated = deftx("eval", "language=qba", f"task_sft={sfts / 'task'}", f"language_sft.qba={sfts / 'language'}")
     assert evaluated.status == 0, evaluated.err
-    found = scores(evaluated.result())
-    assert found["qba", "composed", "macro_f1"] == composed["qba", "deftx", "macro_f1"]
-    again = deftx("sft", "kind=task", f"out={tmp_path / 'task'}")
-    assert again.status == 1
-    assert "not empty" in again.err
+    result = evaluated.result()
+    assert scores(result)["qba", "composed", "macro_f1"] == composed["qba", "deftx", "macro_f1"]
+    # φ_T was trained on θ⁰ + φ_S, so alone it is no model "without language SFTs".
+    assert {condition for _, condition, _ in scores(result)} == {"composed", "source_language_only"}
+    # What trained the SFTs is what they say, not what is configured here.
+    other = deftx("eval", "language=qba", "rank=3", "seed=9", f"task_sft={sfts / 'task'}").result()["settings"]
+    assert (other["task_sft.rank"], other["task_sft.seed"], other["method"]) == ("energy:0.9", 0, "deftx")
 
 
-def test_pretraining_on_own_text_gives_a_usable_model(deftx: Command, tmp_path: Path) -> None:
-    text = tmp_path / "text.txt"
-    text.write_text(
-        "".join(f"the {n} small cats saw {n * 7} large dogs near house number {n % 13}\n" for n in range(400))
-    )
-    model = tmp_path / "model"
-    outcome = deftx("pretrain", f"text=[{text}]", f"out={model}")
-    assert outcome.status == 0, outcome.err
+def test_an_sft_folder_is_never_overwritten_nor_trained_for_nothing(deftx: Command, sfts: Path, tmp_path: Path) -> None:
+    refused = deftx("sft", "kind=task", f"out={sfts / 'task'}", cache=tmp_path / "untouched")
+    assert refused.status == 1
+    assert "not empty" in refused.err
+    assert not (tmp_path / "untouched").exists()
+
+
+def test_pretraining_on_own_text_gives_a_usable_model(deftx: Command, model: Path) -> None:
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in model.iterdir()}
     local = [item for item in SMALL if not item.startswith("model.")]
     used = deftx("run", *local, f"model.path={model}", "model=local", *FEW, small=False)
     assert used.status == 0, used.err
 
 
-def test_a_target_without_text_is_skipped_on_request_only(deftx: Command) -> None:
-    missing = "language.qbb.text=[nowhere.txt]"
-    refused = deftx("run", missing)
+def test_a_target_without_text_is_skipped_on_request_only(deftx: Command, shared_cache: Path, tmp_path: Path) -> None:
+    deftx("run", *FEW)
+    # A copy of the family in which one target has no text at all.
+    data = Path(shutil.copytree(next(shared_cache.glob("family/*/family")), tmp_path / "data"))
+    (data / "unlabelled" / "qbb.txt").unlink()
+    own = ["task=sentiment", "task.source=qaa", f"data.root={data}", "language.qbb.text=[]", "model.vocabulary=[]"]
+    refused = deftx("run", *own)
     assert refused.status == 1
-    assert "nowhere.txt" in refused.err
+    assert "no unlabelled text for 'qbb'" in refused.err
+    skipped = deftx("run", *own, "missing_text=skip", "controls=[]")
+    assert skipped.status == 0, skipped.err
+    result = skipped.result()
+    assert any("qbb: no unlabelled text" in note for note in result["notes"])
+    # Its row is φ_T alone; the other target's is composed as ever.
+    evaluated = {stage["label"]: stage["key"] for stage in result["stages"] if stage["kind"] == "evaluate"}
+    assert set(evaluated) == {"qba deftx", "qbb deftx", "qba ltsft", "qbb ltsft"}
+    # A file that is named and not there is no missing text: skip does not cover it.
+    assert "nowhere.txt" in deftx("run", "missing_text=skip", "language.qbb.text=[nowhere.txt]").err
 
 
 def test_the_result_names_the_split(deftx: Command) -> None:
