@@ -76,6 +76,11 @@ class SFTSettings:
         """``ltsft`` without denoising, else ``deftx``."""
         return "ltsft" if self.rank is None else "deftx"
 
+    @property
+    def description(self) -> str:
+        """Method and policies, for names and logs."""
+        return self.method if self.rank is None else f"{self.method} rank={self.rank} residual={self.residual}"
+
     def size(self, maskable: int) -> int:
         """K for a model with ``maskable`` maskable parameters."""
         return self.k if self.k is not None else max(1, round(float(self.density or 0) * maskable))

@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from deftx.cache import Entry, Stage, StageCache, Workspace, file_sha256
 from deftx.data.settings import LanguageSettings
@@ -60,6 +60,20 @@ class Recipe:
         if self.kind == "language":
             return f"language-{self.language}"
         return f"task-on-{self.language}" if "source_sft" in self.inputs else "task"
+
+
+class Plan(NamedTuple):
+    """The stages of one SFT.
+
+    The full phase's key holds neither rank nor K nor the sparse phase's λ; without denoising there is no decomposition.
+    """
+
+    full: Stage
+    decompose: Stage | None
+    select: Stage
+    sparse: Stage
+    k: int
+    maskable: int
 
 
 class Trainer:
@@ -156,17 +170,6 @@ class Trainer:
         )
         return self._train(recipe)
 
-    def full_stage(self, recipe: Recipe) -> Stage:
-        """The full phase: neither rank nor K nor the sparse phase's λ are in its key."""
-        return Stage(
-            kind="full",
-            version=1,
-            settings=self._phase_settings(recipe, ignored=("l1_sparse", "log_every")),
-            inputs=recipe.inputs,
-            seed=self.study.seed,
-            label=recipe.label,
-        )
-
     def _phase_settings(self, recipe: Recipe, *, ignored: tuple[str, ...]) -> dict[str, Any]:
         training = {key: value for key, value in asdict(recipe.sft.training).items() if key not in ignored}
         if recipe.kind == "task":
@@ -179,58 +182,65 @@ class Trainer:
             "precision": self.study.trainer.precision,
         }
 
-    def _train(self, recipe: Recipe) -> SFT:
+    def plan(self, recipe: Recipe) -> Plan:
+        """The stages of one SFT, their keys known before anything runs."""
         from deftx.training.encoder import shapes_of
 
         sft = recipe.sft
-        shapes = shapes_of(self.base.folder, kind=recipe.kind)
-        maskable = sum(math.prod(shape) for shape in shapes.values())
+        maskable = sum(math.prod(shape) for shape in shapes_of(self.base.folder, kind=recipe.kind).values())
         k = sft.size(maskable)
-        full_stage = self.full_stage(recipe)
-        select_inputs = {"full": full_stage.key}
-        decompose_stage = None
+        full = Stage(
+            kind="full",
+            version=1,
+            settings=self._phase_settings(recipe, ignored=("l1_sparse", "log_every")),
+            inputs=recipe.inputs,
+            seed=self.study.seed,
+            label=recipe.label,
+        )
+        inputs = {"full": full.key}
+        decompose = None
         if sft.rank is not None:
-            decompose_stage = Stage(
+            decompose = Stage(
                 kind="decompose",
                 version=1,
                 settings={"exclude": list(sft.exclude)},
-                inputs={"full": full_stage.key},
+                inputs=dict(inputs),
                 label=recipe.label,
             )
-            select_inputs["decompose"] = decompose_stage.key
-        method = sft.method if sft.rank is None else f"{sft.method} rank={sft.rank} residual={sft.residual}"
-        select_stage = Stage(
-            kind="select",
-            version=1,
-            settings={**sft.selection_settings(), "k": k},
-            inputs=select_inputs,
-            label=f"{recipe.label} {method} K={k}",
+            inputs["decompose"] = decompose.key
+        label = f"{recipe.label} {sft.description} K={k}"
+        select = Stage(
+            kind="select", version=1, settings={**sft.selection_settings(), "k": k}, inputs=inputs, label=label
         )
-        sparse_stage = Stage(
+        sparse = Stage(
             kind="sparse",
             version=1,
             settings=self._phase_settings(recipe, ignored=("l1_full", "log_every")),
-            inputs={**recipe.inputs, "select": select_stage.key},
+            inputs={**recipe.inputs, "select": select.key},
             seed=self.study.seed,
-            label=f"{recipe.label} {method} K={k}",
+            label=label,
         )
+        return Plan(full, decompose, select, sparse, k, maskable)
+
+    def _train(self, recipe: Recipe) -> SFT:
+        plan = self.plan(recipe)
 
         # Asked for from the end: a finished SFT needs none of its earlier stages, which may have been pruned.
         def sparse(work: Workspace) -> None:
-            selection = self.cache.get_or_compute(select_stage, select)
-            self._sparse_phase(recipe, selection, maskable, work)
+            selection = self.cache.get_or_compute(plan.select, select)
+            self._sparse_phase(recipe, selection, plan.maskable, work)
 
         def select(work: Workspace) -> None:
-            full = self.cache.get_or_compute(full_stage, lambda inner: self._full_phase(recipe, inner))
+            full = self.cache.get_or_compute(plan.full, lambda inner: self._full_phase(recipe, inner))
             spectra = None
-            if decompose_stage is not None:
-                spectra = self.cache.get_or_compute(decompose_stage, lambda inner: self._decompose(recipe, full, inner))
-            self._select(recipe, full, spectra, k, work)
+            if plan.decompose is not None:
+                spectra = self.cache.get_or_compute(plan.decompose, lambda inner: self._decompose(recipe, full, inner))
+            self._select(recipe, full, spectra, plan.k, work)
 
-        entry = self.cache.get_or_compute(sparse_stage, sparse)
+        entry = self.cache.get_or_compute(plan.sparse, sparse)
         metrics = json.loads(entry.file("metrics.json").read_text(encoding="utf-8"))
         folder = entry.path / SFT_FOLDER
-        return SFT(recipe.kind, f"{recipe.label} {method}", folder, _sft_sha(entry), metrics)
+        return SFT(recipe.kind, f"{recipe.label} {recipe.sft.description}", folder, _sft_sha(entry), metrics)
 
     def _full_phase(self, recipe: Recipe, work: Workspace) -> None:
         from safetensors.torch import save_file

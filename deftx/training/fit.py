@@ -1,8 +1,8 @@
 """One phase as one Lightning fit: exact number of steps, validation, best checkpoint, quiet and repeatable.
 
 The data module's training loader is one long stream, so that a fit is a single Lightning epoch of exactly the steps it
-should have; batch number i is a pure function of (seed, i). Dropout is seeded for each batch the same way: neither
-validation nor an interruption can move it, and a resumed phase needs no random states.
+should have; batch number i is a pure function of (seed, i). Dropout is seeded for each batch the same way, so that
+validation cannot move it. An interrupted phase starts again from its beginning.
 
 Best checkpoint on validation per phase is the papers' rule (method.md, "Settings of the reference").
 """
@@ -174,8 +174,6 @@ def fit_phase(
     best = torch.load(checkpoint.best_model_path, map_location="cpu", weights_only=True)
     module.load_trained(best["state_dict"])
     module.zero_grad(set_to_none=True)
-    if callback is not None and callback.phase == "sparse":
-        callback.verify()
     training_seconds = max(1e-9, seconds - record.validation_seconds)
     return PhaseResult(
         best_score=float(checkpoint.best_model_score),  # type: ignore[arg-type]

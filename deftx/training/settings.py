@@ -78,7 +78,9 @@ class TrainingSettings:
 
 @dataclass
 class TrainerSettings:
-    """What a phase runs on; nothing here but the precision changes a result on one kind of machine.
+    """What a phase runs on.
+
+    Only the precision is part of a stage's key: device, threads and kernels change results by float rounding.
 
     Attributes:
         accelerator: ``auto`` (a GPU where there is one), ``cpu`` or ``gpu``.

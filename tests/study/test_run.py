@@ -11,8 +11,12 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
+import transformers
 from sklearn.metrics import accuracy_score, f1_score
 from small_study import SMALL, Command
+
+from deftx.core.delta import SparseDelta
 
 FEW = ("language=qba", "compare=[]", "controls=[]")
 
@@ -49,6 +53,54 @@ def test_a_run_evaluates_every_target_under_every_condition(deftx: Command) -> N
     assert set(diagnostics["what"]) == {"sft", "pair"}
     counts = diagnostics[diagnostics["what"] == "sft"].groupby("sft")["selected"].sum()
     assert (counts > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("condition", "variant", "task", "language"),
+    [
+        ("deftx", "", "task on θ⁰+qaa deftx", "language qba deftx"),
+        ("ltsft", "", "task on θ⁰+qaa ltsft", "language qba ltsft"),
+        ("no_language_sft", "", "task on θ⁰ deftx", None),
+        ("source_sft", "", "task on θ⁰+qaa deftx", "language qaa deftx"),
+        ("other_language_sft", "qbb", "task on θ⁰+qaa deftx", "language qbb deftx"),
+    ],
+)
+def test_predictions_are_those_of_the_sum_written_out(
+    deftx: Command, shared_cache: Path, condition: str, variant: str, task: str, language: str | None
+) -> None:
+    outcome = deftx("run")
+    stages = outcome.result()["stages"]
+    base, *_ = shared_cache.glob("pretrain/*/model")
+
+    def folder(name: str) -> Path:
+        (key,) = {s["key"] for s in stages if s["kind"] == "sparse" and s["label"].startswith(f"{name} ")}
+        return shared_cache / "sparse" / key[:16] / "sft"
+
+    # θ⁰ + φ_T + φ_L, one coordinate after the other in float64, and the classifier as transformers builds it.
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=3, dtype=torch.float32)
+    sum_of = {name: tensor.double() for name, tensor in model.state_dict().items()}
+    for name in filter(None, (task, language)):
+        delta = SparseDelta.load(folder(name))
+        for parameter, index in delta.indices.items():
+            flat = sum_of[f"bert.{parameter}"].view(-1)
+            for position, value in zip(index.tolist(), delta.values[parameter].tolist(), strict=True):
+                flat[position] += value
+    sum_of |= SparseDelta.load(folder(task)).head
+    model.load_state_dict({name: tensor.float() for name, tensor in sum_of.items()})
+    model.eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+
+    frame = pd.read_parquet(next(outcome.folder.rglob("predictions.parquet")))
+    chosen = (frame["language"] == "qba") & (frame["condition"] == condition) & (frame["variant"] == variant)
+    published = frame[chosen].set_index("id")
+    texts = pd.read_csv(next(shared_cache.glob("family/*/family/sentiment/qba/test.tsv")), sep="\t")
+    assert len(published) == len(texts) == 30
+    with torch.inference_mode():
+        for number, text in enumerate(texts["text"], 1):
+            row = published.loc[str(texts["id"][number - 1] if "id" in texts else number)]
+            logits = model(**tokenizer(text, return_tensors="pt", truncation=True, max_length=32)).logits[0]
+            expected = [row[f"score_{label}"] for label in ("negative", "neutral", "positive")]
+            assert logits.tolist() == pytest.approx(expected, abs=1e-5)
 
 
 def test_the_same_run_again_computes_nothing_and_gives_the_same(deftx: Command) -> None:
