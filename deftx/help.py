@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from deftx.config import conf_dir, group_options
+from deftx.config import conf_dir, defaults_of, group_options
 
 GROUPS = (
     "model",
@@ -22,6 +22,17 @@ GROUPS = (
     "trainer",
     "logger",
 )
+# What of `deftx run` the other commands read.
+KNOBS = {
+    "sft": ("rank", "residual", "k", "density", "seed", "missing_text"),
+    "eval": ("split",),
+    "pretrain": (),
+}
+READ = {
+    "sft": tuple(group for group in GROUPS if group != "logger"),
+    "eval": ("model", "task", "language", "trainer", "logger"),
+    "pretrain": ("model", "trainer"),
+}
 EXAMPLES = {
     "run": (
         "deftx run experiment=demo",
@@ -50,16 +61,25 @@ def command_help(name: str, purpose: str) -> str:
         f"usage: deftx {name} [GROUP=OPTION ...] [key=value ...] [-m]",
         "",
     ]
+    shared = [text for text in _knobs("run") if name == "run" or text.split(":")[0] in KNOBS[name]]
     lines += ["knobs"]
-    lines += [f"  {text}" for source in dict.fromkeys(("run", name)) for text in _knobs(source)]
+    lines += [f"  {text}" for text in [*(_knobs(name) if name != "run" else []), *shared]]
+    if name == "pretrain":
+        shape = defaults_of(name)("model.pretrain")
+        lines += ["", "size and budget: model.pretrain.*"]
+        lines += [f"  {_wrapped([f'{key}={value}' for key, value in shape.items()]).replace(' ' * 12, '  ')}"]
     lines += ["", "groups"]
-    lines += [f"  {group:<10}{_wrapped(group_options(group))}" for group in GROUPS]
+    lines += [f"  {group:<10}{_wrapped(group_options(group))}" for group in READ.get(name, GROUPS)]
     if name == "run":
         lines += ["", "experiments"]
         lines += [f"  {option:<20}{_purpose('experiment', option)}" for option in group_options("experiment")]
+    if name in ("run", "sft"):
+        lines += [
+            "",
+            "budgets: lang.training.*, task.training.* and source.training.* (learning_rate, batch_size, epochs, ...)",
+        ]
     lines += [
         "",
-        "budgets: lang.training.*, task.training.* and source.training.* (learning_rate, batch_size, epochs, ...)",
         f"the whole configuration: deftx {name} --cfg job",
         "",
         "examples",
@@ -70,10 +90,17 @@ def command_help(name: str, purpose: str) -> str:
 
 
 def _knobs(name: str) -> list[str]:
-    """The knob lines of a primary configuration, defaults and comments as they stand there."""
+    """The knob lines of a primary configuration as they stand there, with the values that defaults refer to."""
     text = (conf_dir() / f"{name}.yaml").read_text(encoding="utf-8")
     section = re.search(r"^# --- knobs\n(.*?)^# --- end of knobs", text, re.DOTALL | re.MULTILINE)
-    return section.group(1).splitlines() if section else []
+    if section is None:
+        return []
+    defaults = defaults_of(name)
+
+    def value(reference: re.Match[str]) -> str:
+        return str(defaults(reference.group(1))).ljust(len(reference.group(0)))
+
+    return [re.sub(r"\$\{([\w.]+)\}", value, line) for line in section.group(1).splitlines()]
 
 
 def _purpose(group: str, option: str) -> str:

@@ -13,12 +13,21 @@ from deftx.config.resolve import (
     study_settings,
     written_folders,
 )
-from deftx.config.session import conf_dir, group_options, hydra_session, language_settings, launch, run_directory
+from deftx.config.session import (
+    conf_dir,
+    defaults_of,
+    group_options,
+    hydra_session,
+    language_settings,
+    launch,
+    run_directory,
+)
 
 __all__ = [
     "Command",
     "check_command",
     "conf_dir",
+    "defaults_of",
     "eval_settings",
     "group_options",
     "hydra_session",

@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+from hydra import compose
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_automatic_config_search_path
 from hydra.core.global_hydra import GlobalHydra
@@ -97,6 +98,12 @@ def run_directory() -> Path:
 def group_options(group: str) -> list[str]:
     """Names in a config group, from every folder on the search path."""
     return sorted(GlobalHydra.instance().config_loader().get_group_options(group))
+
+
+def defaults_of(name: str) -> Callable[[str], Any]:
+    """A command's configuration without overrides, as a function from key to value."""
+    config = compose(name)
+    return lambda key: OmegaConf.select(config, key)
 
 
 def unknown(what: str, value: str, options: Sequence[str]) -> str:
