@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from deftx.errors import DeftxError
 from deftx.stages.diagnostics import diagnostics
 from deftx.stages.evaluate import SFT, Cell, Evaluator, Outcome, plan_cells
 from deftx.stages.inputs import Base, base_model, corpus, data_settings, task_rows
+from deftx.stages.knobs import SFT_KNOBS, flat_knobs, given_knobs
 from deftx.stages.preflight import refuse_used
 from deftx.stages.settings import SFTSettings, StudySettings
 from deftx.stages.sft import Trainer
@@ -188,7 +189,7 @@ def run_eval(study: StudySettings, task_sft: str, language_sfts: dict[str, str],
             f"{task_sft} predicts {about.get('labels')}, {study.task} needs {needed}: give another task SFT"
         )
     languages: dict[str, SFT] = {}
-    knobs = _given_knobs(study, about)
+    knobs = given_knobs(study, about)
     for code, place in language_sfts.items():
         languages[code] = open_sft(place, "language")
         said = languages[code].facts
@@ -300,75 +301,6 @@ def _run(
     return record
 
 
-def flat_knobs(study: StudySettings) -> dict[str, Any]:
-    """A run's settings under the knobs' names, flat; what the method ignores is ``None``.
-
-    A short knob (``rank``, ``residual``, ``k``, ``density``) is what language and task SFTs have in common, and
-    ``None`` where ``lang.*`` and ``task.*`` differ.
-    """
-    sfts = {
-        "lang": study.sft_for(study.methods[0], study.language_sft),
-        "task": study.sft_for(study.methods[0], study.task_sft),
-        "source": study.source_sft,
-    }
-    knobs = _shared_knobs(study) | {
-        "method": study.methods[0],
-        "compare": list(study.methods[1:]),
-        "controls": list(study.controls),
-        "missing_text": study.missing_text,
-        "train": study.train,
-        "source.language": study.source.code if study.source_sft is not None else None,
-    }
-    for key in ("rank", "residual", "k", "density"):
-        values = [getattr(sfts[name], key) for name in ("lang", "task")]
-        knobs[key] = values[0] if values[0] == values[1] else None
-    for name, item in sfts.items():
-        if item is None:
-            knobs[f"{name}.enabled"] = False
-            continue
-        knobs |= {f"{name}.{key}": getattr(item, key) for key in ("rank", "residual", "k", "density")}
-        knobs[f"{name}.exclude"] = list(item.exclude) if item.rank is not None else None
-        knobs |= {f"{name}.training.{key}": value for key, value in asdict(item.training).items()}
-        if name == "task":
-            knobs["task.training.mlm_probability"] = None
-    knobs |= {f"corpus.{key}": value for key, value in asdict(study.corpus).items()}
-    return knobs
-
-
-SFT_KNOBS = ("method", "rank", "residual", "exclude", "k", "seed")
-
-
-def _shared_knobs(study: StudySettings) -> dict[str, Any]:
-    """Settings of a run that say nothing about how its SFTs were trained."""
-    model = asdict(study.model)
-    shape = model.pop("pretrain") if study.model.path is None and study.model.pretrain is not None else None
-    if shape is None:
-        model |= {"pretrain": None, "languages": None, "vocabulary": None, "seed": None}
-    knobs = {
-        "study": study.name,
-        "seed": study.seed,
-        "task": study.task,
-        "split": study.split,
-        "language": list(study.targets),
-        "model": study.model.name,
-        "precision": study.trainer.precision,
-    }
-    # Where a file lies is no setting: what is in it is under fingerprints.
-    knobs |= {f"model.{key}": value for key, value in model.items() if key not in ("name", "path")}
-    if shape is not None:
-        knobs |= {f"model.pretrain.{key}": value for key, value in shape.items()}
-    knobs |= {f"data.{key}": value for key, value in study.data.result_settings().items()}
-    synthetic = asdict(study.synthetic) if study.generated else {}
-    return knobs | {f"synthetic.{key}": value for key, value in synthetic.items()}
-
-
-def _given_knobs(study: StudySettings, about: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of an evaluation of given SFTs: what trained them is what they say, not what is configured here."""
-    knobs = _shared_knobs(study) | {name: about.get(name) for name in SFT_KNOBS if name != "seed"}
-    knobs |= {f"task_sft.{name}": about.get(name) for name in SFT_KNOBS}
-    return knobs | {"train": about.get("task"), "source.language": (about.get("trained_on") or {}).get("language_sft")}
-
-
 def _fill(record: tracking.RunRecord, bench: Bench) -> None:
     """What a run has to say so far, also when it is about to fail."""
     study, products = bench.study, bench.products
@@ -437,12 +369,8 @@ def _write_tables(run_dir: Path, bench: Bench) -> None:
 
 def _show(study: StudySettings, record: tracking.RunRecord, run_dir: Path, cache: StageCache) -> None:
     metric = study.task_spec.metric
-    where = {
-        "result": run_dir / tracking.RESULT,
-        "predictions": run_dir / tracking.PREDICTIONS,
-        "diagnostics": run_dir / tracking.DIAGNOSTICS,
-        "stage cache": cache.root,
-    }
+    files = {"result": tracking.RESULT, "predictions": tracking.PREDICTIONS, "diagnostics": tracking.DIAGNOSTICS}
+    where = {what: _short(run_dir / name) for what, name in files.items()} | {"stage cache": _short(cache.root)}
     work = f"{cache.computed} stages computed, {cache.hits} from the cache, {record.seconds or 0:.0f} s"
     tracking.print_results(
         [item for item in record.metrics if item.metric == metric],
@@ -450,3 +378,11 @@ def _show(study: StudySettings, record: tracking.RunRecord, run_dir: Path, cache
         where=where,
         notes=[*record.notes, work],
     )
+
+
+def _short(path: Path) -> Path:
+    """Relative to where the command was given, or to ``~``, where it lies below one of them."""
+    for start, shown in ((Path.cwd(), Path()), (Path.home(), Path("~"))):
+        if path.is_relative_to(start):
+            return shown / path.relative_to(start)
+    return path
