@@ -1,4 +1,4 @@
-"""A run's settings as ``result.json`` and W&B show them: flat, under the knobs' names, ``None`` where they do nothing."""
+"""A run's settings as ``result.json`` and W&B show them: flat, by knob, ``None`` where nothing reads them."""
 
 from __future__ import annotations
 
