@@ -121,6 +121,8 @@ def resolve(cfg: DictConfig, command: str = "run") -> tuple[StudySettings | None
         problems.append(f"task={config.task.name} needs task.source=CODE: the language its labelled rows are in")
     else:
         source = _language(config.task.source, problems)
+        problems += _source_problems(config)
+    more = {code: _language(code, problems) for code in config.task.more_sources}
     pretrain = (
         {code: _language(code, problems) for code in [*config.model.languages, *config.model.vocabulary]}
         if config.model.pretrain
@@ -156,6 +158,7 @@ def resolve(cfg: DictConfig, command: str = "run") -> tuple[StudySettings | None
             train=config.task.train,
             split=config.split,
             source=source,
+            more_sources={code: item for code, item in more.items() if item is not None},
             targets=targets,
             pretrain_languages={code: item for code, item in pretrain.items() if item is not None},
             language_sft=language_sft,
@@ -172,6 +175,18 @@ def resolve(cfg: DictConfig, command: str = "run") -> tuple[StudySettings | None
         ),
         problems,
     )
+
+
+def _source_problems(config: RunConfig) -> list[str]:
+    task, codes = config.task, [config.task.source, *config.task.more_sources]
+    problems = []
+    if len(set(codes)) < len(codes):
+        problems.append(f"task.source={task.source} and task.more_sources={list(task.more_sources)}: a language twice")
+    if task.train == "synthetic" and task.more_sources:
+        problems.append(f"task.more_sources: the generated family has labelled rows in {task.source} only")
+    if task.train == "smsa" and task.more_sources:
+        problems.append("task.more_sources: SMSA is Indonesian only; task.train=nusax has rows in twelve languages")
+    return problems
 
 
 def _targets_without_rows(config: RunConfig, targets: Mapping[str, LanguageSettings]) -> list[str]:

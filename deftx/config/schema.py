@@ -85,6 +85,7 @@ class TaskConfig(SFTConfig):
     name: str = MISSING
     train: str = MISSING
     source: str = MISSING
+    more_sources: list[str] = field(default_factory=list)
     family: str = "sentiment"
 
 

@@ -48,6 +48,10 @@ class TextDataModule(pl.LightningDataModule):
         self.examples = source.examples("train")
         self.valid_examples = source.examples("valid")
 
+    def epoch_steps(self, batch_size: int) -> int:
+        """Optimizer steps of one epoch; a batch never mixes source languages, so each has a smaller last one."""
+        return len(_cuts(self._source.groups("train"), batch_size))
+
     @classmethod
     def for_language(
         cls,
@@ -90,7 +94,8 @@ class TextDataModule(pl.LightningDataModule):
         """Prepare labelled rows for classification.
 
         Args:
-            train: frame with columns ``text``, ``label`` and, for pairs, ``text_pair``.
+            train: frame with columns ``text``, ``label`` and, for pairs, ``text_pair``; with several source languages
+                also ``source``, a small integer: no batch mixes two, and each says its own.
             valid: the same for validation.
             tokenizer: a fast transformers tokenizer.
             max_length: tokens a text or pair is truncated to.
@@ -174,24 +179,29 @@ class _Stream(Dataset[Batch]):
 
     def __init__(self, source: _Source, plan: Mapping[str, int], rank: int, world: int) -> None:
         self.source, self.plan, self.rank, self.world = source, plan, rank, world
-        self.epoch_steps = math.ceil(source.examples("train") / plan["batch_size"])
-        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
+        self.groups = source.groups("train")
+        self.cuts = _cuts(self.groups, plan["batch_size"])
+        self._order: tuple[int, np.ndarray, np.ndarray] = (-1, self.groups, self.groups)
 
     def __len__(self) -> int:
         return self.plan["steps"] * self.plan["accumulate"]
 
-    def order(self, epoch: int) -> np.ndarray:
-        """Return the order of the training examples in an epoch."""
+    def rows_of(self, epoch: int, position: int) -> np.ndarray:
+        """Return the training examples of a step of an epoch."""
         if self._order[0] != epoch:
             random = np.random.default_rng(_seed(self.plan["seed"], "order", epoch))
-            self._order = (epoch, random.permutation(self.source.examples("train")))
-        return self._order[1]
+            order, steps = random.permutation(len(self.groups)), np.arange(len(self.cuts))
+            if self.groups.any():  # several source languages, their steps mixed
+                order, steps = order[np.argsort(self.groups[order], kind="stable")], random.permutation(len(steps))
+            self._order = (epoch, order, steps)
+        _, order, steps = self._order
+        first, last = self.cuts[steps[position]]
+        return order[first:last]
 
     def __getitem__(self, index: int) -> Batch:
         step, part = divmod(index, self.plan["accumulate"])
-        epoch, position = divmod(step, self.epoch_steps)
-        size = self.plan["batch_size"]
-        rows = self.order(epoch)[position * size : (position + 1) * size]
+        epoch, position = divmod(step, len(self.cuts))
+        rows = self.rows_of(epoch, position)
         parts = self.plan["accumulate"] * self.world
         seed = _seed(self.plan["seed"], "mask", epoch, position)
         return self.source.batch("train", rows, seed, part * self.world + self.rank, parts)
@@ -201,18 +211,27 @@ class _Validation(Dataset[Batch]):
     """Validation batch i: consecutive rows, every ``world``-th batch for a device."""
 
     def __init__(self, source: _Source, seed: int, size: int, rank: int, world: int) -> None:
-        self.source, self.seed, self.size, self.rank, self.world = source, seed, size, rank, world
-        self.count = math.ceil(source.examples("valid") / size)
+        self.source, self.seed = source, seed
+        groups = source.groups("valid")
+        self.order = np.argsort(groups, kind="stable")
+        self.cuts = _cuts(groups, size)[rank::world]
 
     def __len__(self) -> int:
-        return len(range(self.rank, self.count, self.world))
+        return len(self.cuts)
 
     def __getitem__(self, index: int) -> Batch:
         if index >= len(self):
             raise IndexError(index)
-        first = (index * self.world + self.rank) * self.size
-        rows = np.arange(first, min(first + self.size, self.source.examples("valid")))
-        return self.source.batch("valid", rows, _seed(self.seed, "valid"), 0, 1)
+        first, last = self.cuts[index]
+        return self.source.batch("valid", self.order[first:last], _seed(self.seed, "valid"), 0, 1)
+
+
+def _cuts(groups: np.ndarray, size: int) -> np.ndarray:
+    """Where examples sorted by group are cut into pieces of at most ``size`` of one group each: int64 [pieces, 2]."""
+    ends = np.cumsum(np.bincount(groups))
+    firsts = [np.arange(start, end, size) for start, end in zip([0, *ends], ends, strict=False)]
+    lasts = [np.minimum(first + size, end) for first, end in zip(firsts, ends, strict=True)]
+    return np.stack([np.concatenate(firsts), np.concatenate(lasts)], axis=1) if firsts else np.empty((0, 2), np.int64)
 
 
 class _Source:
@@ -220,6 +239,10 @@ class _Source:
 
     def examples(self, split: str) -> int:
         raise NotImplementedError
+
+    def groups(self, split: str) -> np.ndarray:
+        """Return the source language of each example, a small integer: a batch holds one language's."""
+        return np.zeros(self.examples(split), dtype=np.int64)
 
     def batch(self, split: str, rows: np.ndarray, seed: int, part: int, parts: int) -> Batch:
         """Return part ``part`` of ``parts`` of the step that consists of ``rows``.
@@ -285,14 +308,20 @@ class _Rows(_Source):
         self.padding = {"input_ids": int(tokenizer.pad_token_id), "token_type_ids": int(tokenizer.pad_token_type_id)}
         self.encoded = {}
         self.labels = {}
+        self.sources = {}
         for split, frame in (("train", train), ("valid", valid)):
             texts = frame["text"].tolist()
             pairs = frame["text_pair"].tolist() if "text_pair" in frame else None
             self.encoded[split] = encode_texts(tokenizer, texts, pairs, max_length)
             self.labels[split] = np.asarray(frame["label"], dtype=np.int64)
+            if "source" in frame:
+                self.sources[split] = np.asarray(frame["source"], dtype=np.int64)
 
     def examples(self, split: str) -> int:
         return len(self.labels[split])
+
+    def groups(self, split: str) -> np.ndarray:
+        return self.sources.get(split, super().groups(split))
 
     def batch(self, split: str, rows: np.ndarray, seed: int, part: int, parts: int) -> Batch:
         mine = rows[_share(len(rows), part, parts)]
@@ -304,7 +333,8 @@ class _Rows(_Source):
         if padding_row:
             labels = torch.full_like(labels, -100)  # F.cross_entropy's ignore_index: no loss from this row
         normalizer = torch.tensor(len(rows) / parts, dtype=torch.float32)
-        return {**batch, "labels": labels, "normalizer": normalizer}
+        source = {"source": int(self.sources[split][mine[0]])} if self.sources else {}
+        return {**batch, **source, "labels": labels, "normalizer": normalizer}
 
 
 def _share(count: int, part: int, parts: int) -> np.ndarray:

@@ -247,14 +247,14 @@ def corpus(study: StudySettings, language: LanguageSettings, data: DataSettings,
     return Corpus(stage.key, entry)
 
 
-def task_rows(study: StudySettings, data: DataSettings, cache: StageCache) -> TaskRows:
-    """Labelled rows of the source language, without leaks into any evaluation set, split into train and validation."""
+def task_rows(study: StudySettings, source: LanguageSettings, data: DataSettings, cache: StageCache) -> TaskRows:
+    """Labelled rows of a source language, without leaks into any evaluation set, split into train and validation."""
     from deftx.data.tasks import TaskData, fingerprint_rows, load_train, task_files
 
     def load() -> TaskData:
-        return load_train(study.train, study.source, data, seed=stage_seed(study.seed, "task", study.source.code))
+        return load_train(study.train, source, data, seed=stage_seed(study.seed, "task", source.code))
 
-    files = task_files(study.train, study.source, data)
+    files = task_files(study.train, source, data)
     if files:
         inputs = {"files": fingerprint_files(files)}
     else:
@@ -266,12 +266,12 @@ def task_rows(study: StudySettings, data: DataSettings, cache: StageCache) -> Ta
         version=1,
         settings={
             "train": study.train,
-            "language": study.source.code,
+            "language": source.code,
             "data": data.result_settings(),
         },
         inputs=inputs,
         seed=study.seed,
-        label=f"rows {study.train}",
+        label=f"rows {study.train} {source.code}",
     )
 
     def compute(work: Workspace) -> None:

@@ -29,7 +29,8 @@ def flat_knobs(study: StudySettings) -> dict[str, Any]:
         "controls": list(study.controls),
         "missing_text": study.missing_text,
         "train": study.train,
-        "source.language": study.source.code if study.source_sft is not None else None,
+        "task.source": study.source.code,
+        "task.more_sources": list(study.more_sources),
     }
     for key in ("rank", "residual", "k", "density"):
         values = [getattr(sfts[name], key) for name in ("lang", "task")]
@@ -56,7 +57,7 @@ def given_knobs(study: StudySettings, about: Mapping[str, Any]) -> dict[str, Any
     """
     knobs = _shared_knobs(study) | {name: about.get(name) for name in SFT_KNOBS if name != "seed"}
     knobs |= {f"task_sft.{name}": about.get(name) for name in SFT_KNOBS}
-    return knobs | {"train": about.get("task"), "source.language": (about.get("trained_on") or {}).get("language_sft")}
+    return knobs | {"train": about.get("task"), "sources": about.get("languages")}
 
 
 def _shared_knobs(study: StudySettings) -> dict[str, Any]:

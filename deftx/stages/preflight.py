@@ -198,9 +198,10 @@ def _data_problems(study: StudySettings, needs: Needs) -> list[str]:
         return []
     checks: list[Callable[[], object]] = []
     if needs.task:
-        checks.append(partial(task_files, study.train, study.source, study.data))
-        if study.source_sft is not None:
-            checks.append(partial(resolve_text, study.source, study.data))
+        for source in study.sources.values():
+            checks.append(partial(task_files, study.train, source, study.data))
+            if study.source_sft is not None:
+                checks.append(partial(resolve_text, source, study.data))
     for language in study.targets.values():
         if needs.tests:
             checks.append(partial(load_test, study.task, language, study.data, split=study.split))

@@ -102,6 +102,7 @@ class StudySettings:
         train: Data set the task SFT learns from.
         split: Split of the targets that is evaluated.
         source: Source language of the task.
+        more_sources: Further source languages by code (multi-source task SFT).
         targets: Target languages by code.
         language_sft: Settings of the targets' language SFTs.
         source_sft: Settings of φ_S; ``None`` trains the task SFT on θ⁰.
@@ -118,6 +119,7 @@ class StudySettings:
     train: str
     split: str
     source: LanguageSettings
+    more_sources: dict[str, LanguageSettings]
     targets: dict[str, LanguageSettings]
     pretrain_languages: dict[str, LanguageSettings]
     language_sft: SFTSettings
@@ -140,10 +142,15 @@ class StudySettings:
         return task_spec(self.task, self.data)
 
     @property
+    def sources(self) -> dict[str, LanguageSettings]:
+        """All source languages by code, the first one first."""
+        return {self.source.code: self.source, **self.more_sources}
+
+    @property
     def generated(self) -> bool:
         """Whether text and rows are the generated family's."""
         members = set(self.synthetic.members)
-        codes = {self.source.code, *self.targets, *self.pretrain_languages}
+        codes = {*self.sources, *self.targets, *self.pretrain_languages}
         return self.task == "synthetic" or (self.data.root is None and codes <= members)
 
     def sft_for(self, method: str, sft: SFTSettings) -> SFTSettings:

@@ -32,7 +32,7 @@ class Recipe:
         kind: ``language`` or ``task``.
         language: Language the text or the rows are in.
         sft: Settings of the SFT.
-        inputs: Keys of base, data and, for a task SFT, of the φ_S it is trained on.
+        inputs: Keys of base, data and, for a task SFT, of the φ_S it is trained on; several sources by language.
         load: Gives a freshly loaded module holding θ⁰ (+ φ_S), h⁰; the fingerprint of θ⁰; and
             the names of head tensors that were drawn, not read.
         data: Gives the data module.
@@ -49,17 +49,24 @@ class Recipe:
 
     @property
     def label(self) -> str:
-        """How logs name it: ``language qba``, ``task on qaa``, ``task on θ⁰``."""
+        """How logs name it: ``language qba``, ``task on θ⁰+qaa``, ``task on θ⁰``; with several sources all of them."""
         if self.kind == "language":
             return f"language {self.language}"
-        return f"task on θ⁰+{self.language}" if "source_sft" in self.inputs else "task on θ⁰"
+        if self.on_source_sfts:
+            return f"task on θ⁰+{self.language}"
+        return "task on θ⁰" if "data" in self.inputs else f"task {self.language} on θ⁰"
 
     @property
     def slug(self) -> str:
         """A stable name for training curves: ``language-qba``, ``task-on-qaa``, ``task``."""
         if self.kind == "language":
             return f"language-{self.language}"
-        return f"task-on-{self.language}" if "source_sft" in self.inputs else "task"
+        return f"task-on-{self.language}" if self.on_source_sfts else "task"
+
+    @property
+    def on_source_sfts(self) -> bool:
+        """Whether φ_S of the source languages lie under it."""
+        return any(name.startswith("source_sft") for name in self.inputs)
 
 
 class Plan(NamedTuple):
@@ -123,11 +130,19 @@ class Trainer:
         )
         return self._train(recipe)
 
-    def task_sft(self, rows: TaskRows, sft: SFTSettings, on: SFT | None) -> SFT:
-        """φ_T: classification on the source language's labels, on θ⁰ + φ_S, or on θ⁰ when ``on`` is ``None``."""
+    def task_sft(self, rows: Mapping[str, TaskRows], sft: SFTSettings, on: Mapping[str, SFT]) -> SFT:
+        """φ_T: classification on labels of one or several source languages.
+
+        Args:
+            rows: Labelled rows by source language.
+            sft: Settings of the SFT.
+            on: φ_S by source language; empty trains on θ⁰. With one source language the model holds θ⁰ + φ_S. With
+                several it holds θ⁰, and each batch is computed on θ⁰ + its own φ_S (method.md, multi-source).
+        """
         # What it learns from decides it, not what it is evaluated on: AmericasNLI and XNLI share one.
         task = self.study.task_spec
         head_seed = stage_seed(self.study.seed, "head", self.study.train)
+        several = len(rows) > 1
 
         def load() -> tuple[Encoder, str, list[str]]:
             from deftx.core.delta import Composition
@@ -136,36 +151,52 @@ class Trainer:
 
             model, report = load_classifier(self.base.folder, labels=task.labels, seed=head_seed)
             fingerprint = base_fingerprint_of(model)
-            if on is not None:
+            deltas = [on[code].load() for code in rows if on]
+            if not several:
                 parameters = {name: parameter.data for name, parameter in base_parameters(model).items()}
-                Composition(parameters, base_fingerprint=fingerprint).add("source", on.load())
-            return SequenceClassifier(model, sft.training, metric=task.metric), fingerprint, report.drawn
+                composition = Composition(parameters, base_fingerprint=fingerprint)
+                for delta in deltas:
+                    composition.add("source", delta)
+            shifts = deltas if several else []
+            module = SequenceClassifier(model, sft.training, metric=task.metric, source_sfts=shifts)
+            return module, fingerprint, report.drawn
 
         def data() -> Any:
+            import pandas as pd
+
             from deftx.data.module import TextDataModule
             from deftx.training.encoder import load_tokenizer
 
+            def split(name: str) -> pd.DataFrame:
+                if not several:
+                    return next(iter(rows.values())).rows(name)
+                frames = [item.rows(name).assign(source=number) for number, item in enumerate(rows.values())]
+                return pd.concat(frames, ignore_index=True)
+
             tokenizer = load_tokenizer(self.base.folder)
             return TextDataModule.for_task(
-                rows.rows("train"), rows.rows("valid"), tokenizer, max_length=sft.training.max_length
+                split("train"), split("valid"), tokenizer, max_length=sft.training.max_length
             )
 
-        inputs = {"base": self.base.key, "data": rows.key}
-        if on is not None:
-            inputs["source_sft"] = on.key
+        inputs = {"base": self.base.key}
+        for code, item in rows.items():
+            where = f".{code}" if several else ""
+            inputs[f"data{where}"] = item.key
+            if on:
+                inputs[f"source_sft{where}"] = on[code].key
         recipe = Recipe(
             kind="task",
-            language=self.study.source.code,
+            language="+".join(rows),
             sft=sft,
             inputs=inputs,
             load=load,
             data=data,
             metadata={
-                "languages": [self.study.source.code],
+                "languages": list(rows),
                 "task": self.study.train,
                 "labels": list(task.labels),
-                "trained_on": None if on is None else {"language_sft": self.study.source.code, "sha256": on.key},
-                "rows": rows.report,
+                "trained_on": {code: item.key for code, item in on.items()} or None,
+                "rows": {code: item.report for code, item in rows.items()},
             },
         )
         return self._train(recipe)

@@ -62,29 +62,42 @@ class Bench:
         self.products.base = base
         return data, Trainer(self.study, base, self.cache, self.loggers)
 
-    def language_sft(
+    def target_sft(
         self, trainer: Trainer, language: LanguageSettings, data: DataSettings, sft: SFTSettings
     ) -> SFT | None:
         """φ_L, or ``None`` for a target without text under ``missing_text=skip``."""
         try:
-            text = corpus(self.study, language, data, self.cache)
+            return self.language_sft(trainer, language, data, sft)
         except MissingTextError as error:
-            if self.study.missing_text != "skip" or language.code not in self.study.targets:
+            if self.study.missing_text != "skip":
                 raise
             log.warning("%s: no unlabelled text, evaluated without a language SFT (%s)", language.code, error)
             if language.code not in self.products.skipped:
                 self.products.skipped.append(language.code)
             return None
+
+    def source_sfts(self, trainer: Trainer, data: DataSettings) -> dict[str, SFT]:
+        """φ_S by source language; none under ``source=none``."""
+        sft = self.study.source_sft
+        if sft is None:
+            return {}
+        return {code: self.language_sft(trainer, language, data, sft) for code, language in self.study.sources.items()}
+
+    def language_sft(self, trainer: Trainer, language: LanguageSettings, data: DataSettings, sft: SFTSettings) -> SFT:
+        """The SFT of one language."""
+        text = corpus(self.study, language, data, self.cache)
         self.products.reports[f"text {language.code}"] = text.report
         made = trainer.language_sft(language, text, sft)
         self.products.sfts.append(made)
         self.products.drawn |= bool(made.facts["head_drawn"])
         return made
 
-    def task_sft(self, trainer: Trainer, data: DataSettings, sft: SFTSettings, on: SFT | None) -> SFT:
+    def task_sft(self, trainer: Trainer, data: DataSettings, sft: SFTSettings, on: dict[str, SFT]) -> SFT:
         """φ_T on θ⁰ + φ_S, or on θ⁰."""
-        rows = task_rows(self.study, data, self.cache)
-        self.products.reports[f"rows {self.study.train}"] = rows.report
+        rows = {}
+        for code, language in self.study.sources.items():
+            rows[code] = task_rows(self.study, language, data, self.cache)
+            self.products.reports[f"rows {self.study.train} {code}"] = rows[code].report
         made = trainer.task_sft(rows, sft, on)
         self.products.sfts.append(made)
         return made
@@ -106,30 +119,28 @@ def run_study(study: StudySettings, run_dir: Path) -> tracking.RunRecord:
 
     def body(bench: Bench) -> None:
         data, trainer = bench.open()
-        source_sft = None
-        if study.source_sft is not None:
-            source_sft = bench.language_sft(trainer, study.source, data, study.source_sft)
+        source_sfts = bench.source_sfts(trainer, data)
         languages: dict[tuple[str, str], SFT] = {}
         for code, language in study.targets.items():
             for method in study.methods:
-                made = bench.language_sft(trainer, language, data, study.sft_for(method, study.language_sft))
+                made = bench.target_sft(trainer, language, data, study.sft_for(method, study.language_sft))
                 if made is not None:
                     languages[code, method] = made
         tasks = {
-            method: bench.task_sft(trainer, data, study.sft_for(method, study.task_sft), source_sft)
+            method: bench.task_sft(trainer, data, study.sft_for(method, study.task_sft), source_sfts)
             for method in study.methods
         }
         main = study.methods[0]
         without = None
         if "no_language_sft" in study.controls:
-            without = bench.task_sft(trainer, data, study.sft_for(main, study.task_sft), None)
+            without = bench.task_sft(trainer, data, study.sft_for(main, study.task_sft), {})
         cells = plan_cells(
             list(study.targets),
             main,
             tasks,
             languages,
             without_language=without,
-            source_sft=source_sft,
+            source_sft=source_sfts.get(study.source.code),
             controls=study.controls,
         )
         _evaluate(bench, cells, data, study.task_sft.training.max_length)
@@ -153,14 +164,12 @@ def run_sft(study: StudySettings, kind: str, out: Path | None, run_dir: Path) ->
         method = study.methods[0]
         if kind == "language":
             made = {
-                code: bench.language_sft(trainer, language, data, study.sft_for(method, study.language_sft))
+                code: bench.target_sft(trainer, language, data, study.sft_for(method, study.language_sft))
                 for code, language in study.targets.items()
             }
         else:
-            source_sft = None
-            if study.source_sft is not None:
-                source_sft = bench.language_sft(trainer, study.source, data, study.source_sft)
-            made = {study.task: bench.task_sft(trainer, data, study.sft_for(method, study.task_sft), source_sft)}
+            settings = study.sft_for(method, study.task_sft)
+            made = {study.task: bench.task_sft(trainer, data, settings, bench.source_sfts(trainer, data))}
         for name, sft in made.items():
             if sft is not None:
                 place = destination if out is not None and len(made) == 1 else destination / name
@@ -317,6 +326,11 @@ def _fill(record: tracking.RunRecord, bench: Bench) -> None:
     if study.split != "test":
         record.notes.append(f"evaluated on the {study.split} split, not on test")
     record.notes += [f"{code}: no unlabelled text, so no language SFT in its row" for code in products.skipped]
+    record.notes += [
+        f"{code}: labelled rows of this language were trained on, so its row is not zero-shot"
+        for code in study.targets
+        if code in study.sources
+    ]
     if products.drawn:
         record.notes.append(
             "the base has no trained MLM head: language SFTs started from a drawn one, which weakens them"
@@ -374,7 +388,7 @@ def _show(study: StudySettings, record: tracking.RunRecord, run_dir: Path, cache
     work = f"{cache.computed} stages computed, {cache.hits} from the cache, {record.seconds or 0:.0f} s"
     tracking.print_results(
         [item for item in record.metrics if item.metric == metric],
-        title=f"{study.name}, {study.task} from {study.source.code}",
+        title=f"{study.name}, {study.task} from {'+'.join(study.sources)}",
         where=where,
         notes=[*record.notes, work],
     )

@@ -61,23 +61,22 @@ class PhaseResult:
     train_examples: int = 0
 
 
-def phase_steps(settings: TrainingSettings, examples: int) -> tuple[int, int]:
-    """Return (optimizer steps of a phase, steps of one epoch): clamp(epochs × steps per epoch, min_steps, max_steps).
+def phase_steps(settings: TrainingSettings, epoch: int) -> int:
+    """Return the optimizer steps of a phase: clamp(epochs × steps per epoch, min_steps, max_steps).
 
     Args:
-        settings: epochs, batch size and limits.
-        examples: rows or blocks of the training data; the last, smaller batch of an epoch counts as a step.
+        settings: epochs and limits.
+        epoch: steps of one epoch; its last, smaller batch counts as a step.
 
     Raises:
         DeftxError: there are no examples.
     """
-    if examples < 1:
+    if epoch < 1:
         raise DeftxError("there is no training data: 0 examples")
-    epoch = math.ceil(examples / settings.batch_size)
     steps = max(settings.epochs * epoch, settings.min_steps)
     if settings.max_steps is not None:
         steps = min(steps, settings.max_steps)
-    return steps, epoch
+    return steps
 
 
 def fit_phase(
@@ -96,7 +95,7 @@ def fit_phase(
 
     Args:
         module: masked language model or classifier, on the CPU.
-        data_module: :class:`~deftx.data.module.TextDataModule` or its like (``examples``, ``schedule``).
+        data_module: :class:`~deftx.data.module.TextDataModule` or its like.
         callback: makes the fit a phase of a sparse fine-tuning; None trains everything the module trains.
         settings: how to train.
         trainer: what to run on.
@@ -111,7 +110,8 @@ def fit_phase(
     refuse(settings)
     refuse(trainer)
     accelerator = _accelerator(trainer)
-    steps, epoch = phase_steps(settings, data_module.examples)
+    epoch = data_module.epoch_steps(settings.batch_size)
+    steps = phase_steps(settings, epoch)
     data_module.schedule(
         batch_size=settings.batch_size,
         steps=steps,

@@ -11,20 +11,22 @@ batches (accumulation) or on several devices has the gradient of the whole.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
+from deftx.core.delta import SparseDelta
 from deftx.core.optim import SparseAdamW, clip_trained
 from deftx.errors import DeftxError, did_you_mean
-from deftx.training.encoder import FAMILIES, head_parameters, maskable_parameters, model_inputs
+from deftx.training.encoder import FAMILIES, base_parameters, head_parameters, maskable_parameters, model_inputs
 from deftx.training.settings import TrainingSettings
 
 TASK_METRICS = ("macro_f1", "accuracy")
@@ -207,18 +209,38 @@ class SequenceClassifier(Encoder):
     """Classifier over whole texts or pairs: cross entropy; macro-F1 or accuracy chooses the checkpoint.
 
     A batch holds ``input_ids`` int64 [B, T], ``labels`` int64 [B], ``normalizer`` float32 scalar, ``token_type_ids``
-    where the tokenizer makes them, ``attention_mask`` [B, T] where there is padding.
+    where the tokenizer makes them, ``attention_mask`` [B, T] where there is padding. With several source languages it
+    also says ``source``, and is computed on θ + φ_S of that language: the parameters stay θ (method.md, multi-source).
     """
 
     mode = "max"
 
-    def __init__(self, model: Any, settings: TrainingSettings, *, metric: str = "macro_f1") -> None:
-        """See :class:`Encoder`; ``metric`` is the task's, ``"macro_f1"`` or ``"accuracy"``.
+    def __init__(
+        self,
+        model: Any,
+        settings: TrainingSettings,
+        *,
+        metric: str = "macro_f1",
+        source_sfts: Sequence[SparseDelta] = (),
+    ) -> None:
+        """Keep model, metric and language SFTs; see :class:`Encoder`.
+
+        Args:
+            model: from :func:`~deftx.training.encoder.load_classifier`.
+            settings: as there.
+            metric: the task's, ``"macro_f1"`` or ``"accuracy"``.
+            source_sfts: φ_S of each source language, in the order of the batches' ``source``. Empty: every batch is
+                computed on what the model holds.
 
         Raises:
             DeftxError: an unknown metric.
         """
         super().__init__(model, settings)
+        base = {id(parameter): name for name, parameter in base_parameters(model).items()}
+        names = {base[id(p)]: name for name, p in model.named_parameters() if id(p) in base}
+        self._shifts = [
+            {names[name]: (index, sft.values[name]) for name, index in sft.indices.items()} for sft in source_sfts
+        ]
         if metric not in TASK_METRICS:
             hint = did_you_mean(metric, TASK_METRICS)
             raise DeftxError(f"unknown task metric {metric!r}{hint}; available: {', '.join(TASK_METRICS)}")
@@ -235,8 +257,24 @@ class SequenceClassifier(Encoder):
 
     def forward(self, batch: Mapping[str, Any]) -> Tensor:
         """Return logits, [B, labels]."""
-        logits: Tensor = self.model(**model_inputs(batch)).logits
+        inputs = model_inputs(batch)
+        if self._shifts:
+            output: Any = functional_call(self.model, self._shifted(batch["source"]), args=(), kwargs=inputs)
+        else:
+            output = self.model(**inputs)
+        logits: Tensor = output.logits
         return logits
+
+    def _shifted(self, source: int) -> dict[str, Tensor]:
+        """θ + φ_S by full name, for the parameters φ_S changes; its gradient with respect to θ is the identity."""
+        parameters = dict(self.model.named_parameters())
+        found = {}
+        for name, (index, values) in self._shifts[source].items():
+            parameter = parameters[name]
+            moved = index.to(parameter.device), values.to(parameter.device)
+            self._shifts[source][name] = moved
+            found[name] = parameter.flatten().index_add(0, *moved).view_as(parameter)
+        return found
 
     def loss(self, batch: Mapping[str, Any], *, reduction: str = "mean") -> Tensor:
         """Return the cross entropy of the batch's labels."""

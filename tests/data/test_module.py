@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from deftx.data.module import TextDataModule
+from deftx.data.module import TextDataModule, _Stream
 from deftx.errors import DeftxError
 from deftx.training.pretrain import train_tokenizer
 
@@ -233,3 +234,28 @@ def test_too_little_text_is_refused(tokenizer):
     mixed.loc[1, "text_pair"] = None
     with pytest.raises(DeftxError, match="row 1 has no second text"):
         TextDataModule.for_task(mixed, mixed, tokenizer, max_length=16)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_batches_of_several_sources_never_mix_them(tokenizer, accumulate):
+    train, valid = rows(41, 1), rows(17, 2)
+    for frame in (train, valid):
+        frame["source"] = [(0, 2, 1, 0, 0)[number % 5] for number in range(len(frame))]
+    data = TextDataModule.for_task(train, valid, tokenizer, max_length=20)
+    # 25 rows of 0, 8 of 1, 8 of 2 in steps of 6
+    assert data.epoch_steps(6) == 5 + 2 + 2
+    data.schedule(batch_size=6, steps=18, seed=3, accumulate=accumulate)
+    stream_of = _Stream(data._source, data._plan, 0, 1)
+    for epoch in (0, 1):
+        steps = [stream_of.rows_of(epoch, position) for position in range(9)]
+        assert sorted(np.concatenate(steps).tolist()) == list(range(41))
+        sources = [set(train["source"][step]) for step in steps]
+        assert all(len(source) == 1 for source in sources)
+        assert sources != sorted(sources, key=min)  # mixed, not one language after the other
+    for index, batch in enumerate(data.train_dataloader()):
+        step = index // accumulate
+        assert {batch["source"]} == set(train["source"][stream_of.rows_of(step // 9, step % 9)])
+    counted: Counter[int] = Counter()
+    for batch in data.val_dataloader():
+        counted[batch["source"]] += len(batch["labels"])
+    assert counted == Counter(valid["source"])
