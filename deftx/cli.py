@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +53,7 @@ options
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run ``deftx``; exits with 0, 1 (a mistake or a failed run), 2 (usage) or 130 (interrupted)."""
+    """Run ``deftx``; exits with 0, 1 (a mistake or a failed run), 130 (interrupted) or 141 (the reader has gone)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         status = _dispatch(arguments)
@@ -104,9 +106,7 @@ def _command(name: str, arguments: list[str]) -> int:
             print(command_help(name, COMMANDS[name]), end="")
         return 0
 
-    from hydra._internal.utils import get_args_parser
-
-    known, overrides = _parse(get_args_parser(), arguments)
+    known, overrides = _parse(arguments)
 
     from deftx.config import check_command, hydra_session
 
@@ -120,20 +120,31 @@ def _command(name: str, arguments: list[str]) -> int:
         command = check_command(
             name, overrides, multirun=known.multirun, validate=lambda config: _job_problems(name, config)
         )
+    if command.multirun and any(config.trainer.devices > 1 for config in command.configs):
+        raise DeftxError("trainer.devices: a job of a sweep has one device; several would each repeat the sweep")
     return _launch(name, overrides, command.multirun, known.config_dir)
 
 
-def _parse(parser: argparse.ArgumentParser, arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Hydra's options (-m, --cfg, --config-dir, --resolve); an unknown one is an error of ours, not a usage dump."""
+def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The few options that are no overrides; an unknown one is an error of ours, not a usage dump."""
+    import argparse
 
     def refuse(text: str) -> None:
-        raise DeftxError(f"{text}; `deftx COMMAND --help` lists the knobs")
+        raise DeftxError(f"{text}; the options are -m, --cfg job, --resolve and --config-dir FOLDER")
 
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.error = refuse  # type: ignore[assignment,method-assign]
+    parser.add_argument("-m", "--multirun", action="store_true")
+    parser.add_argument("--cfg", choices=["job"])
+    parser.add_argument("--resolve", action="store_true")
+    parser.add_argument("--config-dir", "-cd")
+    parser.add_argument("overrides", nargs="*")
     # Intermixed, so that options may stand anywhere among the overrides.
     known = parser.parse_intermixed_args(arguments)
+    # The shell leaves the ~ of key=~/folder alone, and Hydra's grammar has no word for it.
+    texts = [re.sub(r"^([\w.]+=)~(?=/|$)", lambda found: found[1] + str(Path.home()), text) for text in known.overrides]
     # Hydra wants ++ for a new key of an open mapping, which is all that these are.
-    return known, [f"++{text}" if text.startswith(OPEN_MAPPINGS) else text for text in known.overrides]
+    return known, [f"++{text}" if text.startswith(OPEN_MAPPINGS) else text for text in texts]
 
 
 def _job_problems(name: str, config: DictConfig) -> list[str]:
@@ -143,44 +154,68 @@ def _job_problems(name: str, config: DictConfig) -> list[str]:
     settings, problems = resolve_command(name, config)
     if settings is None:
         return problems
-    from deftx.stages.preflight import preflight
+    from deftx.stages.preflight import given_problems, preflight
 
-    job = f"sft {config.kind}" if name == "sft" else name
-    return preflight(settings, job, written_folders(config), Path(config.out).expanduser() if config.out else None)
+    job = {"sft": f"sft {config.kind}", "pretrain": "pretrain text" if config.text else name}.get(name, name)
+    problems = preflight(settings, job, written_folders(config), Path(config.out).expanduser() if config.out else None)
+    if name == "eval":
+        problems += given_problems(settings, config.task_sft, dict(config.language_sft))
+    return problems
 
 
 def _launch(name: str, overrides: list[str], multirun: bool, config_dir: str | None) -> int:
     """Let Hydra run the job or the sweep; 0 when every job finished."""
     from deftx.config import launch
 
-    statuses = launch(name, TASKS[name], overrides, multirun=multirun, config_dir=config_dir)
-    failed = [text for text in statuses if text]
+    ends = launch(name, JOBS[name], overrides, multirun=multirun, config_dir=config_dir)
+    failed = [end.error for _, end in ends if end.error]
     if multirun:
-        print(f"sweep: {len(statuses) - len(failed)} of {len(statuses)} jobs finished", file=sys.stderr)
+        _print_sweep(ends)
     for text in failed:
         print(_message(DeftxError(text)), file=sys.stderr)
     return 1 if failed else 0
 
 
-def _job(body: Callable[[DictConfig], None]) -> Callable[[DictConfig], str | None]:
-    """Wrap a job so that a user's mistake becomes its returned message and never stops the other jobs of a sweep."""
+def _print_sweep(ends: Sequence[tuple[Sequence[str], End]]) -> None:
+    """One line a job: what was swept and the mean score of each condition."""
+    from deftx.tracking import print_sweep
 
-    def run(config: DictConfig) -> str | None:
+    every = {text for overrides, _ in ends for text in overrides}
+    swept = {text for text in every if not all(text in overrides for overrides, _ in ends)}
+    rows = [
+        (" ".join(text for text in overrides if text in swept) or "-", end.scores, end.error) for overrides, end in ends
+    ]
+    finished = sum(end.error is None for _, end in ends)
+    print_sweep(rows, title=f"sweep: {finished} of {len(ends)} jobs finished")
+
+
+@dataclass(frozen=True)
+class End:
+    """How a job ended: the message of a failure, or the mean over targets of each condition's score."""
+
+    error: str | None = None
+    scores: Mapping[str, float] = field(default_factory=dict)
+
+
+def _job(body: Callable[[DictConfig], Mapping[str, float] | None]) -> Callable[[DictConfig], End]:
+    """Wrap a job so that a user's mistake becomes its message and never stops the other jobs of a sweep."""
+
+    def run(config: DictConfig) -> End:
         logging.captureWarnings(True)
         try:
-            body(config)
+            return End(scores=body(config) or {})
         except DeftxError as error:
-            return str(error)
-        return None
+            return End(error=str(error))
 
     return run
 
 
-def _run(config: DictConfig) -> None:
+def _run(config: DictConfig) -> Mapping[str, float]:
     from deftx.config import run_directory, study_settings
     from deftx.stages.study import run_study
+    from deftx.tracking import mean_scores
 
-    run_study(study_settings(config), run_directory())
+    return mean_scores(run_study(study_settings(config), run_directory()))
 
 
 def _sft(config: DictConfig) -> None:
@@ -190,11 +225,12 @@ def _sft(config: DictConfig) -> None:
     run_sft(*sft_settings(config), run_directory())
 
 
-def _eval(config: DictConfig) -> None:
+def _eval(config: DictConfig) -> Mapping[str, float]:
     from deftx.config import eval_settings, run_directory
     from deftx.stages.study import run_eval
+    from deftx.tracking import mean_scores
 
-    run_eval(*eval_settings(config), run_directory())
+    return mean_scores(run_eval(*eval_settings(config), run_directory()))
 
 
 def _pretrain(config: DictConfig) -> None:
@@ -204,7 +240,7 @@ def _pretrain(config: DictConfig) -> None:
     run_pretrain(*pretrain_settings(config))
 
 
-TASKS: dict[str, Callable[..., Any]] = {
+JOBS: dict[str, Callable[..., Any]] = {
     "run": _job(_run),
     "sft": _job(_sft),
     "eval": _job(_eval),

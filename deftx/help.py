@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from deftx.config import conf_dir, defaults_of, group_options
+from deftx.config import READS, conf_dir, defaults_of, group_options
 
 GROUPS = (
     "model",
@@ -22,17 +22,6 @@ GROUPS = (
     "trainer",
     "logger",
 )
-# What of `deftx run` the other commands read.
-KNOBS = {
-    "sft": ("rank", "residual", "k", "density", "seed", "missing_text"),
-    "eval": ("split",),
-    "pretrain": (),
-}
-READ = {
-    "sft": tuple(group for group in GROUPS if group != "logger"),
-    "eval": ("model", "task", "language", "trainer", "logger"),
-    "pretrain": ("model", "trainer"),
-}
 EXAMPLES = {
     "run": (
         "deftx run experiment=demo",
@@ -61,15 +50,16 @@ def command_help(name: str, purpose: str) -> str:
         f"usage: deftx {name} [GROUP=OPTION ...] [key=value ...] [-m]",
         "",
     ]
-    shared = [text for text in _knobs("run") if name == "run" or text.split(":")[0] in KNOBS[name]]
+    shared = [text for text in _knobs("run") if name == "run" or text.split(":")[0] in READS[name]]
     lines += ["knobs"]
     lines += [f"  {text}" for text in [*(_knobs(name) if name != "run" else []), *shared]]
     if name == "pretrain":
         shape = defaults_of(name)("model.pretrain")
         lines += ["", "size and budget: model.pretrain.*"]
         lines += [f"  {_wrapped([f'{key}={value}' for key, value in shape.items()]).replace(' ' * 12, '  ')}"]
+        lines += ["  and model.languages (what it learns from without text=), model.vocabulary, model.seed"]
     lines += ["", "groups"]
-    lines += [f"  {group:<10}{_wrapped(group_options(group))}" for group in READ.get(name, GROUPS)]
+    lines += [f"  {group:<10}{_wrapped(group_options(group))}" for group in GROUPS if group in READS[name]]
     if name == "run":
         lines += ["", "experiments"]
         lines += [f"  {option:<20}{_purpose('experiment', option)}" for option in group_options("experiment")]

@@ -42,7 +42,9 @@ __all__ = [
     "Metric",
     "RunRecord",
     "Tracker",
+    "mean_scores",
     "print_results",
+    "print_sweep",
     "provenance",
     "read_result",
     "recording",
@@ -216,7 +218,7 @@ class RunRecord:
         provenance: from :func:`provenance`.
         status: ``running``, ``done`` or ``failed``.
         metrics: every score.
-        fingerprints: name -> fingerprint of base weights and SFTs.
+        fingerprints: name -> fingerprint: ``base`` (as in ``sft.json``), ``base files``, the rows evaluated.
         sfts: one mapping for each SFT: ``name``, ``sha256``, ``metrics`` of its sparse phase.
         data: name -> what was read, dropped (and why) and kept.
         stages: one mapping for each stage: ``kind``, ``label``, ``key``, ``outcome``, ``seconds``.
@@ -511,6 +513,38 @@ def print_results(
         console.print(Text(line), soft_wrap=True, highlight=False)
 
 
+def mean_scores(record: RunRecord) -> dict[str, float]:
+    """Mean over the targets of each condition's score, in the task's own metric (a record's first)."""
+    values: dict[str, list[float]] = {}
+    for item in record.metrics:
+        if item.metric == record.metrics[0].metric and item.value is not None:
+            values.setdefault(item.condition, []).append(item.value)
+    return {condition: sum(found) / len(found) for condition, found in values.items()}
+
+
+def print_sweep(jobs: Sequence[tuple[str, Mapping[str, float], str | None]], *, title: str) -> None:
+    """Print a sweep's jobs side by side, scores multiplied by 100.
+
+    Args:
+        jobs: of each job, what was swept (``rank=8``), its mean scores by condition, and its error if it failed.
+        title: what stands above.
+    """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    asked = {condition for _, scores, _ in jobs for condition in scores}
+    conditions = [name for name in CONDITIONS if name in asked]
+    table = Table(title=Text(title + (", mean over targets × 100" if conditions else "")), title_style="bold")
+    table.add_column("job")
+    for name in conditions:
+        table.add_column(Text(CONDITIONS[name]), justify="right")
+    for swept, scores, error in jobs:
+        cells = [f"{100 * scores[name]:.1f}" if name in scores else "failed" if error else "–" for name in conditions]
+        table.add_row(Text(swept), *cells)
+    Console().print(table)
+
+
 # ------------------------------------------------------------------------------------------- Weights & Biases
 
 
@@ -570,7 +604,7 @@ class Tracker:
         settings: where to log.
         run_dir: the run's directory.
         study: W&B group.
-        job_type: ``run``, ``sweep`` or a stage's kind.
+        job_type: ``run``, ``sft-language``, ``sft-task`` or ``eval``.
         name: name of the run.
         config: the knobs; nested ones are flattened, ``{"lang": {"rank": 16}}`` to ``lang/rank`` (W&B keys
             should hold no dots).

@@ -14,7 +14,7 @@ import yaml
 
 from deftx import __version__
 from deftx.cli import COMMANDS, main
-from deftx.config import conf_dir
+from deftx.config import OWN, READS, conf_dir
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CONF = REPOSITORY / "conf"
@@ -38,7 +38,10 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str], arguments: 
 def test_each_command_shows_its_knobs(capsys: pytest.CaptureFixture[str], command: str) -> None:
     status, out, _ = run(capsys, command, "--help")
     assert status == 0
-    assert re.search(r"^  rank: .*energy:0\.9", out, re.MULTILINE)
+    shown = set(re.findall(r"^  (\w+): ", out, re.MULTILINE))
+    assert shown <= {*READS[command], *OWN[command]}
+    assert shown >= set(OWN[command])
+    assert ("rank" in shown) == (command in ("run", "sft"))
     assert "xlmr_base" in out
     if command != "run":
         own = {"sft": "kind:", "eval": "task_sft:", "pretrain": "out:"}[command]

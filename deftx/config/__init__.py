@@ -1,10 +1,12 @@
 """From Hydra's configuration to plain settings, with every problem of a command reported at once.
 
-``schema`` registers the rooms' settings with Hydra, ``session`` composes and launches, ``check`` looks at all jobs of a
-command before any starts, ``resolve`` turns a composed configuration into the settings the stages read.
+``schema`` registers the rooms' settings with Hydra, ``commands`` says what each command reads, ``session`` composes and
+launches, ``check`` looks at all jobs of a command before any starts, ``resolve`` turns a composed configuration into
+the settings the stages read.
 """
 
 from deftx.config.check import Command, check_command
+from deftx.config.commands import OWN, READS
 from deftx.config.resolve import (
     eval_settings,
     pretrain_settings,
@@ -24,6 +26,8 @@ from deftx.config.session import (
 )
 
 __all__ = [
+    "OWN",
+    "READS",
     "Command",
     "check_command",
     "conf_dir",

@@ -14,12 +14,16 @@ from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
+from deftx.config.commands import unread
 from deftx.config.session import group_options, unknown
 from deftx.errors import DeftxError, did_you_mean
 
 # OmegaConf asserts where an override goes below a null (model.pretrain.steps=9 with model=local).
-COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, AssertionError, ValueError)
+COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, AssertionError, ValueError, YAMLError)
+# Keys that take several values in one run.
+LISTS = ("language", "compare", "controls")
 # Groups without a node of their own in the configuration.
 GROUPS = ("experiment",)
 
@@ -66,6 +70,7 @@ def check_command(
             )
             problems.append(f"{text!r} is no override; write key=value{quoted}")
     problems += [text for item in parsed for text in _group_problems(item)]
+    problems += unread(name, [item.key_or_group for item in parsed])
     if not problems:
         try:
             command = _composed(name, parsed, parser, multirun)
@@ -93,7 +98,9 @@ def _composed(name: str, items: Sequence[Override], parser: OverridesParser, mul
         if sweeps:
             raise DeftxError(
                 "\n".join(
-                    f"{item.input_line} is a sweep: add -m, or write {item.key_or_group}=[...]" for item in sweeps
+                    f"{item.input_line} is a sweep: add -m"
+                    + (f", or write {item.key_or_group}=[...]" if item.key_or_group in LISTS else "")
+                    for item in sweeps
                 )
             )
         with open_dict(base):
@@ -190,4 +197,10 @@ def _keys(node: object, prefix: str = "") -> Iterator[str]:
 def _first_line(error: BaseException) -> str:
     if isinstance(error, AssertionError):
         return "there is nothing to set below a null of this configuration"
-    return str(error).strip().splitlines()[0]
+    lines = str(error).strip().splitlines()
+    if isinstance(error, YAMLError):
+        return "; ".join(line.strip() for line in lines)
+    # Hydra says where, its cause says what.
+    cause = error.__cause__
+    said = [lines[0], *(str(cause).strip().splitlines()[:1] if cause is not None else [])]
+    return " ".join(dict.fromkeys(text for text in said if text))

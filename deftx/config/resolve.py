@@ -22,13 +22,6 @@ from deftx.stages.settings import CONTROLS, METHODS, ModelSettings, SFTSettings,
 from deftx.tracking import LoggerSettings
 from deftx.training.settings import TrainerSettings, TrainingSettings
 
-COMMAND_KNOBS = {
-    "run": (),
-    "sft": ("kind", "out"),
-    "eval": ("task_sft", "language_sft"),
-    "pretrain": ("text", "out"),
-}
-
 
 def _size(own: SFTConfig, cfg: RunConfig, default: SizeConfig, *, moved: bool) -> tuple[int | None, float | None]:
     """K or density by precedence: the SFT's own, then the top knob, then the sparsity group."""
@@ -49,16 +42,16 @@ def _sft(name: str, own: SFTConfig, cfg: RunConfig, default: SizeConfig, problem
     with collected(problems):
         residual = str(ResidualPolicy.parse(own.residual))
     for level, pair in ((name, (own.k, own.density)), ("", (cfg.k, cfg.density))):
+        prefix = f"{level}." if level else ""
         if None not in pair:
-            prefix = f"{level}." if level else ""
             problems.append(f"{prefix}k={pair[0]} and {prefix}density={pair[1]}: give one of the two, the other null")
     k, density = _size(own, cfg, default, moved=name != "source")
     if k is None and density is None:
         problems.append(f"no mask size for {name}: set k, density or the sparsity group")
     if k is not None and k < 1:
-        problems.append(f"k={k}: K must be at least 1")
+        problems.append(f"{name}: k={k}: K must be at least 1")
     if density is not None and not 0 < density <= 1:
-        problems.append(f"density={density}: must lie in (0, 1]")
+        problems.append(f"{name}: density={density}: must lie in (0, 1]")
     training = plain(own.training, TrainingSettings)
     problems.extend(f"{name}.training.{text}" for text in training.problems())
     if len(problems) > before:
@@ -108,12 +101,17 @@ def resolve(cfg: DictConfig, command: str = "run") -> tuple[StudySettings | None
         problems.append(f"missing_text={config.missing_text!r}: must be error or skip")
     if not 0 <= config.seed < 2**32:
         problems.append(f"seed={config.seed}: must lie in [0, 2**32)")
-    if not re.fullmatch(r"[\w.-]+", config.study):
+    if not re.fullmatch(r"[\w.-]*\w[\w.-]*", config.study):
         problems.append(f"study={config.study!r}: use letters, digits, '.', '_' and '-'")
     if not config.language:
         problems.append("no target language: language=ace or language=[ace,ban]")
 
     targets = {code: plain(node, LanguageSettings) for code, node in config.language.items()}
+    problems += [
+        f"language/{code}.yaml says code: {language.code}; file name, `# @package language.{code}` and code must agree"
+        for code, language in targets.items()
+        if language.code != code
+    ]
     if command in ("run", "eval") or config.task.name == "synthetic":
         problems += _targets_without_rows(config, targets)
     source = None
@@ -137,11 +135,15 @@ def resolve(cfg: DictConfig, command: str = "run") -> tuple[StudySettings | None
     if language_sft is not None and task_sft is not None and language_sft.rank is None and task_sft.rank is None:
         # Nothing is denoised, whatever the method is called: that is LT-SFT, and tables have to say so.
         methods = list(dict.fromkeys("ltsft" if name == "deftx" else name for name in methods))
-    corpus = plain(config.corpus, CorpusSettings)
-    if config.budget.max_lines is not None:
-        corpus.max_lines = config.budget.max_lines
-    trainer = plain(config.trainer, TrainerSettings)
-    problems += [f"trainer.{text}" for text in trainer.problems()]
+    corpus, data = plain(config.corpus, CorpusSettings), plain(config.data, DataSettings)
+    synthetic, trainer = plain(config.synthetic, SyntheticSettings), plain(config.trainer, TrainerSettings)
+    logger = plain(config.logger, LoggerSettings)
+    for name, group in (("corpus", corpus), ("data", data), ("synthetic", synthetic), ("trainer", trainer)):
+        problems += [f"{name}.{text}" for text in group.problems()]
+    with collected(problems):
+        logger.validate()
+    if config.task.name == "synthetic" and data.root is not None and command != "pretrain":
+        problems.append(f"data.root={data.root}: task=synthetic reads generated files only; choose task=nusax, ...")
     model = plain(config.model, ModelSettings)
     if not (model.path or model.hub or model.pretrain):
         problems.append("the model needs model.path=FOLDER, model.hub=ID or model=tiny")
@@ -165,12 +167,12 @@ def resolve(cfg: DictConfig, command: str = "run") -> tuple[StudySettings | None
             source_sft=source_sft,
             task_sft=task_sft,
             corpus=corpus,
-            data=plain(config.data, DataSettings),
-            synthetic=plain(config.synthetic, SyntheticSettings),
+            data=data,
+            synthetic=synthetic,
             controls=tuple(dict.fromkeys(config.controls)),
             missing_text=config.missing_text,
             trainer=trainer,
-            logger=plain(config.logger, LoggerSettings),
+            logger=logger,
             cache_root=str(Path(config.paths.cache).expanduser()),
         ),
         problems,
@@ -217,10 +219,6 @@ def _language(code: str, problems: list[str]) -> LanguageSettings | None:
 def resolve_command(name: str, cfg: DictConfig) -> tuple[StudySettings | None, list[str]]:
     """Resolve the configuration of any command; see :func:`resolve`."""
     settings, problems = resolve(cfg, name)
-    for knob in dict.fromkeys(knob for knobs in COMMAND_KNOBS.values() for knob in knobs):
-        if knob not in COMMAND_KNOBS[name] and cfg[knob]:
-            homes = [f"deftx {command}" for command, knobs in COMMAND_KNOBS.items() if knob in knobs]
-            problems.append(f"{knob} is a knob of {' and '.join(homes)}, not of deftx {name}")
     if name == "sft" and cfg.kind not in ("language", "task"):
         problems.append(f"kind={cfg.kind!r}: must be language or task")
     if name == "eval" and not cfg.task_sft:

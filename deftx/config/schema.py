@@ -147,9 +147,10 @@ def register() -> None:
     for node, budget in (("lang", "language"), ("source", "language"), ("task", "${task.family}")):
         for key, source in _training_from(budget).items():
             schema[node].training[key] = source
-        schema[node].exclude = "${denoise.exclude}"
     for node in ("lang", "task"):
         schema[node].rank, schema[node].residual = "${rank}", "${residual}"
+        schema[node].exclude = "${denoise.exclude}"
+    schema.corpus.max_lines = "${budget.max_lines}"
     # Hydra makes these folders itself, and the shell leaves the ~ of key=~/x alone.
     OmegaConf.register_new_resolver("home", lambda path: str(Path(path).expanduser()), replace=True)
     ConfigStore.instance().store(name="run_schema", node=schema)

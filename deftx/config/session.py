@@ -19,6 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.version import setbase
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from deftx.config.schema import register
 from deftx.data.settings import LANGUAGE_ALIASES, LanguageSettings
@@ -64,26 +65,28 @@ def hydra_session(config_dir: str | None = None) -> Iterator[None]:
 
 def launch(
     name: str,
-    job: Callable[[DictConfig], str | None],
+    job: Callable[[DictConfig], T],
     overrides: Sequence[str],
     *,
     multirun: bool,
     config_dir: str | None,
-) -> list[str | None]:
+) -> list[tuple[Sequence[str], T]]:
     """Run one job, or Hydra's sweeper over many.
 
     Returns:
-        What each job returned: ``None`` when it finished, else its message.
+        The overrides of each job, and what it returned.
     """
     hydra = _hydra(config_dir)
     try:
         if multirun:
             returns = hydra.multirun(name, job, [*overrides, "hydra.mode=MULTIRUN"])
-            return [item.return_value for batch in returns for item in batch]
-        return [hydra.run(name, job, [*overrides, "hydra.mode=RUN"]).return_value]
+            return [(item.overrides or [], item.return_value) for batch in returns for item in batch]
+        end = hydra.run(name, job, [*overrides, "hydra.mode=RUN"])
+        return [(end.overrides or [], cast(T, end.return_value))]
     except OSError as error:
         raise DeftxError(
-            f"the run's folder cannot be made: {error.filename}: {error.strerror}; choose another paths.output=FOLDER"
+            f"the run's folder cannot be made: {error.filename or 'no path'}: {error.strerror}; choose another "
+            + ("hydra.sweep.dir=FOLDER" if multirun else "paths.output=FOLDER")
         ) from error
     finally:
         GlobalHydra.instance().clear()
@@ -124,8 +127,8 @@ def language_settings(code: str) -> LanguageSettings:
         raise DeftxError(unknown("language", code, options))
     try:
         return plain(OmegaConf.merge(OmegaConf.structured(LanguageSettings), _language_file(code)), LanguageSettings)
-    except OmegaConfBaseException as error:
-        raise DeftxError(f"language/{code}.yaml: {str(error).splitlines()[0]}") from error
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise DeftxError(f"language/{code}.yaml: {' '.join(str(error).split())}") from error
 
 
 @cache

@@ -183,6 +183,7 @@ def build_corpus(source: TextSource, protected: Sequence[str], settings: CorpusS
     if settings.max_lines is not None and len(lines) > settings.max_lines:
         chosen = sorted(rng.sample(range(len(lines)), settings.max_lines))
         lines = [lines[index] for index in chosen]
+    report["used"] = len(lines)  # of those kept, after max_lines
     train, valid = _split(lines, settings.valid_fraction, rng, source)
     report |= {"train": len(train), "valid": len(valid), "words": sum(len(line.split()) for line in lines)}
     return Corpus(train, valid, report)
@@ -207,15 +208,8 @@ def _split(lines: list[str], fraction: float, rng: random.Random, source: TextSo
 
 
 def _check(settings: CorpusSettings) -> None:
-    problems = []
-    if not 0 < settings.valid_fraction < 1:
-        problems.append(f"corpus.valid_fraction={settings.valid_fraction}: must lie between 0 and 1")
-    if settings.max_lines is not None and settings.max_lines < 2:
-        problems.append(f"corpus.max_lines={settings.max_lines}: must be at least 2, or null for all lines")
-    if settings.min_words < 1:
-        problems.append(f"corpus.min_words={settings.min_words}: must be at least 1")
-    if problems:
-        raise DeftxError("\n".join(problems))
+    if settings.problems():
+        raise DeftxError("\n".join(f"corpus.{text}" for text in settings.problems()))
 
 
 def _distinct(groups: Iterable[Sequence[Path]]) -> tuple[Path, ...]:

@@ -142,8 +142,10 @@ def task_spec(task: str, data: DataSettings) -> TaskSpec:
         raise DeftxError(f"unknown task {task!r}{did_you_mean(task, TASKS)}; available: {', '.join(sorted(TASKS))}")
     if task != "tsv":
         return TASKS[task]
-    if len(set(data.labels)) < 2:
+    if len(data.labels) < 2:
         raise DeftxError("task=tsv needs at least two labels: data.labels=[no,yes]")
+    if len({label.strip().casefold() for label in data.labels}) < len(data.labels):
+        raise DeftxError(f"data.labels={data.labels}: labels must differ, in more than case")
     return TaskSpec(tuple(data.labels), "macro_f1", pair=False)
 
 

@@ -16,6 +16,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -406,7 +407,10 @@ def _tokenise(lines: Sequence[str], tokenizer: Any, block: int, cache_dir: Path 
     target = None
     if cache_dir is not None:
         Path(cache_dir).mkdir(parents=True, exist_ok=True)
-        target = str(Path(cache_dir) / f"blocks-{name}.arrow")
+        file = Path(cache_dir) / f"blocks-{name}.arrow"
+        target = str(file)
+        if not _intact(file):
+            file.unlink(missing_ok=True)
     rest: list[int] = []
 
     def cut(batch: Mapping[str, list[str]]) -> dict[str, list[list[int]]]:
@@ -428,7 +432,29 @@ def _tokenise(lines: Sequence[str], tokenizer: Any, block: int, cache_dir: Path 
             new_fingerprint=name,
             load_from_cache_file=target is not None,
         )
+    if target is not None and not _intact(file):
+        seal = _seal(file)
+        partial = seal.with_suffix(f".{os.getpid()}.tmp")
+        partial.write_text(_digest(file), encoding="ascii")
+        partial.replace(seal)
     return blocks.with_format("numpy")
+
+
+def _seal(file: Path) -> Path:
+    return file.with_suffix(".sha256")
+
+
+def _intact(file: Path) -> bool:
+    """Whether a cached file is there with the bytes it was written with; ``datasets`` does not look."""
+    try:
+        return _seal(file).read_text(encoding="ascii") == _digest(file)
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _identity(tokenizer: Any) -> str:

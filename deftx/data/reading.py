@@ -69,7 +69,10 @@ class Table:
             if name in self.columns:
                 at = self.columns.index(name)
                 return [row[at] for row in self.rows]
-        raise DeftxError(f"{self.origin}: no column {names[0]!r}; its columns are {', '.join(self.columns)}")
+        raise DeftxError(
+            f"{self.origin}: no column {names[0]!r}; its first line must name the columns, and names "
+            f"{', '.join(self.columns)}"
+        )
 
 
 def read_text(path: Path) -> str:
@@ -90,9 +93,10 @@ def read_text(path: Path) -> str:
         # utf-8-sig counts from after the byte-order mark.
         offset = error.start + (3 if raw.startswith(b"\xef\xbb\xbf") else 0)
         line = raw.count(b"\n", 0, offset) + 1
+        wide = raw[:2] in (b"\xff\xfe", b"\xfe\xff")
         raise DeftxError(
             f"{path}: not UTF-8: byte 0x{raw[offset]:02x} at offset {offset}, line {line}; "
-            "convert it first, e.g. iconv -f LATIN1 -t UTF-8"
+            f"convert it first, e.g. iconv -f {'UTF-16' if wide else 'LATIN1'} -t UTF-8"
         ) from None
     if not text.strip():
         raise DeftxError(f"{path} is empty")

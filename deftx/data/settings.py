@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 DEFAULT_LEAK_THRESHOLD = 0.7
+PROTECTED = ("nusax", "americasnli", "xnli")
 
 LANGUAGE_ALIASES = {
     "ar": "ara",
@@ -84,17 +85,27 @@ class DataSettings:
     labels: list[str] = field(default_factory=list)
     valid_fraction: float = 0.05
     leak_threshold: float = DEFAULT_LEAK_THRESHOLD
-    protect: list[str] = field(default_factory=lambda: ["nusax", "americasnli", "xnli"])
+    protect: list[str] = field(default_factory=lambda: list(PROTECTED))
     revisions: dict[str, str] = field(default_factory=dict)
     cache_dir: str | None = None
+
+    def problems(self) -> list[str]:
+        """Return one sentence for each value out of its range; empty when all is well."""
+        found = []
+        if not 0 < self.valid_fraction < 1:
+            found.append(f"valid_fraction={self.valid_fraction}: must lie between 0 and 1")
+        if not self.leak_threshold > 0:
+            found.append(f"leak_threshold={self.leak_threshold}: must lie in (0, 1], or above 1 to turn the filter off")
+        unknown = [name for name in self.protect if name not in PROTECTED]
+        if unknown:
+            found.append(f"protect: {', '.join(unknown)}: not one of {', '.join(PROTECTED)}")
+        return found
 
     def result_settings(self) -> dict[str, Any]:
         """The settings that change which labelled rows are loaded although the files stay the same (for cache keys)."""
         return {
             "valid_fraction": self.valid_fraction,
             "leak_threshold": self.leak_threshold,
-            "labels": list(self.labels),
-            "revisions": dict(self.revisions),
         }
 
 
@@ -147,3 +158,16 @@ class CorpusSettings:
     min_words: int = 1
     deduplicate: bool = True
     leak_threshold: float = DEFAULT_LEAK_THRESHOLD
+
+    def problems(self) -> list[str]:
+        """Return one sentence for each value out of its range; empty when all is well."""
+        found = []
+        if not 0 < self.valid_fraction < 1:
+            found.append(f"valid_fraction={self.valid_fraction}: must lie between 0 and 1")
+        if self.max_lines is not None and self.max_lines < 2:
+            found.append(f"max_lines={self.max_lines}: must be at least 2, or null for all lines")
+        if self.min_words < 1:
+            found.append(f"min_words={self.min_words}: must be at least 1")
+        if not self.leak_threshold > 0:
+            found.append(f"leak_threshold={self.leak_threshold}: must lie in (0, 1], or above 1 to turn the filter off")
+        return found

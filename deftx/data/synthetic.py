@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -85,6 +86,38 @@ class SyntheticSettings:
         """All codes: the source, the other high-resource members, the targets."""
         return [self.source, *self.high_resource, *self.targets]
 
+    def problems(self) -> list[str]:
+        """Return one sentence for each value out of its range; empty when all is well."""
+        problems = []
+        members = self.members
+        repeated = sorted({code for code in members if members.count(code) > 1})
+        if repeated:
+            problems.append(f"member codes must differ; repeated: {', '.join(repeated)}")
+        bad = [code for code in members if not re.fullmatch("[a-z]{3}", code)]
+        if bad:
+            listed = ", ".join(map(repr, bad))
+            problems.append(f"a member code is three lower-case letters (qaa to qtz are for local use); got {listed}")
+        if not self.high_resource:
+            problems.append("high_resource is empty; the encoder needs at least one member beside the source")
+        if not self.targets:
+            problems.append("targets is empty; give at least one low-resource member")
+        least = {"lines_high": 1, "lines_low": 1, "clauses": 1, "train": 3, "valid": 3, "test": 3}
+        least |= {"topics": 1, "nouns_per_topic": 2, "verbs": 1, "synonyms": 2, "interjections": 1}
+        for name, limit in least.items():
+            value = getattr(self, name)
+            if value < limit:
+                problems.append(f"{name} = {value} is below {limit}")
+        for name in ("train", "valid", "test"):
+            if getattr(self, name) % len(LABELS):
+                problems.append(
+                    f"{name} = {getattr(self, name)} is not a multiple of {len(LABELS)}, so labels cannot be balanced"
+                )
+        for name in ("cognates", "evaluative_cognates", "false_friends", "purity", "interjection_rate"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                problems.append(f"{name} = {value} is outside [0, 1]")
+        return problems
+
 
 @dataclass(frozen=True)
 class Lexicon:
@@ -137,35 +170,7 @@ _NAMES = 4
 
 
 def _check(settings: SyntheticSettings) -> None:
-    problems = []
-    members = settings.members
-    repeated = sorted({code for code in members if members.count(code) > 1})
-    if repeated:
-        problems.append(f"member codes must differ; repeated: {', '.join(repeated)}")
-    bad = [code for code in members if not (len(code) == 3 and code.isascii() and code.isalpha() and code.islower())]
-    if bad:
-        problems.append(
-            f"a member code is three lower-case letters (qaa to qtz are for local use); got {', '.join(map(repr, bad))}"
-        )
-    if not settings.high_resource:
-        problems.append("high_resource is empty; the encoder needs at least one member beside the source")
-    if not settings.targets:
-        problems.append("targets is empty; give at least one low-resource member")
-    least = {"lines_high": 1, "lines_low": 1, "clauses": 1, "train": 3, "valid": 3, "test": 3}
-    least |= {"topics": 1, "nouns_per_topic": 2, "verbs": 1, "synonyms": 2, "interjections": 1}
-    for name, limit in least.items():
-        value = getattr(settings, name)
-        if value < limit:
-            problems.append(f"{name} = {value} is below {limit}")
-    for name in ("train", "valid", "test"):
-        if getattr(settings, name) % len(LABELS):
-            problems.append(
-                f"{name} = {getattr(settings, name)} is not a multiple of {len(LABELS)}, so labels cannot be balanced"
-            )
-    for name in ("cognates", "evaluative_cognates", "false_friends", "purity", "interjection_rate"):
-        value = getattr(settings, name)
-        if not 0 <= value <= 1:
-            problems.append(f"{name} = {value} is outside [0, 1]")
+    problems = settings.problems()
     if problems:
         raise DeftxError("the synthetic family cannot be generated: " + "; ".join(problems))
 

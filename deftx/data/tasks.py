@@ -40,7 +40,7 @@ from deftx.data.labelled import (
     task_spec,
 )
 from deftx.data.leakage import LeakFilter, normalise, summarise
-from deftx.data.settings import DataSettings, LanguageSettings
+from deftx.data.settings import PROTECTED, DataSettings, LanguageSettings
 from deftx.errors import DeftxError, did_you_mean
 
 __all__ = [
@@ -56,7 +56,9 @@ __all__ = [
     "fingerprint_rows",
     "load_test",
     "load_train",
+    "own_test_rows",
     "protected_texts",
+    "sentences",
     "split_by_text",
     "task_files",
     "task_spec",
@@ -81,7 +83,9 @@ class TaskData:
     report: dict[str, Any] = field(default_factory=dict)
 
 
-def load_train(train: str, language: LanguageSettings, data: DataSettings, seed: int) -> TaskData:
+def load_train(
+    train: str, language: LanguageSettings, data: DataSettings, seed: int, also: Sequence[pd.DataFrame] = ()
+) -> TaskData:
     """Load a source language's labelled rows, without leaks into evaluation sets, split into train and validation.
 
     Args:
@@ -90,6 +94,7 @@ def load_train(train: str, language: LanguageSettings, data: DataSettings, seed:
         language: The source language.
         data: Where the data sets are.
         seed: Seed of the validation split, where the data set has none.
+        also: Further evaluation rows that must not be among them (:func:`own_test_rows`).
 
     Raises:
         DeftxError: Unknown set; the language is not in it; files missing or malformed; too few rows to split.
@@ -97,7 +102,8 @@ def load_train(train: str, language: LanguageSettings, data: DataSettings, seed:
     places, protected = _train_places(train, language, data)
     train_rows = read_rows(places["train"])
     report: dict[str, Any] = {"source": train, "language": language.code}
-    shut_out = [text for place in protected for text in _joined(read_rows(place).frame)]
+    frames = [*(read_rows(place).frame for place in protected), *also]
+    shut_out = [text for frame in frames for text in _joined(frame)]
     leak_filter = LeakFilter(shut_out, data.leak_threshold)
     report["leak"] = {"threshold": data.leak_threshold, "protected": len(leak_filter)}
     kept, report["train"] = _without_leaks(train_rows, leak_filter, shut_out)
@@ -153,15 +159,18 @@ def load_test(task: str, language: LanguageSettings, data: DataSettings, split: 
     return rows.frame
 
 
-def task_files(train: str, language: LanguageSettings, data: DataSettings) -> list[Path]:
-    """Local files that :func:`load_train` reads, evaluation files of the leak filter included; none for hub data.
+def task_files(train: str, language: LanguageSettings, data: DataSettings) -> dict[str, list[Path]]:
+    """Local files that :func:`load_train` reads, by their role; no role at all for hub data.
+
+    Roles are ``train``, ``valid`` and ``protected``, the evaluation files of the leak filter.
 
     Raises:
         DeftxError: As :func:`load_train`, for what can be seen without reading.
     """
     places, protected = _train_places(train, language, data)
-    files = {path for place in (*places.values(), *protected) for path in place.local_files}
-    return sorted(files)
+    files = {role: sorted(place.local_files) for role, place in places.items()}
+    files["protected"] = sorted({path for place in protected for path in place.local_files})
+    return {role: paths for role, paths in files.items() if paths}
 
 
 def protected_texts(language: LanguageSettings, data: DataSettings) -> list[str]:
@@ -177,13 +186,40 @@ def protected_texts(language: LanguageSettings, data: DataSettings) -> list[str]
     """
     texts: dict[str, None] = {}
     for task in data.protect:
-        if task not in ("nusax", "americasnli", "xnli"):
-            raise DeftxError(f"data.protect: {task!r} is not one of nusax, americasnli, xnli")
+        if task not in PROTECTED:
+            raise DeftxError(f"data.protect: {task!r} is not one of {', '.join(PROTECTED)}")
         for place in evaluation_places(task, language, data):
-            frame = read_rows(place).frame
-            texts |= dict.fromkeys(frame["text"])
-            texts |= dict.fromkeys(text for text in frame["text_pair"] if text is not None)
+            try:
+                frame = read_rows(place).frame
+            except DeftxError as error:
+                if place.hub is None:
+                    raise
+                left = [name for name in data.protect if name != task]
+                raise DeftxError(
+                    f"{error}\nIt is read to keep its sentences out of the text of {language.code!r}; "
+                    f"data.protect=[{','.join(left)}] leaves it out"
+                ) from error
+            texts |= dict.fromkeys(sentences(frame))
     return list(texts)
+
+
+def own_test_rows(task: str, languages: Sequence[LanguageSettings], data: DataSettings) -> dict[str, pd.DataFrame]:
+    """Evaluation rows of the tasks that read files of your own, by language; empty for the public data sets.
+
+    Those are protected by :func:`load_train` and :func:`protected_texts` themselves. Files that are not there are
+    skipped: not every command needs them.
+    """
+    found = {}
+    if task in ("sentiment", "nli", "tsv"):
+        for language in languages:
+            with contextlib.suppress(MissingSplitError):
+                found[language.code] = read_rows(place_of(task, language, data, "test")).frame
+    return found
+
+
+def sentences(rows: pd.DataFrame) -> list[str]:
+    """Every text of the rows, premises and hypotheses apart."""
+    return [*rows["text"], *(text for text in rows["text_pair"] if text is not None)]
 
 
 def fingerprint_rows(rows: pd.DataFrame) -> str:

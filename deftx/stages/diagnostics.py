@@ -5,21 +5,24 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deftx.core.delta import SparseDelta, compare
 from deftx.stages.evaluate import SFT, Outcome
+from deftx.training.encoder import shapes_of
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
-def diagnostics(sfts: Sequence[SFT], outcomes: Sequence[Outcome]) -> pd.DataFrame:
+def diagnostics(sfts: Sequence[SFT], outcomes: Sequence[Outcome], base: Path) -> pd.DataFrame:
     """One row for each parameter of each SFT, and for each parameter of each composed pair.
 
     Args:
         sfts: SFTs of the run.
         outcomes: Evaluated cells; each distinct (φ_T, φ_L) gives overlap rows.
+        base: Folder of the base model, for the parameters in which nothing was selected.
 
     Returns:
         Columns ``what`` (``sft`` or ``pair``), ``sft``, ``other``, ``parameter``, ``layer`` (int, -1 outside the
@@ -36,11 +39,12 @@ def diagnostics(sfts: Sequence[SFT], outcomes: Sequence[Outcome]) -> pd.DataFram
         return loaded[sft.key]
 
     rows: list[dict[str, Any]] = []
+    shapes = {role: shapes_of(base, kind=role) for role in {sft.role for sft in sfts}}
     for sft in dict.fromkeys(sfts):
         denoised = _denoising(sft)
         item = delta(sft)
-        for name in sorted(set(item.shapes) | set(denoised)):
-            size = math.prod(item.shapes[name]) if name in item.shapes else None
+        for name in sorted(shapes[sft.role]):
+            size = math.prod(shapes[sft.role][name])
             selected = int(item.indices[name].numel()) if name in item.indices else 0
             rows.append(
                 {
@@ -49,7 +53,7 @@ def diagnostics(sfts: Sequence[SFT], outcomes: Sequence[Outcome]) -> pd.DataFram
                     **_place(name),
                     "size": size,
                     "selected": selected,
-                    "density": selected / size if size else None,
+                    "density": selected / size,
                     **denoised.get(name, {}),
                 }
             )

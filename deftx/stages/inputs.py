@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deftx.cache import Entry, Stage, StageCache, Workspace, fingerprint_files
+from deftx.cache import Entry, Stage, StageCache, Workspace
 from deftx.data.settings import CorpusSettings, DataSettings, LanguageSettings
 from deftx.data.synthetic import generate_family
 from deftx.errors import DeftxError
@@ -100,12 +100,12 @@ def hash_texts(texts: Sequence[str]) -> str:
 
 
 def data_settings(study: StudySettings, cache: StageCache) -> DataSettings:
-    """The study's data settings; for the generated family, with its folder as the root.
+    """The study's data settings; for the generated family, with its folder as the root."""
+    return family(study, cache) if study.generated else study.data
 
-    The family is written by a cached stage the first time it is needed.
-    """
-    if not study.generated:
-        return study.data
+
+def family(study: StudySettings, cache: StageCache) -> DataSettings:
+    """The data settings of the generated family, written by a cached stage the first time it is needed."""
     stage = Stage(
         kind="family",
         version=1,
@@ -145,10 +145,10 @@ def resolve_model(model: ModelSettings, *, weights: bool = True) -> Path:
         ) from error
 
 
-def model_key(folder: Path) -> str:
+def model_key(folder: Path, cache: StageCache) -> str:
     """Fingerprint of everything in a model folder that changes a result: configuration, weights, tokenizer."""
     names = {path for pattern in (*MODEL_FILES, *TOKENIZER_FILES) for path in folder.glob(pattern) if path.is_file()}
-    return fingerprint_files(sorted(names), root=folder)
+    return cache.fingerprint(sorted(names), root=folder)
 
 
 def base_model(study: StudySettings, data: DataSettings, cache: StageCache) -> Base:
@@ -160,7 +160,7 @@ def base_model(study: StudySettings, data: DataSettings, cache: StageCache) -> B
 
     folder = resolve_model(model)
     check_model_folder(folder)
-    return Base(model.hub if model.path is None and model.hub else model.name, folder, model_key(folder))
+    return Base(model.hub if model.path is None and model.hub else model.name, folder, model_key(folder, cache))
 
 
 def _pretrained_here(study: StudySettings, data: DataSettings, cache: StageCache) -> Base:
@@ -218,16 +218,32 @@ def _pretrained_here(study: StudySettings, data: DataSettings, cache: StageCache
 
     entry = cache.get_or_compute(stage, compute)
     folder = entry.path / "model"
-    return Base(study.model.name, folder, model_key(folder))
+    return Base(study.model.name, folder, model_key(folder, cache))
 
 
-def corpus(study: StudySettings, language: LanguageSettings, data: DataSettings, cache: StageCache) -> Corpus:
-    """Unlabelled text of one language: cleaned, without evaluation sentences, split by the seed."""
+def corpus(
+    study: StudySettings,
+    language: LanguageSettings,
+    data: DataSettings,
+    cache: StageCache,
+    tests: Mapping[str, pd.DataFrame],
+) -> Corpus:
+    """Unlabelled text of one language: cleaned, without evaluation sentences, split by the seed.
+
+    Args:
+        study: Resolved settings.
+        language: The language.
+        data: Where the data sets are.
+        cache: Where the stage is.
+        tests: Evaluation rows in files of the user's own, by language.
+    """
     from deftx.data.corpora import build_corpus, resolve_text
-    from deftx.data.tasks import protected_texts
+    from deftx.data.tasks import protected_texts, sentences
 
     source = resolve_text(language, data)
     protected = protected_texts(language, data)
+    if language.code in tests:
+        protected += sentences(tests[language.code])
     stage = Stage(
         kind="corpus",
         version=1,
@@ -247,27 +263,46 @@ def corpus(study: StudySettings, language: LanguageSettings, data: DataSettings,
     return Corpus(stage.key, entry)
 
 
-def task_rows(study: StudySettings, source: LanguageSettings, data: DataSettings, cache: StageCache) -> TaskRows:
-    """Labelled rows of a source language, without leaks into any evaluation set, split into train and validation."""
+def task_rows(
+    study: StudySettings,
+    source: LanguageSettings,
+    data: DataSettings,
+    cache: StageCache,
+    tests: Mapping[str, pd.DataFrame],
+) -> TaskRows:
+    """Labelled rows of a source language, without leaks into any evaluation set, split into train and validation.
+
+    Args:
+        study: Resolved settings.
+        source: The source language.
+        data: Where the data sets are.
+        cache: Where the stage is.
+        tests: Evaluation rows in files of the user's own, by language; all are kept out.
+    """
     from deftx.data.tasks import TaskData, fingerprint_rows, load_train, task_files
 
+    also = [tests[code] for code in sorted(tests)]
+
     def load() -> TaskData:
-        return load_train(study.train, source, data, seed=stage_seed(study.seed, "task", source.code))
+        return load_train(study.train, source, data, stage_seed(study.seed, "task", source.code), also)
 
     files = task_files(study.train, source, data)
-    if files:
-        inputs = {"files": fingerprint_files(files)}
+    if "train" in files:
+        # By role: the same two files as train and valid are other data than as valid and train.
+        inputs = {role: cache.fingerprint(paths) for role, paths in files.items()}
     else:
         # A hub data set can change under its name: what it gives today is the input.
         loaded = load()
         inputs = {"train": fingerprint_rows(loaded.train), "valid": fingerprint_rows(loaded.valid)}
+    if also:
+        inputs["tests"] = hash_texts([fingerprint_rows(rows) for rows in also])
     stage = Stage(
         kind="task",
         version=1,
         settings={
             "train": study.train,
             "language": source.code,
-            "data": data.result_settings(),
+            "data": {**data.result_settings(), "labels": list(study.task_spec.labels)},
         },
         inputs=inputs,
         seed=study.seed,

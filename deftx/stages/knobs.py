@@ -63,6 +63,8 @@ def given_knobs(study: StudySettings, about: Mapping[str, Any]) -> dict[str, Any
 def _shared_knobs(study: StudySettings) -> dict[str, Any]:
     """Settings of a run that say nothing about how its SFTs were trained."""
     model = asdict(study.model)
+    if study.model.path is not None:
+        model |= {"hub": None, "revision": None}
     shape = model.pop("pretrain") if study.model.path is None and study.model.pretrain is not None else None
     if shape is None:
         model |= {"pretrain": None, "languages": None, "vocabulary": None, "seed": None}
@@ -80,5 +82,6 @@ def _shared_knobs(study: StudySettings) -> dict[str, Any]:
     if shape is not None:
         knobs |= {f"model.pretrain.{key}": value for key, value in shape.items()}
     knobs |= {f"data.{key}": value for key, value in study.data.result_settings().items()}
+    knobs["data.labels"] = list(study.task_spec.labels)
     synthetic = asdict(study.synthetic) if study.generated else {}
     return knobs | {f"synthetic.{key}": value for key, value in synthetic.items()}

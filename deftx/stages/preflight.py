@@ -5,6 +5,7 @@ Shapes come from the model's configuration on the meta device. Everything wrong 
 
 from __future__ import annotations
 
+import fnmatch
 import math
 import os
 import tempfile
@@ -20,6 +21,7 @@ from deftx.data.tasks import load_test, task_files
 from deftx.errors import DeftxError, collected
 from deftx.stages.inputs import resolve_model
 from deftx.stages.settings import SFTSettings, StudySettings
+from deftx.stages.sources import open_sft, open_task_sft
 from deftx.training.encoder import bert_config, check_model_folder, longest_input, shapes_of
 
 
@@ -32,12 +34,14 @@ class Needs:
         task: A task SFT is trained, and φ_S under it.
         tests: Targets are evaluated.
         base: A model folder is read, or its shape checked.
+        text: A base that is pretrained here learns from its languages' text.
     """
 
     lang: bool = False
     task: bool = False
     tests: bool = False
     base: bool = True
+    text: bool = True
 
 
 NEEDS = {
@@ -46,6 +50,7 @@ NEEDS = {
     "sft task": Needs(task=True),
     "eval": Needs(tests=True),
     "pretrain": Needs(base=False),
+    "pretrain text": Needs(base=False, text=False),
 }
 
 
@@ -72,10 +77,22 @@ def preflight(study: StudySettings, job: str, folders: Mapping[str, Path], out: 
         _check_accelerator(study)
     with collected(problems):
         problems += _size_problems(study, needs) if needs.base else _shape_problems(study)
-    if needs.base and not study.generated:
+    if needs.text and not (study.generated if needs.base else study.pretrains_on_family):
         with collected(problems):
             _check_pretraining_text(study)
+    if needs.base and not study.generated:
         problems += _data_problems(study, needs)
+    return problems
+
+
+def given_problems(study: StudySettings, task_sft: str, language_sfts: Mapping[str, str]) -> list[str]:
+    """What is wrong with given SFTs, without loading the base they were made for."""
+    problems: list[str] = []
+    with collected(problems):
+        open_task_sft(study, task_sft)
+    for place in language_sfts.values():
+        with collected(problems):
+            open_sft(place, "language")
     return problems
 
 
@@ -83,16 +100,23 @@ def refuse_used(place: Path) -> None:
     """Refuse a folder that holds something.
 
     Raises:
-        DeftxError: It does, or it is a file.
+        DeftxError: It does.
     """
-    if place.exists() and (not place.is_dir() or any(place.iterdir())):
+    try:
+        used = place.is_dir() and any(place.iterdir())
+    except OSError as error:
+        raise DeftxError(f"out={place}: {error.strerror}; give a new folder") from error
+    if used:
         raise DeftxError(f"out={place} exists and is not empty; give a new folder")
 
 
 def _check_writable(knob: str, folder: Path) -> None:
     """The nearest existing parent must be a folder that can be written."""
     folder = folder.expanduser().absolute()
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    try:
+        existing = next(path for path in (folder, *folder.parents) if path.exists())
+    except OSError as error:
+        raise DeftxError(f"{knob}={folder}: {error.strerror}; choose another {knob}=FOLDER") from error
     if not existing.is_dir():
         raise DeftxError(f"{knob}={folder} cannot be made: {existing} is a file; choose another {knob}=FOLDER")
     if not os.access(existing, os.W_OK):
@@ -126,7 +150,9 @@ def _size_problems(study: StudySettings, needs: Needs) -> list[str]:
         limit = longest_input(folder)
         for name, sft in trained.items():
             if sft is not None:
-                problems += _check_size(name, sft, _shapes(study, folder, "task" if name == "task" else "language"))
+                denoised = name == "source" or "deftx" in study.methods
+                shapes = _shapes(study, folder, "task" if name == "task" else "language")
+                problems += _check_size(name, sft if denoised else sft.as_ltsft(), shapes)
                 if sft.training.max_length > limit:
                     problems.append(
                         f"{name}.training.max_length={sft.training.max_length} exceeds {limit}, the longest input of "
@@ -148,6 +174,11 @@ def _check_size(name: str, sft: SFTSettings, shapes: Mapping[str, tuple[int, ...
                 f"{name}: rank={sft.rank} exceeds {largest}, the largest min(m, n) of this model's matrices; "
                 "rank=none trains without denoising"
             )
+        problems += [
+            f"{name}: exclude pattern {pattern!r} matches no parameter, such as {next(iter(shapes))}"
+            for pattern in sft.exclude
+            if not fnmatch.filter(shapes, pattern)
+        ]
     return problems
 
 
@@ -192,18 +223,17 @@ def _check_pretraining_text(study: StudySettings) -> None:
 
 
 def _data_problems(study: StudySettings, needs: Needs) -> list[str]:
-    """Read the labelled files and find the text: small, and far cheaper than to fail after hours of training."""
-    if study.data.root is None and _from_hub(study):
-        # Hub data sets are downloaded by the stages themselves.
-        return []
+    """Read the test files, find training files and text. What is in those two is read before anything trains, too."""
+    local = study.data.root is not None or not _from_hub(study)  # hub data sets are downloaded by the stages themselves
     checks: list[Callable[[], object]] = []
     if needs.task:
         for source in study.sources.values():
-            checks.append(partial(task_files, study.train, source, study.data))
+            if local:
+                checks.append(partial(task_files, study.train, source, study.data))
             if study.source_sft is not None:
                 checks.append(partial(resolve_text, source, study.data))
     for language in study.targets.values():
-        if needs.tests:
+        if needs.tests and local:
             checks.append(partial(load_test, study.task, language, study.data, split=study.split))
         if needs.lang and study.missing_text == "error":
             checks.append(partial(resolve_text, language, study.data))

@@ -149,9 +149,13 @@ class StudySettings:
     @property
     def generated(self) -> bool:
         """Whether text and rows are the generated family's."""
-        members = set(self.synthetic.members)
         codes = {*self.sources, *self.targets, *self.pretrain_languages}
-        return self.task == "synthetic" or (self.data.root is None and codes <= members)
+        return self.task == "synthetic" or (self.data.root is None and codes <= set(self.synthetic.members))
+
+    @property
+    def pretrains_on_family(self) -> bool:
+        """Whether the base is pretrained on the generated family's text, whatever the task is."""
+        return self.data.root is None and set(self.pretrain_languages) <= set(self.synthetic.members)
 
     def sft_for(self, method: str, sft: SFTSettings) -> SFTSettings:
         """``sft`` as ``method`` trains it."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from deftx.cache import file_sha256
 from deftx.errors import DeftxError
 from deftx.stages.evaluate import SFT
+from deftx.stages.settings import StudySettings
 
 SFT_FILES = ("sft.json", "sft.safetensors")
 
@@ -37,6 +38,19 @@ def open_sft(place: str, role: str) -> SFT:
     )
     metrics = dict(delta.metadata.get("metrics") or {})
     return SFT(role, name, folder, file_sha256(folder / "sft.safetensors"), metrics)
+
+
+def open_task_sft(study: StudySettings, place: str) -> SFT:
+    """Find and verify a task SFT that predicts the study's labels.
+
+    Raises:
+        DeftxError: As :func:`open_sft`; or its labels are another task's.
+    """
+    sft = open_sft(place, "task")
+    found, needed = sft.facts.get("labels"), list(study.task_spec.labels)
+    if found != needed:
+        raise DeftxError(f"{place} predicts {found}; {study.task} needs {needed}: give another task_sft")
+    return sft
 
 
 def _download(repo: str) -> Path:

@@ -16,16 +16,17 @@ from typing import TYPE_CHECKING, Any
 from deftx import tracking
 from deftx.cache import StageCache
 from deftx.data.corpora import MissingTextError
-from deftx.data.settings import DataSettings, LanguageSettings
-from deftx.data.tasks import fingerprint_rows, load_test
+from deftx.data.settings import LanguageSettings
+from deftx.data.tasks import fingerprint_rows, load_test, own_test_rows
 from deftx.errors import DeftxError
 from deftx.stages.diagnostics import diagnostics
 from deftx.stages.evaluate import SFT, Cell, Evaluator, Outcome, plan_cells
-from deftx.stages.inputs import Base, base_model, corpus, data_settings, task_rows
+from deftx.stages.inputs import Base, Corpus, TaskRows, base_model, corpus, data_settings, family, task_rows
 from deftx.stages.knobs import SFT_KNOBS, flat_knobs, given_knobs
-from deftx.stages.preflight import refuse_used
+from deftx.stages.preflight import NEEDS, Needs, refuse_used
 from deftx.stages.settings import SFTSettings, StudySettings
 from deftx.stages.sft import Trainer
+from deftx.stages.sources import open_sft, open_task_sft
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -48,57 +49,82 @@ class Products:
 
 @dataclass
 class Bench:
-    """A study under way: its settings, its cache, and the base and data that were found or made."""
+    """A study under way: its settings, its cache, and what it reads."""
 
     study: StudySettings
     cache: StageCache
     loggers: Callable[[str], list[Any]]
     products: Products = field(default_factory=Products)
+    tests: dict[str, pd.DataFrame] = field(default_factory=dict)
+    rows: dict[str, TaskRows] = field(default_factory=dict)
+    texts: dict[str, Corpus] = field(default_factory=dict)
 
-    def open(self) -> tuple[DataSettings, Trainer]:
-        """Find or make the data and θ⁰."""
-        data = data_settings(self.study, self.cache)
-        base = base_model(self.study, data, self.cache)
-        self.products.base = base
-        return data, Trainer(self.study, base, self.cache, self.loggers)
+    def open(self, needs: Needs) -> Trainer:
+        """Find or make all that the study reads before anything trains: no bad row is found hours later."""
+        study, products = self.study, self.products
+        data = data_settings(study, self.cache)
+        if needs.tests:
+            self.tests = {
+                code: load_test(study.task, language, data, split=study.split)
+                for code, language in study.targets.items()
+            }
+            products.tests = {f"{study.split} {code}": fingerprint_rows(rows) for code, rows in self.tests.items()}
+        own = own_test_rows(study.task, list({**study.sources, **study.targets}.values()), data)
+        if needs.task:
+            for code, language in study.sources.items():
+                self.rows[code] = task_rows(study, language, data, self.cache, own)
+                products.reports[f"rows {study.train} {code}"] = self.rows[code].report
+        read = study.sources if needs.task and study.source_sft is not None else {}
+        for code, language in {**read, **(study.targets if needs.lang else {})}.items():
+            try:
+                self.texts[code] = corpus(study, language, data, self.cache, own)
+                products.reports[f"text {code}"] = self.texts[code].report
+            except MissingTextError as error:
+                if study.missing_text != "skip" or code in read:
+                    raise
+                log.warning("%s: no unlabelled text, evaluated without a language SFT (%s)", code, error)
+                products.skipped.append(code)
+        self._refuse_mixed_forms()
+        products.base = base_model(study, data, self.cache)
+        return Trainer(study, products.base, self.cache, self.loggers)
 
-    def target_sft(
-        self, trainer: Trainer, language: LanguageSettings, data: DataSettings, sft: SFTSettings
-    ) -> SFT | None:
-        """φ_L, or ``None`` for a target without text under ``missing_text=skip``."""
-        try:
-            return self.language_sft(trainer, language, data, sft)
-        except MissingTextError as error:
-            if self.study.missing_text != "skip":
-                raise
-            log.warning("%s: no unlabelled text, evaluated without a language SFT (%s)", language.code, error)
-            if language.code not in self.products.skipped:
-                self.products.skipped.append(language.code)
-            return None
+    def _refuse_mixed_forms(self) -> None:
+        """Pairs to learn from and single sentences to predict, or the reverse, are two tasks."""
+        learnt = {bool(item.rows("train")["text_pair"].notna().any()) for item in self.rows.values()}
+        for code, rows in self.tests.items():
+            if learnt and learnt != {bool(rows["text_pair"].notna().any())}:
+                form = {True: "pairs", False: "single sentences"}
+                raise DeftxError(
+                    f"the test rows of {code} are {form[bool(rows['text_pair'].notna().any())]}, the training rows are "
+                    f"{' and '.join(form[pair] for pair in sorted(learnt))}"
+                )
 
-    def source_sfts(self, trainer: Trainer, data: DataSettings) -> dict[str, SFT]:
-        """φ_S by source language; none under ``source=none``."""
-        sft = self.study.source_sft
-        if sft is None:
-            return {}
-        return {code: self.language_sft(trainer, language, data, sft) for code, language in self.study.sources.items()}
-
-    def language_sft(self, trainer: Trainer, language: LanguageSettings, data: DataSettings, sft: SFTSettings) -> SFT:
+    def language_sft(self, trainer: Trainer, language: LanguageSettings, sft: SFTSettings) -> SFT:
         """The SFT of one language."""
-        text = corpus(self.study, language, data, self.cache)
-        self.products.reports[f"text {language.code}"] = text.report
-        made = trainer.language_sft(language, text, sft)
+        made = trainer.language_sft(language, self.texts[language.code], sft)
         self.products.sfts.append(made)
         self.products.drawn |= bool(made.facts["head_drawn"])
         return made
 
-    def task_sft(self, trainer: Trainer, data: DataSettings, sft: SFTSettings, on: dict[str, SFT]) -> SFT:
+    def target_sfts(self, trainer: Trainer, method: str) -> dict[str, SFT]:
+        """φ_L of each target that has text, as ``method`` trains it."""
+        sft = self.study.sft_for(method, self.study.language_sft)
+        return {
+            code: self.language_sft(trainer, language, sft)
+            for code, language in self.study.targets.items()
+            if code in self.texts
+        }
+
+    def source_sfts(self, trainer: Trainer) -> dict[str, SFT]:
+        """φ_S by source language; none under ``source=none``."""
+        sft = self.study.source_sft
+        if sft is None:
+            return {}
+        return {code: self.language_sft(trainer, language, sft) for code, language in self.study.sources.items()}
+
+    def task_sft(self, trainer: Trainer, method: str, on: dict[str, SFT]) -> SFT:
         """φ_T on θ⁰ + φ_S, or on θ⁰."""
-        rows = {}
-        for code, language in self.study.sources.items():
-            rows[code] = task_rows(self.study, language, data, self.cache)
-            self.products.reports[f"rows {self.study.train} {code}"] = rows[code].report
-        made = trainer.task_sft(rows, sft, on)
+        made = trainer.task_sft(self.rows, self.study.sft_for(method, self.study.task_sft), on)
         self.products.sfts.append(made)
         return made
 
@@ -118,22 +144,14 @@ def run_study(study: StudySettings, run_dir: Path) -> tracking.RunRecord:
     """
 
     def body(bench: Bench) -> None:
-        data, trainer = bench.open()
-        source_sfts = bench.source_sfts(trainer, data)
-        languages: dict[tuple[str, str], SFT] = {}
-        for code, language in study.targets.items():
-            for method in study.methods:
-                made = bench.target_sft(trainer, language, data, study.sft_for(method, study.language_sft))
-                if made is not None:
-                    languages[code, method] = made
-        tasks = {
-            method: bench.task_sft(trainer, data, study.sft_for(method, study.task_sft), source_sfts)
-            for method in study.methods
+        trainer = bench.open(NEEDS["run"])
+        source_sfts = bench.source_sfts(trainer)
+        languages = {
+            (code, method): sft for method in study.methods for code, sft in bench.target_sfts(trainer, method).items()
         }
+        tasks = {method: bench.task_sft(trainer, method, source_sfts) for method in study.methods}
         main = study.methods[0]
-        without = None
-        if "no_language_sft" in study.controls:
-            without = bench.task_sft(trainer, data, study.sft_for(main, study.task_sft), {})
+        without = bench.task_sft(trainer, main, {}) if "no_language_sft" in study.controls else None
         cells = plan_cells(
             list(study.targets),
             main,
@@ -143,7 +161,7 @@ def run_study(study: StudySettings, run_dir: Path) -> tracking.RunRecord:
             source_sft=source_sfts.get(study.source.code),
             controls=study.controls,
         )
-        _evaluate(bench, cells, data, study.task_sft.training.max_length)
+        _evaluate(bench, cells, study.task_sft.training.max_length)
 
     return _run(study, run_dir, "run", flat_knobs(study), body)
 
@@ -160,21 +178,17 @@ def run_sft(study: StudySettings, kind: str, out: Path | None, run_dir: Path) ->
     destination = out or run_dir / "sfts"
 
     def body(bench: Bench) -> None:
-        data, trainer = bench.open()
+        trainer = bench.open(NEEDS[f"sft {kind}"])
         method = study.methods[0]
         if kind == "language":
-            made = {
-                code: bench.target_sft(trainer, language, data, study.sft_for(method, study.language_sft))
-                for code, language in study.targets.items()
-            }
+            made = bench.target_sfts(trainer, method)
         else:
-            settings = study.sft_for(method, study.task_sft)
-            made = {study.task: bench.task_sft(trainer, data, settings, bench.source_sfts(trainer, data))}
+            made = {study.task: bench.task_sft(trainer, method, bench.source_sfts(trainer))}
+        single = out is not None and (kind == "task" or len(study.targets) == 1)
         for name, sft in made.items():
-            if sft is not None:
-                place = destination if out is not None and len(made) == 1 else destination / name
-                _copy_sft(sft, place)
-                print(f"{sft.name}: {place}")
+            place = destination if single else destination / name
+            _copy(sft.folder, place)
+            print(f"{sft.name}: {_short(place)}")
 
     return _run(study, run_dir, f"sft-{kind}", flat_knobs(study), body)
 
@@ -188,15 +202,8 @@ def run_eval(study: StudySettings, task_sft: str, language_sfts: dict[str, str],
         language_sfts: Folder or hub id of φ_L by target; a target without one is evaluated on θ⁰ + φ_T.
         run_dir: Folder of this run.
     """
-    from deftx.stages.sources import open_sft
-
-    given = open_sft(task_sft, "task")
+    given = open_task_sft(study, task_sft)
     about = given.facts
-    needed = list(study.task_spec.labels)
-    if about.get("labels") != needed:
-        raise DeftxError(
-            f"{task_sft} predicts {about.get('labels')}, {study.task} needs {needed}: give another task SFT"
-        )
     languages: dict[str, SFT] = {}
     knobs = given_knobs(study, about)
     for code, place in language_sfts.items():
@@ -208,11 +215,11 @@ def run_eval(study: StudySettings, task_sft: str, language_sfts: dict[str, str],
     alone = "source_language_only" if about.get("trained_on") else "no_language_sft"
 
     def body(bench: Bench) -> None:
-        data, _ = bench.open()
+        bench.open(NEEDS["eval"])
         bench.products.sfts += [given, *languages.values()]
         cells = [Cell(code, "composed", given, languages[code]) for code in study.targets if code in languages]
         cells += [Cell(code, alone, given, None) for code in study.targets]
-        _evaluate(bench, cells, data, int(about["training"]["max_length"]))
+        _evaluate(bench, cells, int(about["training"]["max_length"]))
 
     return _run(study, run_dir, "eval", knobs, body)
 
@@ -235,39 +242,44 @@ def run_pretrain(study: StudySettings, text: Sequence[str], out: Path) -> None:
         model = replace(study.model, languages=["text"], vocabulary=[])
         study = replace(study, model=model, pretrain_languages={"text": language})
     cache = _open_cache(study)
-    data = study.data if text else data_settings(study, cache)
+    data = study.data if text or not study.pretrains_on_family else family(study, cache)
     base = base_model(study, data, cache)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(base.folder, out, dirs_exist_ok=True)
-    print(f"model: {out}\nuse it with: model=local model.path={out}")
+    _copy(base.folder, out)
+    print(f"model: {_short(out.absolute())}\nuse it with: model=local model.path={_short(out.absolute())}")
 
 
-def _evaluate(bench: Bench, cells: Sequence[Cell], data: DataSettings, max_length: int) -> None:
-    study = bench.study
-    base = bench.products.base
-    if base is None:
+def _evaluate(bench: Bench, cells: Sequence[Cell], max_length: int) -> None:
+    if bench.products.base is None:
         raise RuntimeError("the bench is not open")
-    tests: dict[str, pd.DataFrame] = {
-        code: load_test(study.task, language, data, split=study.split) for code, language in study.targets.items()
-    }
-    bench.products.tests = {f"{study.split} {code}": fingerprint_rows(rows) for code, rows in tests.items()}
-    evaluator = Evaluator(study, base, bench.cache, max_length)
+    evaluator = Evaluator(bench.study, bench.products.base, bench.cache, max_length)
     # Cells that share a composition's terms follow each other, so that the model changes least.
     for cell in sorted(cells, key=lambda item: (item.task.key, item.language_sft.key if item.language_sft else "")):
-        bench.products.outcomes.append(evaluator.evaluate(cell, tests[cell.language]))
+        bench.products.outcomes.append(evaluator.evaluate(cell, bench.tests[cell.language]))
 
 
 def _open_cache(study: StudySettings) -> StageCache:
-    return StageCache(study.cache_root, provenance=tracking.provenance())
+    import torch
+
+    used = study.trainer.accelerator != "cpu" and torch.cuda.is_available()
+    gpu = torch.cuda.get_device_name() if used else None
+    return StageCache(study.cache_root, provenance=tracking.provenance(gpu=gpu))
 
 
-def _copy_sft(sft: SFT, place: Path) -> None:
-    """Copy an SFT out of the cache; an existing folder is never overwritten."""
+def _copy(folder: Path, place: Path) -> None:
+    """Copy a result out of the cache, whole or not at all; an existing folder is never overwritten."""
     refuse_used(place)
+    partial = place.with_name(f".{place.name}.partial")
     try:
-        shutil.copytree(sft.folder, place, dirs_exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(folder, partial)
+        if place.exists():
+            place.rmdir()  # empty
+        partial.replace(place)
     except OSError as error:
-        raise DeftxError(f"cannot write {place}: {error.strerror or error}; choose another out=FOLDER") from error
+        shutil.rmtree(partial, ignore_errors=True)
+        # copytree's own error lists one (source, target, reason) for each file.
+        reason = error.args[0][0][2] if isinstance(error, shutil.Error) else error.strerror or error
+        raise DeftxError(f"cannot write {place}: {reason}; free space or choose another out=FOLDER") from error
 
 
 def _run(
@@ -278,6 +290,8 @@ def _run(
 
     if study.trainer.threads is not None:
         torch.set_num_threads(study.trainer.threads)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()  # of this job, not of the sweep's earlier ones
     cache = _open_cache(study)
     record = tracking.RunRecord(
         study=study.name,
@@ -322,7 +336,9 @@ def _fill(record: tracking.RunRecord, bench: Bench) -> None:
     record.data = dict(products.reports)
     record.fingerprints = dict(products.tests)
     if products.base is not None:
-        record.fingerprints["base"] = products.base.key
+        record.fingerprints["base files"] = products.base.key
+    for sft in products.sfts[:1]:
+        record.fingerprints["base"] = str(sft.facts["base_fingerprint"])
     if study.split != "test":
         record.notes.append(f"evaluated on the {study.split} split, not on test")
     record.notes += [f"{code}: no unlabelled text, so no language SFT in its row" for code in products.skipped]
@@ -331,6 +347,19 @@ def _fill(record: tracking.RunRecord, bench: Bench) -> None:
         for code in study.targets
         if code in study.sources
     ]
+    if "source_sft" in study.controls and study.source_sft is None:
+        record.notes.append("source=none: there is no source SFT to leave in")
+    if "other_language_sft" in study.controls and len(study.targets) == 1:
+        record.notes.append("one target: there is no other target's language SFT to compose with")
+    constant = [
+        " ".join(part for part in (cell.language, cell.condition, cell.variant) if part)
+        for cell, predictions in ((outcome.cell, outcome.predictions) for outcome in products.outcomes)
+        if predictions["prediction"].nunique() == 1
+    ]
+    if constant:
+        record.notes.append(
+            f"one class is predicted throughout, nothing was learnt or transferred: {', '.join(constant)}"
+        )
     if products.drawn:
         record.notes.append(
             "the base has no trained MLM head: language SFTs started from a drawn one, which weakens them"
@@ -370,15 +399,21 @@ def _write_tables(run_dir: Path, bench: Bench) -> None:
 
     outcomes = bench.products.outcomes
     if outcomes:
+        words = dict(enumerate(bench.study.task_spec.labels))
         frames = [
             outcome.predictions.assign(
-                language=outcome.cell.language, condition=outcome.cell.condition, variant=outcome.cell.variant
+                label=outcome.predictions["label"].map(words),
+                prediction=outcome.predictions["prediction"].map(words),
+                language=outcome.cell.language,
+                condition=outcome.cell.condition,
+                variant=outcome.cell.variant,
             )
             for outcome in outcomes
         ]
         tracking.write_predictions(run_dir, pd.concat(frames, ignore_index=True))
-    if bench.products.sfts:
-        tracking.write_diagnostics(run_dir, diagnostics(bench.products.sfts, outcomes))
+    if bench.products.sfts and bench.products.base is not None:
+        found = diagnostics(bench.products.sfts, outcomes, bench.products.base.folder)
+        tracking.write_diagnostics(run_dir, found)
 
 
 def _show(study: StudySettings, record: tracking.RunRecord, run_dir: Path, cache: StageCache) -> None:
@@ -388,7 +423,7 @@ def _show(study: StudySettings, record: tracking.RunRecord, run_dir: Path, cache
     work = f"{cache.computed} stages computed, {cache.hits} from the cache, {record.seconds or 0:.0f} s"
     tracking.print_results(
         [item for item in record.metrics if item.metric == metric],
-        title=f"{study.name}, {study.task} from {'+'.join(study.sources)}",
+        title=f"{study.name}, {study.task} ({study.split}) from {'+'.join(study.sources)}",
         where=where,
         notes=[*record.notes, work],
     )

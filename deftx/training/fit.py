@@ -15,6 +15,7 @@ import logging
 import math
 import os
 import random
+import signal
 import sys
 import time
 import warnings
@@ -101,7 +102,7 @@ def fit_phase(
         trainer: what to run on.
         scratch: folder of this phase's checkpoint; nothing is written elsewhere.
         seed: decides the order of the data, the masking and dropout.
-        loggers: Lightning loggers; metric names get ``label`` as prefix, so that phases can share a logger.
+        loggers: Lightning loggers of this phase.
         label: how progress bar and errors name the phase.
 
     Raises:
@@ -163,8 +164,14 @@ def fit_phase(
             default_root_dir=scratch,
         )
         started = time.perf_counter()
+        handler = signal.getsignal(signal.SIGINT)
         try:
             fitter.fit(module, datamodule=data_module)
+        except SystemExit as stop:
+            # Lightning's answer to Ctrl-C: it ignores further ones and exits with 1, as if the run had failed.
+            with contextlib.suppress(ValueError):  # only the main thread may
+                signal.signal(signal.SIGINT, handler)
+            raise KeyboardInterrupt from stop
         except OSError as error:
             raise DeftxError(
                 f"{label or 'training'}: cannot write the checkpoint in {scratch}: {error.strerror or error}; "
@@ -241,9 +248,9 @@ class _Record(pl.Callback):
 
     def _add(self, step: int, metrics: dict[str, float]) -> None:
         self.history.append({"step": step, **metrics})
-        named = {f"{self.label}/{name}": value for name, value in metrics.items()}
         for logger in self.loggers:
-            logger.log_metrics(named, step)
+            logger.log_metrics(metrics, step)
+            logger.save()  # now: a phase that is killed leaves its curve
 
     def _check(self, module: Encoder) -> None:
         step = int(module.first_bad)

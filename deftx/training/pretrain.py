@@ -23,6 +23,7 @@ from deftx.training.fit import PhaseResult, fit_phase
 from deftx.training.modules import MaskedLM
 from deftx.training.settings import PretrainSettings, TrainerSettings, TrainingSettings, refuse
 
+LONGEST_WORD = 100  # letters; WordPiece's own limit
 SPECIAL_TOKENS = {
     "pad_token": "[PAD]",
     "unk_token": "[UNK]",
@@ -81,7 +82,9 @@ def train_tokenizer(
         limit_alphabet=len(alphabet),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(text, trainer)
+    # Longer words become the unknown token anyway, and the trainer's time grows with the square of a word's length.
+    short = (" ".join(word for word in line.split() if len(word) <= LONGEST_WORD) for line in text)
+    tokenizer.train_from_iterator(short, trainer)
     tokens: dict[str, Any] = dict(SPECIAL_TOKENS)
     fast = BertTokenizer(
         vocab=tokenizer.get_vocab(),
@@ -153,6 +156,8 @@ def pretrain(
         if folder.exists():
             folder.rmdir()
         made.chmod(0o755)
+        for file in made.iterdir():
+            file.chmod(0o644)  # weights are written for the owner alone
         made.replace(folder)
     return replace(result, checkpoint=folder)
 

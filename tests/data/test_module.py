@@ -210,16 +210,36 @@ def test_tokenised_text_is_cached_by_content(tokenizer, tmp_path):
 
     first = stream(make(0))
     files = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-    assert len(files) == 2
+    assert len(files) == 2 * 2  # each with its seal
     assert equal(first, stream(make(0)))
     assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == files
     make(2)
     make(0, 16)
     other = train_tokenizer(lines(300, 3), 180)
     TextDataModule.for_language(lines(60, 0), lines(40, 1), other, block_length=32, seed=0, cache_dir=tmp_path)
-    assert len(list(tmp_path.iterdir())) == 2 + 1 + 2 + 2
+    assert len(list(tmp_path.glob("*.arrow"))) == 2 + 1 + 2 + 2
     memory = TextDataModule.for_language(lines(60, 0), lines(40, 1), tokenizer, block_length=32, seed=0)
     assert equal(first, stream(memory))
+
+
+@pytest.mark.parametrize("damage", ["cut", "zeroed", "unsealed"])
+def test_damaged_tokens_are_made_again(tokenizer, tmp_path, damage):
+    def make():
+        return TextDataModule.for_language(
+            lines(60, 0), lines(40, 1), tokenizer, block_length=32, seed=0, cache_dir=tmp_path
+        )
+
+    first = stream(make())
+    for file in tmp_path.glob("*.arrow"):
+        content = file.read_bytes()
+        if damage == "cut":
+            file.write_bytes(content[:100])
+        elif damage == "zeroed":
+            file.write_bytes(content[:1000] + bytes(1000) + content[2000:])
+        else:
+            file.with_suffix(".sha256").unlink()
+    assert equal(first, stream(make()))
+    assert equal(first, stream(make()))
 
 
 def test_too_little_text_is_refused(tokenizer):

@@ -390,7 +390,7 @@ def test_own_test_sentences_are_not_learnt(tmp_path: Path) -> None:
     data = DataSettings(root=str(tmp_path), valid_fraction=0.2)
     loaded = load_train("sentiment", language("ind"), data, seed=0)
     assert loaded.report["train"]["leak"]["dropped"] == 2
-    assert own in task_files("sentiment", language("ind"), data)
+    assert own in task_files("sentiment", language("ind"), data)["protected"]
 
 
 def test_labels_of_ones_own(tmp_path: Path) -> None:
@@ -411,8 +411,11 @@ BAD_FILES = {
         "text\tlabel\na\tpositive\nb\tgreat\n",
         r"t\.tsv: row 2: unknown label 'great'; known are negative, neutral, positive",
     ),
-    "no column": ("sentence\tlabel\na\tpositive\n", r"t\.tsv: no column 'text'; its columns are sentence, label"),
-    "no label column": ("text\ttag\na\tpositive\n", r"t\.tsv: no column 'label'; its columns are text, tag"),
+    "no column": ("sentence\tlabel\na\tpositive\n", r"t\.tsv: no column 'text'; .* names sentence, label"),
+    "no label column": (
+        "text\ttag\na\tpositive\n",
+        r"t\.tsv: no column 'label'; its first line must name the columns, and names text, tag",
+    ),
     "cells": ("text\tlabel\na\tpositive\nb\tc\tpositive\n", r"t\.tsv: row 2 has 3 cells, not 2 \(text, label\)"),
     "empty": ("", r"t\.tsv is empty"),
     "blank": ("\n \n", r"t\.tsv is empty"),
@@ -521,22 +524,26 @@ def test_protected_texts_are_dev_and_test_of_what_is_at_hand(tmp_path: Path) -> 
         protected_texts(language("ind"), data)
 
 
+def names_of(files: dict[str, list[Path]], root: Path) -> list[str]:
+    return [path.relative_to(root).as_posix() for paths in files.values() for path in paths]
+
+
 def test_task_files_are_what_training_reads(upstream: Upstream, hub_copy: Callable[..., Path], tmp_path: Path) -> None:
     data = DataSettings(root=str(upstream.root))
-    names = [path.relative_to(upstream.root).as_posix() for path in task_files("smsa", language("ind"), data)]
+    names = names_of(task_files("smsa", language("ind"), data), upstream.root)
     assert names == [
         "indonlu/dataset/smsa_doc-sentiment-prosa/train_preprocess.tsv",
         "indonlu/dataset/smsa_doc-sentiment-prosa/valid_preprocess.tsv",
         "nusax/datasets/sentiment/indonesian/test.csv",
         "nusax/datasets/sentiment/indonesian/valid.csv",
     ]
-    names = [path.relative_to(upstream.root).as_posix() for path in task_files("multinli", language("spa"), data)]
+    names = names_of(task_files("multinli", language("spa"), data), upstream.root)
     assert names == ["multinli/train-es.tsv", "xnli/dev-es.tsv", "xnli/test-es.tsv"]
-    assert task_files("multinli", language("eng"), DataSettings()) == []
+    assert task_files("multinli", language("eng"), DataSettings()) == {}
     copy = hub_copy(
         "copy", {"ace": {split: {"text": ["a"], "label": [0]} for split in ("train", "validation", "test")}}
     )
-    assert len(task_files("nusax", language("ace"), DataSettings(nusax=str(copy)))) == 4
+    assert len(task_files("nusax", language("ace"), DataSettings(nusax=str(copy)))["train"]) == 4
 
 
 def test_fingerprint_sees_every_cell(upstream: Upstream) -> None:

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from small_study import SMALL, Command, Outcome
+from small_study import Command, Outcome, small_for
 
 from deftx.cli import main
 
@@ -30,7 +30,7 @@ def deftx(
         places = [f"paths.cache={cache or shared_cache}", f"paths.output={folder}", f"hydra.sweep.dir={folder}"]
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
-            main([command, *(SMALL if small else []), *places, *arguments])
+            main([command, *(small_for(command) if small else []), *places, *arguments])
         streams = capsys.readouterr()
         return Outcome(int(stop.value.code or 0), streams.out, streams.err, folder)
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deftx.config import READS
+
 SMALL = [
     "experiment=demo",
     "budget=smoke",
@@ -32,6 +34,11 @@ SMALL = [
     "model.pretrain.positions=64",
     "model.pretrain.valid_fraction=0.1",
 ]
+
+
+def small_for(command: str) -> list[str]:
+    """What of the small study a command reads; the rest it would refuse."""
+    return [text for text in SMALL if text.split("=")[0].split(".")[0] in {*READS[command], "experiment"}]
 
 
 @dataclass

@@ -45,6 +45,17 @@ PREPARED = ["compare=[]", "controls=[]", "language=qba"]
         (["language=null"], ["string or a list"]),
         (["paths.output=/proc/nowhere"], ["/proc/nowhere", "paths.output=FOLDER"]),
         (["kind=task"], ["kind", "deftx sft"]),
+        (["corpus.valid_fraction=2"], ["corpus.valid_fraction=2", "between 0 and 1"]),
+        (["corpus.max_lines=0"], ["corpus.max_lines=0", "at least 2"]),
+        (["data.leak_threshold=-1"], ["data.leak_threshold=-1"]),
+        (["data.protect=[foo]"], ["data.protect", "foo", "xnli"]),
+        (["synthetic.train=0"], ["synthetic.train = 0"]),
+        (["logger.wandb=offlin"], ["offlin", "did you mean 'offline'"]),
+        (["denoise.exclude=[embedings*]"], ["embedings*", "matches no parameter"]),
+        (["data.root=."], ["data.root", "task=nusax"]),
+        (["task.more_sources=[qaa]"], ["twice"]),
+        (["--config-name", "x"], ["--config-name", "--config-dir FOLDER"]),
+        (["-m", "trainer.devices=2", "rank=2,3"], ["trainer.devices", "one device"]),
         (["nonsense"], ["nonsense", "key=value"]),
         (["source.training.batch_size=0"], ["source.training.batch_size"]),
     ],
@@ -62,6 +73,27 @@ def test_all_problems_come_in_one_message(deftx: Command) -> None:
     outcome = deftx("run", "language=qbz", "rnak=3", "rank=0", "seed=-1", "lang.training.epochs=x", "task.k=0")
     for text in ("qbz", "rnak", "rank 0", "seed=-1", "lang.training.epochs=x", "k=0"):
         assert text in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        ("pretrain", ["seed=9", "out=model"]),
+        ("pretrain", ["rank=4", "out=model"]),
+        ("sft", ["compare=[ltsft]"]),
+        ("eval", ["task_sft=x", "rank=3"]),
+        ("eval", ["task_sft=x", "lang.training.epochs=3"]),
+        ("run", ["out=x"]),
+    ],
+)
+def test_what_a_command_would_ignore_is_refused(deftx: Command, command: str, arguments: list[str]) -> None:
+    outcome = deftx(command, *arguments)
+    assert outcome.status == 1
+    assert f"not read by deftx {command}" in outcome.err
+
+
+def test_ltsft_ignores_a_rank_it_does_not_use(deftx: Command) -> None:
+    assert deftx("run", "method=ltsft", "rank=900", *PREPARED).status == 0
 
 
 def test_one_invalid_value_in_a_sweep_runs_nothing(deftx: Command, tmp_path: Path) -> None:

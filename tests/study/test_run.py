@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -70,11 +72,15 @@ def test_predictions_are_those_of_the_sum_written_out(
 ) -> None:
     outcome = deftx("run")
     stages = outcome.result()["stages"]
-    base, *_ = shared_cache.glob("pretrain/*/model")
+
+    def entry(kind: str, name: str = "") -> Path:
+        (key,) = {s["key"] for s in stages if s["kind"] == kind and f"{s['label']} ".startswith(f"{name} ".lstrip())}
+        return shared_cache / kind / key[:16]
 
     def folder(name: str) -> Path:
-        (key,) = {s["key"] for s in stages if s["kind"] == "sparse" and s["label"].startswith(f"{name} ")}
-        return shared_cache / "sparse" / key[:16] / "sft"
+        return entry("sparse", name) / "sft"
+
+    base = entry("pretrain") / "model"
 
     # θ⁰ + φ_T + φ_L, one coordinate after the other in float64, and the classifier as transformers builds it.
     model = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=3, dtype=torch.float32)
@@ -93,7 +99,7 @@ def test_predictions_are_those_of_the_sum_written_out(
     frame = pd.read_parquet(next(outcome.folder.rglob("predictions.parquet")))
     chosen = (frame["language"] == "qba") & (frame["condition"] == condition) & (frame["variant"] == variant)
     published = frame[chosen].set_index("id")
-    texts = pd.read_csv(next(shared_cache.glob("family/*/family/sentiment/qba/test.tsv")), sep="\t")
+    texts = pd.read_csv(entry("family") / "family/sentiment/qba/test.tsv", sep="\t")
     assert len(published) == len(texts) == 30
     with torch.inference_mode():
         for number, text in enumerate(texts["text"], 1):
@@ -179,9 +185,9 @@ def test_single_sfts_evaluate_as_in_the_run(deftx: Command, sfts: Path) -> None:
     assert scores(result)["qba", "composed", "macro_f1"] == composed["qba", "deftx", "macro_f1"]
     # φ_T was trained on θ⁰ + φ_S, so alone it is no model "without language SFTs".
     assert {condition for _, condition, _ in scores(result)} == {"composed", "source_language_only"}
-    # What trained the SFTs is what they say, not what is configured here.
-    other = deftx("eval", "language=qba", "rank=3", "seed=9", f"task_sft={sfts / 'task'}").result()["settings"]
-    assert (other["task_sft.rank"], other["task_sft.seed"], other["method"]) == ("energy:0.9", 0, "deftx")
+    # What trained the SFTs is what they say.
+    said = result["settings"]
+    assert (said["task_sft.rank"], said["task_sft.seed"], said["method"]) == ("energy:0.9", 0, "deftx")
 
 
 def test_an_sft_folder_is_never_overwritten_nor_trained_for_nothing(deftx: Command, sfts: Path, tmp_path: Path) -> None:
@@ -218,7 +224,123 @@ def test_a_target_without_text_is_skipped_on_request_only(deftx: Command, shared
     assert "nowhere.txt" in deftx("run", "missing_text=skip", "language.qbb.text=[nowhere.txt]").err
 
 
-def test_the_result_names_the_split(deftx: Command) -> None:
-    result = deftx("run").result()
-    assert {row["split"] for row in result["metrics"]} == {"test"}
-    assert json.dumps(result)
+def own_rows(tmp_path: Path, shared_cache: Path) -> Path:
+    """Own data: text of the family, and labelled rows in two languages, made of its test sets."""
+    data = Path(shutil.copytree(next(shared_cache.glob("family/*/family")), tmp_path / "own"))
+    for code in ("qab", "qac"):
+        header, *rows = (data / "sentiment" / code / "test.tsv").read_text().splitlines(keepends=True)
+        (data / "sentiment" / code / "train.tsv").write_text(header + "".join(rows[:20]))
+        (data / "sentiment" / code / "test.tsv").write_text(header + "".join(rows[20:]))
+    shutil.copy(data / "sentiment" / "qba" / "test.tsv", data / "sentiment" / "qba" / "valid.tsv")
+    return data
+
+
+def test_every_table_names_the_split(deftx: Command, shared_cache: Path, tmp_path: Path) -> None:
+    assert {row["split"] for row in deftx("run").result()["metrics"]} == {"test"}
+    own = ["task=sentiment", "task.source=qaa", f"data.root={own_rows(tmp_path, shared_cache)}"]
+    outcome = deftx("run", *own, *FEW, "split=dev")
+    assert outcome.status == 0, outcome.err
+    result = outcome.result()
+    assert {row["split"] for row in result["metrics"]} == {"dev"}
+    assert any("dev split, not on test" in note for note in result["notes"])
+    assert "dev" in outcome.out
+
+
+def test_a_task_sft_learns_from_several_sources(deftx: Command, shared_cache: Path, tmp_path: Path) -> None:
+    deftx("run", *FEW)
+    own = ["task=sentiment", "task.source=qab", f"data.root={own_rows(tmp_path, shared_cache)}", *FEW]
+    own += ["data.valid_fraction=0.2", "data.leak_threshold=2"]
+    one = deftx("run", *own)
+    assert one.status == 0, one.err
+    several = deftx("run", *own, "task.more_sources=[qac]", "controls=[source_sft]")
+    assert several.status == 0, several.err
+    assert "from qab+qac" in several.out
+    labels = [stage["label"] for stage in several.result()["stages"] if stage["kind"] == "sparse"]
+    assert any(label.startswith("task on θ⁰+qab+qac deftx") for label in labels)
+    keys = [
+        {s["key"] for s in outcome.result()["stages"] if s["kind"] == "sparse" and "task" in s["label"]}
+        for outcome in (one, several)
+    ]
+    assert not keys[0] & keys[1]
+    (key,) = keys[1]
+    metadata = json.loads((shared_cache / "sparse" / key[:16] / "sft" / "sft.json").read_text())["metadata"]
+    assert metadata["languages"] == ["qab", "qac"]
+    assert set(metadata["trained_on"]) == {"qab", "qac"}
+    refused = deftx("run", "task.more_sources=[qab]")
+    assert "labelled rows in qaa only" in refused.err
+
+
+def test_data_files_are_keyed_by_their_role(deftx: Command, shared_cache: Path, tmp_path: Path) -> None:
+    deftx("run", *FEW)
+    data = own_rows(tmp_path, shared_cache)
+    files = [data / "sentiment" / code / "train.tsv" for code in ("qab", "qac")]
+    own = ["task=sentiment", "task.source=qaa", f"data.root={data}", "source=none", "data.leak_threshold=2", *FEW]
+    keys = []
+    for train, valid in (files, files[::-1]):
+        outcome = deftx("run", *own, f"data.train={train}", f"data.valid={valid}")
+        assert outcome.status == 0, outcome.err
+        keys.append({stage["key"] for stage in outcome.result()["stages"] if stage["kind"] == "task"})
+    assert not keys[0] & keys[1]
+
+
+def test_own_test_sentences_are_kept_out_of_training_rows_and_text(
+    deftx: Command, shared_cache: Path, tmp_path: Path
+) -> None:
+    deftx("run", *FEW)
+    data = own_rows(tmp_path, shared_cache)
+    sentences = data / "sentiment" / "qba" / "test.tsv"
+    header, *rows = sentences.read_text().splitlines(keepends=True)
+    long = [row.replace("\t", " and so on and so forth until the very end\t", 1) for row in rows]
+    sentences.write_text(header + "".join(long))
+    train = data / "sentiment" / "qaa" / "train.tsv"
+    train.write_text(train.read_text() + "".join(long[:5]))
+    column = header.rstrip("\n").split("\t").index("text")
+    text = data / "unlabelled" / "qba.txt"
+    text.write_text(text.read_text() + "".join(row.split("\t")[column].rstrip("\n") + "\n" for row in long[5:12]))
+    own = ["task=sentiment", "task.source=qaa", f"data.root={data}", "data.test=sentiment/{language}/test.tsv", *FEW]
+    outcome = deftx("run", *[f"{item.split('=')[0]}='{item.split('=')[1]}'" if "{" in item else item for item in own])
+    assert outcome.status == 0, outcome.err
+    found = outcome.result()["data"]
+    assert found["rows sentiment qaa"]["train"]["leak"]["dropped"] >= 5
+    assert found["text qba"]["leak"]["dropped"] >= 7
+
+
+def test_curves_are_written(deftx: Command, tmp_path: Path) -> None:
+    outcome = deftx("run", *FEW, "source=none", cache=tmp_path / "own")
+    curves = {path.parent.name: pd.read_csv(path) for path in outcome.folder.rglob("curves/*/*/metrics.csv")}
+    assert set(curves) == {"language-qba", "task", "language-qba-deftx", "task-deftx"}
+    for frame in curves.values():
+        assert frame["train/loss"].notna().any()
+        assert frame["val/loss"].notna().any()
+
+
+def test_a_sweep_ends_with_its_scores_side_by_side(deftx: Command) -> None:
+    outcome = deftx("run", "-m", "rank=2,none", *FEW)
+    assert outcome.status == 0, outcome.err
+    last = outcome.out[outcome.out.rindex("sweep") :]
+    assert "rank=2" in last
+    assert "rank=none" in last
+    assert "2 of 2 jobs finished" in last
+
+
+def test_an_interrupted_run_says_so_and_goes_on_later(tmp_path: Path) -> None:
+    places = [f"paths.cache={tmp_path / 'cache'}", f"paths.output={tmp_path / 'out'}"]
+    command = [sys.executable, "-m", "deftx", "run", *SMALL, *places, *FEW]
+    process = subprocess.Popen(
+        [*command, "lang.training.max_steps=100000", "lang.training.epochs=100000"],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    for line in process.stderr:  # in the middle of a fit: after the last line that comes before one
+        if line.startswith("pretrain"):
+            break
+    time.sleep(3)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "run the command again" in errors
+    result = json.loads(next((tmp_path / "out").rglob("result.json")).read_text())
+    assert (result["status"], result["error"]["type"]) == ("failed", "KeyboardInterrupt")
+    assert list((tmp_path / "cache" / "pretrain").iterdir())

@@ -231,20 +231,25 @@ def test_nothing_is_left_behind(language, trainer, tmp_path, monkeypatch, capfd)
     assert all(p.grad is None for p in module.parameters())
 
 
-def test_loggers_get_the_label_as_prefix(language, trainer, tmp_path):
+def test_loggers_get_every_record(language, trainer, tmp_path):
     class Logger:
         def __init__(self):
             self.calls = []
+            self.saved = 0
 
         def log_metrics(self, metrics, step):
             self.calls.append((step, metrics))
+
+        def save(self):
+            self.saved += 1
 
     module, data, settings = language(log_every=2)
     logger = Logger()
     fit_phase(module, data, None, settings, trainer, tmp_path, seed=1, loggers=[logger], label="ace/full")
     names = {name for _, metrics in logger.calls for name in metrics}
-    assert names == {"ace/full/train/loss", "ace/full/train/lr", "ace/full/val/loss"}
-    assert [step for step, metrics in logger.calls if "ace/full/train/loss" in metrics] == [2, 4, 6]
+    assert names == {"train/loss", "train/lr", "val/loss"}
+    assert [step for step, metrics in logger.calls if "train/loss" in metrics] == [2, 4, 6]
+    assert logger.saved == len(logger.calls)  # a phase that is killed leaves its curve
 
 
 def test_progress_shows_the_label(language, trainer, tmp_path, monkeypatch, capfd):

@@ -1,0 +1,44 @@
+"""Every command that README, configuration files and help show composes and resolves."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from deftx.cli import COMMANDS, _parse
+from deftx.config import check_command, hydra_session, resolve_command
+from deftx.help import EXAMPLES
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def shown() -> list[str]:
+    """Command lines, continuation lines joined, trailing comments cut."""
+    found = [example for examples in EXAMPLES.values() for example in examples]
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    results = (REPOSITORY / "docs" / "results.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    found += re.findall(r"^deftx .*$", f"{readme}\n{results}", re.MULTILINE)
+    for path in sorted((REPOSITORY / "conf").rglob("*.yaml")):
+        first = [line for line in path.read_text(encoding="utf-8").splitlines()[:2] if line.startswith("# deftx ")]
+        assert first, f"{path} does not open with the command that uses it"
+        found.append(first[0].removeprefix("# "))
+    return list(dict.fromkeys(found))
+
+
+@pytest.mark.parametrize("line", shown())
+def test_a_command_that_is_shown_resolves(line: str) -> None:
+    _, name, *arguments = shlex.split(line, comments=True)
+    assert name in COMMANDS
+    # README's own language is any that is there.
+    arguments = ["language=ace" if item == "language=xyz" else item for item in arguments]
+    if "--help" in arguments:
+        return
+    known, overrides = _parse(arguments)
+    with hydra_session():
+        command = check_command(
+            name, overrides, multirun=known.multirun, validate=lambda config: resolve_command(name, config)[1]
+        )
+    assert command.configs
