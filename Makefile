@@ -23,7 +23,7 @@ demo: setup  ## pretrain a tiny encoder, train language and task SFTs, print the
 	$(BIN)/deftx run experiment=demo
 
 test: setup  ## run the test suite (offline, under five minutes)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: setup  ## ruff: style and format
 	$(BIN)/ruff check .

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+# The models of the tests are tiny: one thread each, so that two workers do not fight for two cores. Before torch.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 

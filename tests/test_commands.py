@@ -22,6 +22,9 @@ def shown() -> list[str]:
     results = (REPOSITORY / "docs" / "results.md").read_text(encoding="utf-8").replace("\\\n", " ")
     found += re.findall(r"^deftx .*$", f"{readme}\n{results}", re.MULTILINE)
     for path in sorted((REPOSITORY / "conf").rglob("*.yaml")):
+        # The files of a kind of language open alike (tests/data/test_languages.py): one of each kind is resolved.
+        if path.parent.name == "language" and path.stem not in {"ace", "quy", "eng", "qba"}:
+            continue
         first = [line for line in path.read_text(encoding="utf-8").splitlines()[:2] if line.startswith("# deftx ")]
         assert first, f"{path} does not open with the command that uses it"
         found.append(first[0].removeprefix("# "))

@@ -30,7 +30,7 @@ WIKIPEDIA = {"jav": "jv", "sun": "su", "quy": "qu", "aym": "ay", "gn": "gn", "in
 def test_file_opens_with_its_package_and_a_command(code: str) -> None:
     first, second = (CONF / f"{code}.yaml").read_text(encoding="utf-8").splitlines()[:2]
     assert first == f"# @package language.{code}"
-    assert re.match(rf"# deftx run task=\w+ language={code} data.root=FOLDER$", second)
+    assert re.match(rf"# deftx run task=\w+ language={code} data.root=FOLDER model=minilm model.path=FOLDER ", second)
 
 
 @pytest.mark.parametrize("code", NATURAL)

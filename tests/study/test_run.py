@@ -150,7 +150,7 @@ def test_a_failed_job_does_not_stop_the_sweep(deftx: Command, tmp_path: Path) ->
     assert outcome.status == 1
     assert Counter(run["status"] for run in outcome.runs()) == {"done": 1, "failed": 1}
     assert "step" in outcome.err
-    assert "1 of 2 jobs" in outcome.err
+    assert "1 of 2 jobs" in outcome.out
 
 
 def read_bits(cache: Path) -> dict[str, bytes]:
