@@ -183,7 +183,9 @@ def _print_sweep(ends: Sequence[tuple[Sequence[str], End]]) -> None:
     every = {text for overrides, _ in ends for text in overrides}
     swept = {text for text in every if not all(text in overrides for overrides, _ in ends)}
     rows = [
-        (" ".join(text for text in overrides if text in swept) or "-", end.scores, end.error) for overrides, end in ends
+        # Hydra escapes what its grammar would read otherwise: rank=energy\:0.9.
+        (" ".join(text for text in overrides if text in swept).replace("\\", "") or "-", end.scores, end.error)
+        for overrides, end in ends
     ]
     finished = sum(end.error is None for _, end in ends)
     print_sweep(rows, title=f"sweep: {finished} of {len(ends)} jobs finished")

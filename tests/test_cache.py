@@ -18,7 +18,8 @@ from typing import Any
 
 import pytest
 
-import deftx.cache
+import deftx.cache.files
+import deftx.cache.store
 from deftx.cache import Entry, Stage, StageCache, Workspace, canonical_json, file_sha256, fingerprint_files
 from deftx.errors import DeftxError
 
@@ -167,12 +168,12 @@ def test_fingerprint_memo_reads_settled_files_once(tmp_path: Path, monkeypatch: 
     file.write_text("one")
     cache = StageCache(tmp_path / "cache")
     reads: list[Path] = []
-    monkeypatch.setattr(deftx.cache, "file_sha256", lambda path: (reads.append(path), file_sha256(path))[1])
+    monkeypatch.setattr(deftx.cache.files, "file_sha256", lambda path: (reads.append(path), file_sha256(path))[1])
     before = cache.fingerprint([file])
     assert cache.fingerprint([file]) == before
     assert len(reads) == 2, "a file changed a moment ago must be read again"
 
-    monkeypatch.setattr(deftx.cache, "_RACY_NS", -1)
+    monkeypatch.setattr(deftx.cache.files, "_RACY_NS", -1)
     assert cache.fingerprint([file]) == before
     assert StageCache(cache.root).fingerprint([file]) == before
     assert len(reads) == 3
@@ -235,11 +236,11 @@ def test_unchanged_files_are_hashed_once_per_process(tmp_path: Path, monkeypatch
     StageCache(tmp_path).get_or_compute(stage(), write_two)
     cache = StageCache(tmp_path)
     reads: list[Path] = []
-    monkeypatch.setattr(deftx.cache, "file_sha256", lambda path: (reads.append(path), file_sha256(path))[1])
+    monkeypatch.setattr(deftx.cache.store, "file_sha256", lambda path: (reads.append(path), file_sha256(path))[1])
     assert cache.find(stage())
     assert cache.find(stage())
     assert len(reads) == 4, "files written a moment ago must be read again"
-    monkeypatch.setattr(deftx.cache, "_RACY_NS", -1)
+    monkeypatch.setattr(deftx.cache.files, "_RACY_NS", -1)
     assert cache.find(stage())
     assert cache.find(stage())
     assert len(reads) == 6
@@ -560,7 +561,7 @@ def test_a_killed_process_leaves_its_scratch_and_no_entry(tmp_path: Path) -> Non
 def test_leftovers_of_the_living_and_of_other_hosts_stay(tmp_path: Path) -> None:
     folder = tmp_path / "full"
     kept = [
-        folder / f".{stage().key[:16]}.{deftx.cache._owner()}.{os.getpid()}.00.tmp",
+        folder / f".{stage().key[:16]}.{deftx.cache.store._owner()}.{os.getpid()}.00.tmp",
         folder / f".{stage().key[:16]}.otherhst.999999.00.tmp",
     ]
     for path in kept:

@@ -310,8 +310,8 @@ def test_print_results_says_where_everything_lies() -> None:
         console=Console(file=out, width=80),
     )
     lines = [line.rstrip() for line in out.getvalue().splitlines()]
-    assert any("demo: macro-F1 × 100" in line for line in lines)
-    assert any("demo: accuracy × 100" in line for line in lines)
+    assert "demo: macro-F1 × 100" in lines
+    assert "demo: accuracy × 100" in lines
     assert lines[-4:] == [
         "note: dev in place of test",
         "failed: seed=1: NaN loss at step 7",

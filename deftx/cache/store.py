@@ -1,16 +1,4 @@
-"""Content-addressed results of stages: each is computed once for all that changes its result, then read.
-
-The key of a stage is the sha256 of canonical JSON over its kind, version, settings, seed and the keys or
-fingerprints of its inputs; paths, labels and devices are not in it. A result is written to a temporary
-sibling folder, synced, and renamed into place together with a manifest that lists every file's size and
-sha256. A rename never replaces an existing result, so publishing is idempotent: correctness rests on that
-alone, and the lock a computing process holds only saves others the work. Every read verifies; a damaged entry
-is set aside, not deleted.
-
-On disk: ``<root>/<kind>/<first 16 digits of the key>/{manifest.json, files}``, and beside the kinds
-``scratch/`` (checkpoints of unfinished stages), ``damaged/``, ``locks/`` and ``fingerprints.json`` (memo of
-file hashes).
-"""
+"""The cache itself: published results, verified on every read."""
 
 from __future__ import annotations
 
@@ -20,10 +8,8 @@ import functools
 import hashlib
 import json
 import logging
-import math
 import os
 import platform
-import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,211 +18,24 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from deftx.cache.files import file_sha256, fingerprint_files, settled, sync_and_hash, sync_directory, write_synced
+from deftx.cache.keys import RESERVED, Stage, loose
 from deftx.errors import DeftxError
 
-__all__ = [
-    "Entry",
-    "Event",
-    "Stage",
-    "StageCache",
-    "Workspace",
-    "canonical_json",
-    "file_sha256",
-    "fingerprint_files",
-]
+__all__ = ["Entry", "Event", "StageCache", "Workspace"]
 
 log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 FINGERPRINTS = "fingerprints.json"
-RESERVED = frozenset({"scratch", "damaged", "locks"})
-_KIND = re.compile(r"[a-z][a-z0-9_-]{0,40}")
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _UNWRITABLE = _FULL | {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG}
-_RACY_NS = 2_000_000_000
 _LEAST_FREE = 1 << 20
 
 
 class _DamageError(Exception):
     """An entry is not what its manifest says; the text is the reason."""
-
-
-# ------------------------------------------------------------------------------------------------------- keys
-
-
-def canonical_json(value: Any) -> str:
-    """Return the one JSON text of a plain value: sorted keys, no whitespace, ASCII, floats by ``repr``.
-
-    Integers and floats are distinct (``1`` and ``1.0`` give different texts, hence different keys), so are
-    ``True`` and ``1``; tuples count as lists.
-
-    Raises:
-        DeftxError: a float is NaN or infinite (a user can type one).
-        TypeError: a value is not plain JSON, such as a path or an object; the text says where it stands.
-    """
-    return json.dumps(_plain(value, "value"), sort_keys=True, separators=(",", ":"), allow_nan=False)
-
-
-def _plain(value: Any, where: str) -> Any:
-    if value is None or isinstance(value, bool):
-        return value
-    if isinstance(value, str):
-        return str(value)
-    if isinstance(value, int):
-        return int(value)
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            raise DeftxError(f"{where} is {float(value)!r}: a setting must be a finite number")
-        return float(value)
-    if isinstance(value, Mapping):
-        for key in value:
-            if not isinstance(key, str):
-                raise TypeError(f"{where} has the key {key!r}: only strings can be keys")
-        return {str(key): _plain(item, f"{where}.{key}") for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
-    hint = "; give the fingerprint of what lies there" if isinstance(value, os.PathLike) else ""
-    raise TypeError(f"{where} is a {type(value).__name__}, which has no place in a stage key{hint}")
-
-
-def _loose(value: Any) -> Any:
-    """Make any value JSON: what a computation notes must not be able to spoil its result."""
-    if isinstance(value, Mapping):
-        return {str(key): _loose(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_loose(item) for item in value]
-    try:
-        return _plain(value, "value")
-    except (DeftxError, TypeError):
-        return str(value)
-
-
-@dataclass(frozen=True, eq=False)
-class Stage:
-    """What a stage computes, as plain values; two stages are equal when their keys are.
-
-    Args:
-        kind: lower-case name of the stage and of its folder in the cache, such as ``full`` or ``sparse``.
-        version: number of the stage's code; raise it when the same settings would give another result.
-        settings: the settings that change the result, plain JSON values; copied.
-        inputs: name -> key of another stage, or fingerprint of data.
-        seed: the run's seed where the stage draws from it.
-        label: for people (logs, listings); not in the key.
-
-    Raises:
-        DeftxError: a setting is NaN or infinite.
-        TypeError: a setting is not plain JSON.
-        ValueError: ``kind`` cannot name a folder.
-    """
-
-    kind: str
-    version: int
-    settings: Mapping[str, Any]
-    inputs: Mapping[str, str] = field(default_factory=dict)
-    seed: int | None = None
-    label: str = ""
-
-    def __post_init__(self) -> None:
-        if not _KIND.fullmatch(self.kind) or self.kind in RESERVED:
-            raise ValueError(f"{self.kind!r} cannot name a stage: use a-z, 0-9, - and _, not {sorted(RESERVED)}")
-        object.__setattr__(self, "settings", _plain(self.settings, "settings"))
-        object.__setattr__(self, "inputs", _plain(self.inputs, "inputs"))
-        for name, value in self.inputs.items():
-            if not isinstance(value, str):
-                raise TypeError(f"inputs.{name} is a {type(value).__name__}: give a key or a fingerprint")
-
-    @functools.cached_property
-    def key(self) -> str:
-        """64 hexadecimal digits that change when, and only when, something changes the result."""
-        parts = {name: getattr(self, name) for name in ("kind", "version", "settings", "inputs", "seed")}
-        return hashlib.sha256(canonical_json(parts).encode()).hexdigest()
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Stage) and self.key == other.key
-
-    def __hash__(self) -> int:
-        return hash(self.key)
-
-    def __str__(self) -> str:
-        return f"{self.kind} {self.label} [{self.key[:8]}]" if self.label else f"{self.kind} [{self.key[:8]}]"
-
-
-# ----------------------------------------------------------------------------------------------- fingerprints
-
-
-def file_sha256(path: str | os.PathLike[str]) -> str:
-    """Return the sha256 of a file's bytes, 64 hexadecimal digits."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def fingerprint_files(
-    paths: Sequence[str | os.PathLike[str]],
-    root: str | os.PathLike[str] | None = None,
-    *,
-    memo: Path | None = None,
-) -> str:
-    """Return one sha256 for the contents of files, wherever they lie.
-
-    Args:
-        paths: files or folders. A folder stands for its files, recursively and by sorted relative name, which
-            then counts too; names that start with a dot are left out.
-        root: when given, each file's name relative to it counts and the order of ``paths`` does not. When
-            not, only contents and their order count: moving or renaming a file keeps the fingerprint.
-        memo: a JSON file that remembers hashes of unchanged files (path, inode, size, times); may be absent.
-
-    Raises:
-        DeftxError: a path does not exist or cannot be read.
-    """
-    named: list[tuple[str, Path]] = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            inside = sorted((found.relative_to(path).as_posix(), found) for found in path.rglob("*") if found.is_file())
-            inside = [(name, found) for name, found in inside if not any(p.startswith(".") for p in name.split("/"))]
-            if not inside:
-                raise DeftxError(f"{path} has no files")
-        elif path.is_file():
-            inside = [("", path)]
-        else:
-            raise DeftxError(f"{path} does not exist (or is neither a file nor a folder)")
-        named += inside
-    if root is not None:
-        named = sorted((os.path.relpath(path, root).replace(os.sep, "/"), path) for _, path in named)
-    known = _read_memo(memo)
-    total = hashlib.sha256()
-    fresh: dict[str, list[Any]] = {}
-    for name, path in named:
-        try:
-            now, identity, stat = time.time_ns(), os.path.realpath(path), path.stat()
-            mark = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
-            digest = known[identity][-1] if known.get(identity, [None])[:-1] == mark else file_sha256(path)
-        except OSError as error:
-            raise DeftxError(f"cannot read {path}: {error.strerror}") from error
-        if _settled(stat, now) and known.get(identity) != [*mark, digest]:
-            fresh[identity] = [*mark, digest]
-        total.update(json.dumps([name, digest]).encode())
-    if memo is not None and fresh:
-        # Losing this file costs time only: a cache that cannot be written is not an error here.
-        with contextlib.suppress(OSError):
-            memo.parent.mkdir(parents=True, exist_ok=True)
-            _write_synced(memo, json.dumps({**_read_memo(memo), **fresh}, indent=0).encode())
-    return total.hexdigest()
-
-
-def _read_memo(memo: Path | None) -> dict[str, list[Any]]:
-    if memo is None:
-        return {}
-    try:
-        content = json.loads(memo.read_bytes())
-    except (OSError, ValueError):
-        content = None
-    if not isinstance(content, dict):
-        return {}
-    return {path: mark for path, mark in content.items() if isinstance(mark, list) and len(mark) == 5}
-
-
-# ------------------------------------------------------------------------------------------------------ cache
 
 
 class Event(NamedTuple):
@@ -476,7 +275,7 @@ class StageCache:
             if path.is_dir():
                 directories.append(path)
             else:
-                files[name] = {"size": path.stat().st_size, "sha256": _sync_and_hash(path)}
+                files[name] = {"size": path.stat().st_size, "sha256": sync_and_hash(path)}
         if not files:
             raise ValueError(f"{stage} wrote no file")
         manifest = {
@@ -490,13 +289,13 @@ class StageCache:
             "seed": stage.seed,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": round(seconds, 3),
-            "provenance": _loose(provenance),
-            "notes": _loose(workspace.notes),
+            "provenance": loose(provenance),
+            "notes": loose(workspace.notes),
             "files": files,
         }
-        _write_synced(out / MANIFEST, json.dumps(manifest, indent=1).encode())
+        write_synced(out / MANIFEST, json.dumps(manifest, indent=1).encode())
         for directory in reversed(directories):
-            _sync_directory(directory)
+            sync_directory(directory)
         for _ in range(3):
             try:
                 out.rename(folder)
@@ -510,7 +309,7 @@ class StageCache:
                     log.warning("%s was computed twice with different bytes; the first result stays", stage)
                 shutil.rmtree(out, ignore_errors=True)
                 return existing
-            _sync_directory(folder.parent)
+            sync_directory(folder.parent)
             return Entry(folder, manifest)
         raise DeftxError(f"cannot publish {stage}: {folder} is damaged again and again; check the disk")
 
@@ -592,7 +391,7 @@ class StageCache:
                     raise _DamageError(f"{name} has {stat.st_size} bytes, not {record['size']}")
                 mark = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
                 digest = self._verified.get(mark) or file_sha256(path)
-                if _settled(stat, now):
+                if settled(stat, now):
                     self._verified[mark] = digest
             except PermissionError as error:
                 raise DeftxError(f"cannot read {path}: {error.strerror}") from error
@@ -614,40 +413,6 @@ class StageCache:
                 f"the cache entry {folder} is damaged ({reason}) and cannot be moved aside: {error.strerror}"
             ) from error
         log.warning("the cache entry %s is damaged (%s); it was set aside as %s", folder, reason, place)
-
-
-def _settled(stat: os.stat_result, now: int) -> bool:
-    """Whether another change would surely show in the time stamps (they tick: git's "racy" entries)."""
-    return now - max(stat.st_mtime_ns, stat.st_ctime_ns) > _RACY_NS
-
-
-def _sync_and_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_synced(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        # Some network file systems cannot sync a directory; the rename is atomic there all the same.
-        with contextlib.suppress(OSError):
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _contains(name: Any, root: Path) -> bool:

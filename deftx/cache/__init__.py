@@ -1,0 +1,28 @@
+"""Content-addressed results of stages: each is computed once for all that changes its result, then read.
+
+The key of a stage is the sha256 of canonical JSON over its kind, version, settings, seed and the keys or
+fingerprints of its inputs; paths, labels and devices are not in it. A result is written to a temporary
+sibling folder, synced, and renamed into place together with a manifest that lists every file's size and
+sha256. A rename never replaces an existing result, so publishing is idempotent: correctness rests on that
+alone, and the lock a computing process holds only saves others the work. Every read verifies; a damaged entry
+is set aside, not deleted.
+
+On disk: ``<root>/<kind>/<first 16 digits of the key>/{manifest.json, files}``, and beside the kinds
+``scratch/`` (checkpoints of unfinished stages), ``damaged/``, ``locks/`` and ``fingerprints.json`` (memo of
+file hashes).
+"""
+
+from deftx.cache.files import file_sha256, fingerprint_files
+from deftx.cache.keys import Stage, canonical_json
+from deftx.cache.store import Entry, Event, StageCache, Workspace
+
+__all__ = [
+    "Entry",
+    "Event",
+    "Stage",
+    "StageCache",
+    "Workspace",
+    "canonical_json",
+    "file_sha256",
+    "fingerprint_files",
+]

@@ -1,0 +1,123 @@
+"""Contents of files: fingerprints with a memo, and writing that is synced before it shows."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from deftx.errors import DeftxError
+
+__all__ = ["file_sha256", "fingerprint_files", "settled", "sync_and_hash", "sync_directory", "write_synced"]
+
+_RACY_NS = 2_000_000_000
+
+
+def file_sha256(path: str | os.PathLike[str]) -> str:
+    """Return the sha256 of a file's bytes, 64 hexadecimal digits."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint_files(
+    paths: Sequence[str | os.PathLike[str]],
+    root: str | os.PathLike[str] | None = None,
+    *,
+    memo: Path | None = None,
+) -> str:
+    """Return one sha256 for the contents of files, wherever they lie.
+
+    Args:
+        paths: files or folders. A folder stands for its files, recursively and by sorted relative name, which
+            then counts too; names that start with a dot are left out.
+        root: when given, each file's name relative to it counts and the order of ``paths`` does not. When
+            not, only contents and their order count: moving or renaming a file keeps the fingerprint.
+        memo: a JSON file that remembers hashes of unchanged files (path, inode, size, times); may be absent.
+
+    Raises:
+        DeftxError: a path does not exist or cannot be read.
+    """
+    named: list[tuple[str, Path]] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = sorted((found.relative_to(path).as_posix(), found) for found in path.rglob("*") if found.is_file())
+            inside = [(name, found) for name, found in inside if not any(p.startswith(".") for p in name.split("/"))]
+            if not inside:
+                raise DeftxError(f"{path} has no files")
+        elif path.is_file():
+            inside = [("", path)]
+        else:
+            raise DeftxError(f"{path} does not exist (or is neither a file nor a folder)")
+        named += inside
+    if root is not None:
+        named = sorted((os.path.relpath(path, root).replace(os.sep, "/"), path) for _, path in named)
+    known = _read_memo(memo)
+    total = hashlib.sha256()
+    fresh: dict[str, list[Any]] = {}
+    for name, path in named:
+        try:
+            now, identity, stat = time.time_ns(), os.path.realpath(path), path.stat()
+            mark = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+            digest = known[identity][-1] if known.get(identity, [None])[:-1] == mark else file_sha256(path)
+        except OSError as error:
+            raise DeftxError(f"cannot read {path}: {error.strerror}") from error
+        if settled(stat, now) and known.get(identity) != [*mark, digest]:
+            fresh[identity] = [*mark, digest]
+        total.update(json.dumps([name, digest]).encode())
+    if memo is not None and fresh:
+        # Losing this file costs time only: a cache that cannot be written is not an error here.
+        with contextlib.suppress(OSError):
+            memo.parent.mkdir(parents=True, exist_ok=True)
+            write_synced(memo, json.dumps({**_read_memo(memo), **fresh}, indent=0).encode())
+    return total.hexdigest()
+
+
+def _read_memo(memo: Path | None) -> dict[str, list[Any]]:
+    if memo is None:
+        return {}
+    try:
+        content = json.loads(memo.read_bytes())
+    except (OSError, ValueError):
+        content = None
+    if not isinstance(content, dict):
+        return {}
+    return {path: mark for path, mark in content.items() if isinstance(mark, list) and len(mark) == 5}
+
+
+def settled(stat: os.stat_result, now: int) -> bool:
+    """Whether another change would surely show in the time stamps (they tick: git's "racy" entries)."""
+    return now - max(stat.st_mtime_ns, stat.st_ctime_ns) > _RACY_NS
+
+
+def sync_and_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_synced(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        # Some network file systems cannot sync a directory; the rename is atomic there all the same.
+        with contextlib.suppress(OSError):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,49 @@
+"""What a run leaves behind: result.json, predictions, CSV, a table on the terminal, a W&B run.
+
+``result.json`` is the record that reports read; everything else repeats or details it. It is written for
+failed runs too, atomically, with everything needed to say where its numbers come from (provenance,
+fingerprints, stage keys). W&B mirrors it: one run for each job, group = study, offline unless asked
+otherwise, closed whatever happens; trouble with W&B is logged and never costs a result.
+
+Scores are stored as fractions (0 to 1) and shown multiplied by 100. wandb, pandas, pyarrow, rich and Lightning
+are imported where they are used, so that importing this module is quick.
+"""
+
+from deftx.tracking.environment import provenance
+from deftx.tracking.results import (
+    CONDITIONS,
+    DIAGNOSTICS,
+    PREDICTIONS,
+    RESULT,
+    Metric,
+    RunRecord,
+    mean_scores,
+    read_result,
+    recording,
+    write_diagnostics,
+    write_predictions,
+    write_result,
+)
+from deftx.tracking.tables import print_results, print_sweep, results_table
+from deftx.tracking.tracker import LoggerSettings, Tracker
+
+__all__ = [
+    "CONDITIONS",
+    "DIAGNOSTICS",
+    "PREDICTIONS",
+    "RESULT",
+    "LoggerSettings",
+    "Metric",
+    "RunRecord",
+    "Tracker",
+    "mean_scores",
+    "print_results",
+    "print_sweep",
+    "provenance",
+    "read_result",
+    "recording",
+    "results_table",
+    "write_diagnostics",
+    "write_predictions",
+    "write_result",
+]

@@ -1,0 +1,287 @@
+"""result.json and its companions: the record that reports read, written atomically, for failed runs too."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import math
+import os
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deftx.errors import DeftxError
+from deftx.tracking.environment import peak_memory
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = [
+    "CONDITIONS",
+    "DIAGNOSTICS",
+    "PREDICTIONS",
+    "RESULT",
+    "Metric",
+    "RunRecord",
+    "mean_scores",
+    "read_result",
+    "recording",
+    "write_diagnostics",
+    "write_predictions",
+    "write_result",
+]
+
+
+log = logging.getLogger(__name__)
+
+SCHEMA_VERSION = 1
+RESULT = "result.json"
+METRICS = "metrics.csv"
+PREDICTIONS = "predictions.parquet"
+DIAGNOSTICS = "diagnostics.parquet"
+
+CONDITIONS = {
+    "no_language_sft": "no language SFTs",
+    "source_sft": "source SFT left in",
+    "other_language_sft": "other language's SFT",
+    "ltsft": "LT-SFT",
+    "deftx": "DeFT-X",
+    "source_language_only": "task SFT alone",
+    "composed": "composed",
+}
+"""Stable names of what a target is evaluated with, in the order of the table's columns, and the columns'
+titles."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One score.
+
+    Attributes:
+        language: the target language's code.
+        condition: what was composed; one of :data:`CONDITIONS`, or a name of its own.
+        metric: ``macro_f1``, ``accuracy``, ...
+        value: a fraction from 0 to 1 (or whatever the metric's unit is); None when it could not be computed.
+        n: number of examples.
+        split: what the examples are: ``test`` unless the user asked for another split.
+    """
+
+    language: str
+    condition: str
+    metric: str
+    value: float | None
+    n: int
+    split: str = "test"
+
+
+@dataclass
+class RunRecord:
+    """Everything ``result.json`` says about one run; plain values only.
+
+    Attributes:
+        study: name of the study (the W&B group).
+        job: name of this run within it.
+        settings: the knobs, flat or nested; a knob the method ignores is None.
+        seed: the run's seed.
+        provenance: from :func:`provenance`.
+        status: ``running``, ``done`` or ``failed``.
+        metrics: every score.
+        fingerprints: name -> fingerprint: ``base`` (as in ``sft.json``), ``base files``, the rows evaluated.
+        sfts: one mapping for each SFT: ``name``, ``sha256``, ``metrics`` of its sparse phase.
+        data: name -> what was read, dropped (and why) and kept.
+        stages: one mapping for each stage: ``kind``, ``label``, ``key``, ``outcome``, ``seconds``.
+        times: name -> seconds of parts of the run.
+        peak_memory: bytes: ``cpu`` (this process), ``gpu`` (given by the caller).
+        error: of a failed run: ``type``, ``message``, ``traceback``.
+        notes: plain remarks a reader should see beside the numbers (an untrained head, dev in place of test).
+        started, finished: UTC, ISO 8601; ``seconds``: wall time between them.
+    """
+
+    study: str
+    job: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    seed: int | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    status: str = "running"
+    metrics: list[Metric] = field(default_factory=list)
+    fingerprints: dict[str, str] = field(default_factory=dict)
+    sfts: list[Mapping[str, Any]] = field(default_factory=list)
+    data: dict[str, Any] = field(default_factory=dict)
+    stages: list[Mapping[str, Any]] = field(default_factory=list)
+    times: dict[str, float] = field(default_factory=dict)
+    peak_memory: dict[str, int | None] = field(default_factory=dict)
+    error: dict[str, str | None] | None = None
+    notes: list[str] = field(default_factory=list)
+    started: str = field(default_factory=lambda: _now())
+    finished: str | None = None
+    seconds: float | None = None
+    _clock: float = field(default_factory=time.perf_counter, repr=False)
+
+    def finish(self, error: BaseException | None = None) -> None:
+        """Set status, end, wall time, peak memory, and for a failed run the error."""
+        self.status = "done" if error is None else "failed"
+        self.finished, self.seconds = _now(), round(time.perf_counter() - self._clock, 3)
+        self.peak_memory["cpu"] = peak_memory()
+        if error is not None:
+            # A user's mistake is told by its message; anything else needs its traceback.
+            told = isinstance(error, DeftxError | KeyboardInterrupt)
+            trace = None if told else "".join(traceback.format_exception(error))
+            self.error = {"type": type(error).__name__, "message": str(error), "traceback": trace}
+
+
+def mean_scores(record: RunRecord) -> dict[str, float]:
+    """Mean over the targets of each condition's score, in the task's own metric (a record's first)."""
+    values: dict[str, list[float]] = {}
+    for item in record.metrics:
+        if item.metric == record.metrics[0].metric and item.value is not None:
+            values.setdefault(item.condition, []).append(item.value)
+    return {condition: sum(found) / len(found) for condition, found in values.items()}
+
+
+def write_result(run_dir: str | os.PathLike[str], record: RunRecord) -> Path:
+    """Write ``result.json`` and ``metrics.csv`` (one row for each score) into the run directory, atomically.
+
+    Values that JSON has no word for never spoil a finished run: NaN and infinity become null, paths and other
+    objects their text.
+
+    Raises:
+        DeftxError: the directory cannot be written.
+    """
+    import csv
+    import io
+
+    content = {"schema_version": SCHEMA_VERSION}
+    content |= {
+        item.name: getattr(record, item.name) for item in dataclasses.fields(record) if not item.name.startswith("_")
+    }
+    rows = io.StringIO()
+    table = csv.writer(rows, lineterminator="\n")
+    table.writerow([item.name for item in dataclasses.fields(Metric)])
+    table.writerows(dataclasses.astuple(metric) for metric in record.metrics)
+    folder = Path(run_dir)
+    _write(folder / METRICS, lambda path: path.write_text(rows.getvalue(), encoding="utf-8"))
+    text = json.dumps(plain(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return _write(folder / RESULT, lambda path: path.write_text(text, encoding="utf-8", errors="replace"))
+
+
+def read_result(path: str | os.PathLike[str]) -> RunRecord:
+    """Read a ``result.json``, or the one in a run directory.
+
+    Raises:
+        DeftxError: there is none, it is not one, or its schema is another.
+    """
+    place = Path(path)
+    place = place / RESULT if place.is_dir() else place
+    try:
+        content = json.loads(place.read_bytes())
+        version = content.pop("schema_version")
+        if version != SCHEMA_VERSION:
+            raise DeftxError(f"{place} has schema version {version}; this deftx reads {SCHEMA_VERSION}")
+        content["metrics"] = [Metric(**metric) for metric in content["metrics"]]
+        return RunRecord(**content)
+    except OSError as error:
+        raise DeftxError(f"cannot read {place}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DeftxError(f"{place} is not a result of deftx ({error})") from error
+
+
+@contextlib.contextmanager
+def recording(run_dir: str | os.PathLike[str], record: RunRecord) -> Iterator[RunRecord]:
+    """Write the record when the block ends, also when it fails; the exception goes on.
+
+    Raises:
+        DeftxError: the run directory cannot be written.
+    """
+    try:
+        yield record
+    except BaseException as error:
+        record.finish(error)
+        try:
+            write_result(run_dir, record)
+        except DeftxError as unwritten:
+            log.error("%s", unwritten)
+        raise
+    record.finish()
+    write_result(run_dir, record)
+
+
+def write_predictions(run_dir: str | os.PathLike[str], frame: pd.DataFrame) -> Path:
+    """Write ``predictions.parquet``: one row for each language, condition and example.
+
+    Args:
+        run_dir: the run directory.
+        frame: columns ``language``, ``condition``, ``id`` (str), ``label`` (int), and the scores, one float32
+            column for each class; its index is left out.
+
+    Raises:
+        DeftxError: the directory cannot be written.
+        ValueError: a column is missing.
+    """
+    missing = [name for name in ("language", "condition", "id", "label") if name not in frame.columns]
+    if missing:
+        raise ValueError(f"predictions lack the columns {missing}; they have {list(frame.columns)}")
+    return _write(Path(run_dir) / PREDICTIONS, lambda path: frame.to_parquet(path, index=False))
+
+
+def write_diagnostics(run_dir: str | os.PathLike[str], frame: pd.DataFrame) -> Path:
+    """Write ``diagnostics.parquet``: spectra, ranks, energies, mask densities and overlaps, one row for each
+    fact.
+
+    Raises:
+        DeftxError: the directory cannot be written.
+    """
+    return _write(Path(run_dir) / DIAGNOSTICS, lambda path: frame.to_parquet(path, index=False))
+
+
+def _write(path: Path, fill: Callable[[Path], Any]) -> Path:
+    temporary = path.with_name(f".{path.stem}.{os.urandom(4).hex()}{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fill(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise DeftxError(
+            f"cannot write {path}: {reason}. Make room or permission there, or choose another output folder, "
+            "and run the command again: finished stages come from the cache."
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    return path
+
+
+def finite(value: float | None) -> float | None:
+    """Return the value, None in place of NaN and infinity."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def plain(value: Any) -> Any:
+    """Return what JSON can say of a value: NaN and infinity become None, paths and objects their text."""
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {item.name: plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if hasattr(value, "_asdict"):
+        return plain(value._asdict())
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(item) for item in value]
+    if type(value).__module__ in ("numpy", "torch") and getattr(value, "ndim", 1) == 0:
+        return plain(value.item())
+    return str(value)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

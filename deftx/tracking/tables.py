@@ -1,0 +1,157 @@
+"""Scores on the terminal: one run, or the jobs of a sweep side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from deftx.tracking.results import CONDITIONS, Metric, finite
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+__all__ = ["print_results", "print_sweep", "results_table"]
+
+
+_NAMES = {"macro_f1": "macro-F1"}
+
+
+def results_table(metrics: Sequence[Metric], *, metric: str | None = None) -> Table:
+    """Lay out scores for the terminal: a row for each target and their mean, a column for each condition.
+
+    Scores are multiplied by 100; the best of a row is bold. ``–`` is a score that was not asked for,
+    ``failed`` one that could not be computed. A mean over fewer than all targets says so and is never bold:
+    it does not compare.
+
+    Args:
+        metrics: scores of one run; targets stand in the order of their first score.
+        metric: which metric to show when there are several; default: the first.
+
+    Raises:
+        ValueError: two scores for one cell.
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    metric = metric or (metrics[0].metric if metrics else "")
+    cells: dict[tuple[str, str], dict[str, Metric]] = {}
+    for item in metrics:
+        if item.metric == metric:
+            row = cells.setdefault((item.language, item.split), {})
+            if item.condition in row:
+                raise ValueError(f"two scores for {item.language}, {item.condition}: show one run at a time")
+            row[item.condition] = item
+    asked = dict.fromkeys(condition for row in cells.values() for condition in row)
+    conditions = [name for name in CONDITIONS if name in asked] + [n for n in asked if n not in CONDITIONS]
+
+    table = Table()
+    table.add_column("target")
+    table.add_column("n", justify="right")
+    for name in conditions:
+        table.add_column(Text(CONDITIONS.get(name, name)), justify="right")
+    for (language, split), row in cells.items():
+        sizes = sorted({item.n for item in row.values()})
+        size = str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]}–{sizes[-1]}"
+        values = [finite(row[name].value) if name in row else None for name in conditions]
+        texts = [
+            f"{100 * value:.1f}" if value is not None else "failed" if name in row else "–"
+            for name, value in zip(conditions, values, strict=True)
+        ]
+        table.add_row(Text(language if split == "test" else f"{language} ({split})"), size, *_bold(texts, values))
+    for split in dict.fromkeys(split for _, split in cells):
+        rows = [row for (_, of), row in cells.items() if of == split]
+        if len(rows) == 1:
+            continue
+        table.add_section()
+        means: list[float | None] = []
+        texts = []
+        for name in conditions:
+            known = [value for row in rows if name in row and (value := finite(row[name].value)) is not None]
+            mean = sum(known) / len(known) if known else None
+            complete = len(known) == len(rows)
+            means.append(mean if complete else None)
+            text = "–" if mean is None else f"{100 * mean:.1f}"
+            texts.append(text if complete or mean is None else f"{text} ({len(known)} of {len(rows)})")
+        label = f"mean of {len(rows)}"
+        table.add_row(label if split == "test" else f"{label} ({split})", "", *_bold(texts, means))
+    return table
+
+
+def _bold(texts: Sequence[str], values: Sequence[float | None]) -> list[Any]:
+    from rich.text import Text
+
+    known = [value for value in values if value is not None]
+    best = max(known) if len(known) > 1 else None
+    pairs = zip(texts, values, strict=True)
+    return [Text(text, style="bold" if value is not None and value == best else "") for text, value in pairs]
+
+
+def print_results(
+    metrics: Sequence[Metric],
+    *,
+    where: Mapping[str, object] | None = None,
+    failed: Mapping[str, str] | None = None,
+    notes: Sequence[str] = (),
+    title: str | None = None,
+    console: Console | None = None,
+) -> None:
+    """Print a table for each metric, then notes, failed runs with their reasons, and where everything lies.
+
+    Args:
+        metrics: scores of one run; may be empty.
+        where: what -> path, one line each.
+        failed: name of a run -> the reason in one line.
+        notes: remarks that belong to the numbers.
+        title: what stands above the tables.
+        console: default: standard output.
+    """
+    from rich.console import Console
+    from rich.text import Text
+
+    console = console or Console()
+    for name in dict.fromkeys(item.metric for item in metrics):
+        shown = f"{_NAMES.get(name, name)} × 100"
+        _headline(f"{title}: {shown}" if title else shown, console)
+        console.print(results_table(metrics, metric=name))
+    if not metrics:
+        console.print("no scores")
+    lines = [f"note: {note}" for note in notes]
+    lines += [f"failed: {name}: {reason}" for name, reason in (failed or {}).items()]
+    width = max((len(name) for name in where or {}), default=0)
+    lines += [f"{name:<{width}}  {place}" for name, place in (where or {}).items()]
+    for line in lines:
+        # Paths stay on one line, so that they can be copied.
+        console.print(Text(line), soft_wrap=True, highlight=False)
+
+
+def print_sweep(jobs: Sequence[tuple[str, Mapping[str, float], str | None]], *, title: str) -> None:
+    """Print a sweep's jobs side by side, scores multiplied by 100.
+
+    Args:
+        jobs: of each job, what was swept (``rank=8``), its mean scores by condition, and its error if it failed.
+        title: what stands above.
+    """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    asked = {condition for _, scores, _ in jobs for condition in scores}
+    conditions = [name for name in CONDITIONS if name in asked]
+    table = Table()
+    table.add_column("job")
+    for name in conditions:
+        table.add_column(Text(CONDITIONS[name]), justify="right")
+    for swept, scores, error in jobs:
+        cells = [f"{100 * scores[name]:.1f}" if name in scores else "failed" if error else "–" for name in conditions]
+        table.add_row(Text(swept), *cells)
+    console = Console()
+    _headline(title + (", mean over targets × 100" if conditions else ""), console)
+    console.print(table)
+
+
+def _headline(text: str, console: Console) -> None:
+    # Above the table, not its title: rich breaks a title at the table's width.
+    from rich.text import Text
+
+    console.print(Text(text, style="bold"), soft_wrap=True, highlight=False)
