@@ -11,12 +11,8 @@ or on whether the fit was interrupted. Validation masks are drawn once from the 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
-import logging
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,10 +22,8 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from deftx.data.encode import Batch, encode_texts, pad, padding_of, tokenise_blocks
 from deftx.errors import DeftxError
-
-TOKENISER_VERSION = 1  # part of the cache's names: raise it when the same lines give other tokens
-Batch = dict[str, Any]
 
 
 class TextDataModule(pl.LightningDataModule):
@@ -80,7 +74,7 @@ class TextDataModule(pl.LightningDataModule):
             DeftxError: either part holds less than one block of tokens.
         """
         splits = {"training": list(train), "validation": list(valid)}
-        blocks = [_tokenise(lines, tokenizer, block_length, cache_dir) for lines in splits.values()]
+        blocks = [tokenise_blocks(lines, tokenizer, block_length, cache_dir) for lines in splits.values()]
         for (what, lines), made in zip(splits.items(), blocks, strict=True):
             if not len(made):
                 tokens = sum(map(len, tokenizer(lines)["input_ids"])) if lines else 0
@@ -306,7 +300,7 @@ class _Rows(_Source):
     """Labelled texts or pairs, tokenised and truncated."""
 
     def __init__(self, train: Any, valid: Any, tokenizer: Any, max_length: int) -> None:
-        self.padding = {"input_ids": int(tokenizer.pad_token_id), "token_type_ids": int(tokenizer.pad_token_type_id)}
+        self.padding = padding_of(tokenizer)
         self.encoded = {}
         self.labels = {}
         self.sources = {}
@@ -342,154 +336,6 @@ def _share(count: int, part: int, parts: int) -> np.ndarray:
     return np.array_split(np.arange(count), parts)[part]
 
 
-def encode_texts(
-    tokenizer: Any, texts: Sequence[str], pairs: Sequence[str | None] | None, max_length: int
-) -> dict[str, list[list[int]]]:
-    """Tokenise texts or pairs, truncated to ``max_length`` (the longer of a pair first), without padding.
-
-    Args:
-        tokenizer: a fast transformers tokenizer.
-        texts: first texts.
-        pairs: second texts, or None; a column of missing values (None, NaN) counts as None.
-        max_length: tokens, special tokens included.
-
-    Returns:
-        ``input_ids`` and, where the tokenizer makes them, ``token_type_ids``.
-
-    Raises:
-        DeftxError: some rows have a second text and others have none.
-    """
-    second = None
-    if pairs is not None:
-        present = [isinstance(pair, str) for pair in pairs]
-        if any(present) and not all(present):
-            lone = present.index(False)
-            raise DeftxError(f"row {lone} has no second text (text_pair) while other rows have one")
-        second = list(pairs) if all(present) and present else None
-    encoded = tokenizer(
-        list(texts),
-        second,
-        truncation="longest_first" if second is not None else True,
-        max_length=max_length,
-        padding=False,
-        return_attention_mask=False,
-    )
-    return {name: encoded[name] for name in ("input_ids", "token_type_ids") if name in encoded}
-
-
-def pad(columns: Mapping[str, Sequence[Sequence[int]]], padding: Mapping[str, int]) -> Batch:
-    """Pad rows to the longest: int64 [B, T], ``attention_mask`` only where there is padding, ``tokens`` counted."""
-    lengths = np.array([len(row) for row in columns["input_ids"]])
-    longest = int(lengths.max())
-    batch: Batch = {}
-    for name, rows in columns.items():
-        table = np.full((len(rows), longest), padding.get(name, 0), dtype=np.int64)
-        for line, row in zip(table, rows, strict=True):
-            line[: len(row)] = row
-        batch[name] = torch.from_numpy(table)
-    if lengths.min() < longest:
-        batch["attention_mask"] = torch.from_numpy(np.arange(longest)[None] < lengths[:, None]).to(torch.int64)
-    batch["tokens"] = int(lengths.sum())
-    return batch
-
-
-def _tokenise(lines: Sequence[str], tokenizer: Any, block: int, cache_dir: Path | None) -> Any:
-    """Return a dataset of blocks. Its name in the cache is its content: tokenizer, block length and lines."""
-    import datasets
-
-    features = datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))})
-    if not lines:
-        return datasets.Dataset.from_dict({"input_ids": []}, features=features)
-    digest = hashlib.sha256(f"{TOKENISER_VERSION}/{block}/{_identity(tokenizer)}".encode())
-    for line in lines:
-        digest.update(line.encode("utf-8", "surrogatepass") + b"\n")
-    name = digest.hexdigest()[:32]
-    target = None
-    if cache_dir is not None:
-        Path(cache_dir).mkdir(parents=True, exist_ok=True)
-        file = Path(cache_dir) / f"blocks-{name}.arrow"
-        target = str(file)
-        if not _intact(file):
-            file.unlink(missing_ok=True)
-    rest: list[int] = []
-
-    def cut(batch: Mapping[str, list[str]]) -> dict[str, list[list[int]]]:
-        nonlocal rest
-        encoded = tokenizer(batch["text"], return_attention_mask=False, return_token_type_ids=False)["input_ids"]
-        stream = rest + [token for line in encoded for token in line]
-        whole = len(stream) // block * block
-        rest = stream[whole:]
-        return {"input_ids": [stream[i : i + block] for i in range(0, whole, block)]}
-
-    with _quiet_datasets(), _long_lines():
-        blocks = datasets.Dataset.from_dict({"text": list(lines)}).map(
-            cut,
-            batched=True,
-            remove_columns=["text"],
-            features=features,
-            keep_in_memory=target is None,
-            cache_file_name=target,
-            new_fingerprint=name,
-            load_from_cache_file=target is not None,
-        )
-    if target is not None and not _intact(file):
-        seal = _seal(file)
-        partial = seal.with_suffix(f".{os.getpid()}.tmp")
-        partial.write_text(_digest(file), encoding="ascii")
-        partial.replace(seal)
-    return blocks.with_format("numpy")
-
-
-def _seal(file: Path) -> Path:
-    return file.with_suffix(".sha256")
-
-
-def _intact(file: Path) -> bool:
-    """Whether a cached file is there with the bytes it was written with; ``datasets`` does not look."""
-    try:
-        return _seal(file).read_text(encoding="ascii") == _digest(file)
-    except (OSError, UnicodeDecodeError):
-        return False
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _identity(tokenizer: Any) -> str:
-    """Digest of what decides the tokens; truncation and padding are left over from the tokenizer's last call."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    parts = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
-    lasting = {name: value for name, value in parts.items() if name not in ("truncation", "padding")}
-    return hashlib.sha256(json.dumps(lasting, sort_keys=True).encode()).hexdigest()
-
-
 def _seed(*parts: Any) -> int:
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:7], "big")
-
-
-@contextlib.contextmanager
-def _quiet_datasets() -> Iterator[None]:
-    import datasets
-
-    shown = datasets.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if shown:
-            datasets.enable_progress_bars()
-
-
-@contextlib.contextmanager
-def _long_lines() -> Iterator[None]:
-    """Lines longer than the model are cut into blocks, so the tokenizer's warning about them is beside the point."""
-    noisy = logging.getLogger("transformers.tokenization_utils_base")
-    level = noisy.level
-    noisy.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        noisy.setLevel(level)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from deftx.core.delta import Composition, SparseDelta
+    from deftx.data.encode import Batch
 
 EVAL_BATCH = 64
 
@@ -105,6 +106,7 @@ class Evaluator:
         self._tokenizer: Any = None
         self._composition: Composition | None = None
         self._loaded: dict[str, SFT] = {}
+        self._encoded: dict[str, list[tuple[list[int], Batch]]] = {}
 
     def stage(self, cell: Cell, rows: pd.DataFrame) -> Stage:
         """The stage of a cell."""
@@ -143,15 +145,7 @@ class Evaluator:
 
         labels = self.study.task_spec.labels
         self._compose(cell)
-        pairs = None if rows["text_pair"].isna().all() else rows["text_pair"].tolist()
-        logits = predict(
-            self._model,
-            rows["text"].tolist(),
-            pairs,
-            tokenizer=self._tokenizer,
-            batch_size=EVAL_BATCH,
-            max_length=self.max_length,
-        )
+        logits = predict(self._model, self._batches(cell.language, rows), rows=len(rows))
         gold = rows["label"].tolist()
         metrics = {name: score(name, logits, gold, len(labels)) for name in ("macro_f1", "accuracy")}
         frame = rows[["id", "label"]].reset_index(drop=True)
@@ -161,6 +155,15 @@ class Evaluator:
         frame.to_parquet(work.out / "predictions.parquet")
         text = json.dumps({**metrics, "n": len(rows)}, sort_keys=True)
         (work.out / "metrics.json").write_text(text, encoding="utf-8")
+
+    def _batches(self, language: str, rows: pd.DataFrame) -> list[tuple[list[int], Batch]]:
+        """A language's rows as batches, tokenised once for all its cells."""
+        from deftx.data.encode import batches_by_length, encode_texts, padding_of
+
+        if language not in self._encoded:
+            columns = encode_texts(self._tokenizer, rows["text"].tolist(), rows["text_pair"].tolist(), self.max_length)
+            self._encoded[language] = batches_by_length(columns, padding_of(self._tokenizer), EVAL_BATCH)
+        return self._encoded[language]
 
     def _compose(self, cell: Cell) -> None:
         """Bring the model to the cell's composition, touching only the terms that differ."""

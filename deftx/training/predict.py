@@ -1,12 +1,8 @@
-"""Scores of a classifier on texts, and the task's metric.
-
-Rows are sorted by length and padded to the longest of their batch, which on short texts saves most of the arithmetic;
-logits come back in the order of the rows. The result does not depend on the batch size beyond float rounding.
-"""
+"""Logits of a classifier, and the task's metric."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,81 +14,31 @@ from deftx.training.encoder import model_inputs
 from deftx.training.modules import TASK_METRICS
 
 
-def predict(
-    model: Any,
-    texts: Sequence[str],
-    text_pairs: Sequence[str | None] | None = None,
-    *,
-    tokenizer: Any,
-    batch_size: int = 32,
-    max_length: int = 128,
-    device: str | torch.device | None = None,
-) -> Tensor:
-    """Return the classifier's logits for each row.
+def predict(model: Any, batches: Iterable[tuple[Sequence[int], Mapping[str, Any]]], *, rows: int) -> Tensor:
+    """Return the classifier's logits for each row; they do not depend on the batches beyond float rounding.
 
     Args:
-        model: a :class:`~deftx.training.modules.SequenceClassifier` or its transformers model.
-        texts: first texts.
-        text_pairs: second texts, or None (missing values in every row count as None).
-        tokenizer: the model's fast tokenizer.
-        batch_size: rows computed at once.
-        max_length: tokens a row is truncated to, the longer of a pair first.
-        device: where to compute; None stays where the model is. The model stays there.
+        model: a :class:`~deftx.training.modules.SequenceClassifier` or its transformers model, where it shall compute.
+        batches: of each batch the places of its rows, and int64 [B, T] ``input_ids``, ``token_type_ids`` where the
+            model has types, ``attention_mask`` where there is padding.
+        rows: how many rows all batches hold.
 
     Returns:
-        float32 [rows, labels] on the CPU, in the order of the rows.
-
-    Raises:
-        DeftxError: some rows have a second text and others have none.
+        float32 [rows, labels] on the CPU.
     """
     network = getattr(model, "model", model)
-    if device is not None:
-        network.to(device)
-    where = next(network.parameters()).device
-    labels = int(network.config.num_labels)
-    if not len(texts):
-        return torch.empty(0, labels)
-    second = None
-    if text_pairs is not None:
-        present = [isinstance(pair, str) for pair in text_pairs]
-        if any(present) and not all(present):
-            raise DeftxError(f"row {present.index(False)} has no second text (text_pair) while other rows have one")
-        second = list(text_pairs) if all(present) else None
-    encoded = tokenizer(
-        list(texts),
-        second,
-        truncation="longest_first" if second is not None else True,
-        max_length=max_length,
-        padding=False,
-    )
-    # Longest first: the largest batch comes at once, and memory only falls from there.
-    order = sorted(range(len(texts)), key=lambda row: (-len(encoded["input_ids"][row]), row))
-    logits = torch.empty(len(texts), labels)
+    device = next(network.parameters()).device
+    logits = torch.empty(rows, int(network.config.num_labels))
     training = network.training
     network.eval()
     try:
         with torch.inference_mode():
-            for first in range(0, len(order), batch_size):
-                rows = order[first : first + batch_size]
-                batch = _pad({name: [column[row] for row in rows] for name, column in encoded.items()}, tokenizer)
-                inputs = model_inputs({name: tensor.to(where) for name, tensor in batch.items()})
-                logits[torch.tensor(rows)] = network(**inputs).logits.float().cpu()
+            for places, batch in batches:
+                inputs = {name: tensor.to(device) for name, tensor in model_inputs(batch).items()}
+                logits[torch.tensor(places)] = network(**inputs).logits.float().cpu()
     finally:
         network.train(training)
     return logits
-
-
-def _pad(columns: dict[str, list[list[int]]], tokenizer: Any) -> dict[str, Tensor]:
-    fill = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id, "attention_mask": 0}
-    longest = max(len(row) for row in columns["input_ids"])
-    padded = {
-        name: torch.tensor([row + [fill[name]] * (longest - len(row)) for row in rows])
-        for name, rows in columns.items()
-        if name in fill
-    }
-    if all(len(row) == longest for row in columns["input_ids"]):
-        padded.pop("attention_mask", None)
-    return padded
 
 
 def score(metric: str, logits: Tensor, labels: Tensor | Sequence[int], num_labels: int | None = None) -> float:

@@ -134,10 +134,12 @@ def test_the_task_s_metric_chooses(folder, settings, trainer, tmp_path, metric):
     # an independent count of the best weights' score
     from sklearn.metrics import accuracy_score, f1_score
 
+    from deftx.data.encode import batches_by_length, encode_texts, padding_of
     from deftx.training.predict import predict
 
     rows = make_rows(30, 2, pairs=True)
-    found = predict(module, rows["text"], rows["text_pair"], tokenizer=tokenizer, max_length=60).argmax(1)
+    encoded = encode_texts(tokenizer, rows["text"].tolist(), rows["text_pair"].tolist(), 60)
+    found = predict(module, batches_by_length(encoded, padding_of(tokenizer), 32), rows=len(rows)).argmax(1)
     expected = (
         accuracy_score(rows["label"], found)
         if metric == "accuracy"

@@ -7,6 +7,7 @@ import torch
 from sklearn.metrics import accuracy_score, f1_score
 from tiny_models import LABELS, make_rows
 
+from deftx.data.encode import batches_by_length, encode_texts, padding_of
 from deftx.errors import DeftxError
 from deftx.training.encoder import load_classifier, load_tokenizer
 from deftx.training.modules import SequenceClassifier
@@ -30,23 +31,17 @@ def test_batch_size_and_order_change_nothing(folder, settings, pairs):
     expected = torch.cat(one_by_one)
     model.train()
     for size in (1, 5, 23, 64):
-        found = predict(module, rows["text"], second, tokenizer=tokenizer, batch_size=size, max_length=30)
+        columns = encode_texts(tokenizer, rows["text"].tolist(), second, 30)
+        found = predict(module, batches_by_length(columns, padding_of(tokenizer), size), rows=len(rows))
         assert found.dtype == torch.float32
         assert torch.allclose(found, expected, atol=1e-6)
     assert model.training  # as it was
     assert expected.std(0).min() > 0  # rows differ, so their order is tested
 
 
-def test_no_second_text_is_no_pair_and_half_of_them_is_an_error(folders, settings):
+def test_no_rows_have_no_logits(folders):
     model, _ = load_classifier(folders["bert"], labels=LABELS, seed=0)
-    tokenizer = load_tokenizer(folders["bert"])
-    texts = ["ba da", "gu"]
-    single = predict(model, texts, tokenizer=tokenizer)
-    assert torch.equal(predict(model, texts, [None, None], tokenizer=tokenizer), single)
-    assert torch.equal(predict(model, texts, [float("nan")] * 2, tokenizer=tokenizer), single)
-    with pytest.raises(DeftxError, match="row 1 has no second text"):
-        predict(model, texts, ["x", None], tokenizer=tokenizer)
-    assert predict(model, [], tokenizer=tokenizer).shape == (0, 3)
+    assert predict(model, [], rows=0).shape == (0, 3)
 
 
 @pytest.mark.parametrize("present", [(0, 1, 2), (0, 2), (1,)])
