@@ -309,6 +309,20 @@ def test_damage_is_set_aside_with_a_warning_and_recomputed(
     assert len(list((tmp_path / "damaged").iterdir())) == 1
 
 
+@pytest.mark.parametrize("what", ["file", "dangling link"])
+def test_what_is_no_folder_in_an_entry_s_place_is_set_aside(tmp_path: Path, what: str) -> None:
+    place = tmp_path / "full" / stage().key[:16]
+    place.parent.mkdir()
+    if what == "file":
+        place.write_text("mine")
+    else:
+        place.symlink_to(tmp_path / "gone")
+    cache = StageCache(tmp_path)
+    assert cache.get_or_compute(stage(), write_two).file("a.bin").is_file()
+    assert cache.find(stage()) is not None
+    assert len(list((tmp_path / "damaged").iterdir())) == 1
+
+
 def test_verify_names_the_damage_and_moves_nothing(tmp_path: Path) -> None:
     cache = StageCache(tmp_path)
     entry = cache.get_or_compute(stage(), write_two)

@@ -154,7 +154,7 @@ class StageCache:
             DeftxError: the entry cannot be read, cannot be set aside, or was written by a newer format.
         """
         folder = self._folder(stage)
-        if not folder.is_dir():
+        if not os.path.lexists(folder):
             return None
         try:
             entry = self._load(folder)

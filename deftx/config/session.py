@@ -113,7 +113,8 @@ def unknown(what: str, value: str, options: Sequence[str]) -> str:
     """One message for an unknown name."""
     if what == "language" and value in LANGUAGE_ALIASES:
         return f"unknown language {value!r}; it is called {LANGUAGE_ALIASES[value]!r} here"
-    return f"unknown {what} {value!r}{did_you_mean(value, options)}; available: {', '.join(options)}"
+    own = "; one of your own: a folder with language/CODE.yaml, and --config-dir FOLDER" if what == "language" else ""
+    return f"unknown {what} {value!r}{did_you_mean(value, options)}; available: {', '.join(options)}{own}"
 
 
 def language_settings(code: str) -> LanguageSettings:

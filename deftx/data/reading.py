@@ -12,6 +12,7 @@ import csv
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,7 +115,8 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> Table:
         The table; blank lines are left out.
 
     Raises:
-        DeftxError: As :func:`read_text`; or a row has more or fewer cells than there are columns; or there is no row.
+        DeftxError: As :func:`read_text`; or a row has more or fewer cells than there are columns; a column
+            is named twice; or there is no row.
     """
     text = read_text(path)
     if path.suffix.lower() == ".csv":
@@ -125,6 +127,8 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> Table:
     else:
         rows = [line.split("\t") for line in text.split("\n") if line]
     header = tuple(columns) if columns is not None else tuple(name.strip() for name in rows.pop(0))
+    if twice := sorted(name for name, count in Counter(filter(None, header)).items() if count > 1):
+        raise DeftxError(f"{path}: its first line names {', '.join(twice)} more than once")
     if not rows:
         raise DeftxError(f"{path} has a header but no rows")
     for number, row in enumerate(rows, 1):

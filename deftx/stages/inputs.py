@@ -278,6 +278,9 @@ def task_rows(
         data: Where the data sets are.
         cache: Where the stage is.
         tests: Evaluation rows in files of the user's own, by language; all are kept out.
+
+    Raises:
+        DeftxError: As :func:`deftx.data.tasks.load_train`; or all training rows have one label.
     """
     from deftx.data.tasks import TaskData, fingerprint_rows, load_train, task_files
 
@@ -311,6 +314,11 @@ def task_rows(
 
     def compute(work: Workspace) -> None:
         rows = load()
+        if rows.train["label"].nunique() == 1:
+            raise DeftxError(
+                f"{study.train} ({source.code}): all {len(rows.train)} training rows have one label; a classifier "
+                "needs rows of two"
+            )
         rows.train.to_parquet(work.out / "train.parquet")
         rows.valid.to_parquet(work.out / "valid.parquet")
         _write_json(work.out / "report.json", rows.report)

@@ -417,6 +417,7 @@ BAD_FILES = {
         r"t\.tsv: no column 'label'; its first line must name the columns, and names text, tag",
     ),
     "cells": ("text\tlabel\na\tpositive\nb\tc\tpositive\n", r"t\.tsv: row 2 has 3 cells, not 2 \(text, label\)"),
+    "a column twice": ("text\tlabel\ttext\na\tpositive\tb\n", r"t\.tsv: its first line names text more than once"),
     "empty": ("", r"t\.tsv is empty"),
     "blank": ("\n \n", r"t\.tsv is empty"),
     "header only": ("text\tlabel\n", r"t\.tsv has a header but no rows"),

@@ -123,6 +123,17 @@ def test_unusable_text_is_refused(deftx: Command, tmp_path: Path, content: bytes
     assert "Traceback" not in outcome.err
 
 
+def test_training_rows_of_one_label_are_refused(deftx: Command, tmp_path: Path) -> None:
+    rows = "".join(f"word{number} another{number}\tno\n" for number in range(30))
+    (tmp_path / "train.tsv").write_text(f"text\tlabel\n{rows}")
+    (tmp_path / "test.tsv").write_text("text\tlabel\nsomething else\tyes\n")
+    own = ["task=tsv", "task.source=qaa", "data.labels=[no,yes]", f"data.train={tmp_path / 'train.tsv'}"]
+    outcome = deftx("run", *own, f"data.test={tmp_path / 'test.tsv'}", *PREPARED)
+    assert outcome.status == 1
+    assert "training rows have one label" in outcome.err
+    assert "Traceback" not in outcome.err
+
+
 @pytest.mark.parametrize(
     ("removed", "expected"),
     [("model.safetensors", "model.safetensors"), ("tokenizer.json", "tokenizer"), ("config.json", "config.json")],

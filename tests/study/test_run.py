@@ -10,6 +10,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -19,6 +20,7 @@ from sklearn.metrics import accuracy_score, f1_score
 from small_study import SMALL, Command
 
 from deftx.core.delta import SparseDelta
+from deftx.training.fit import fit_phase
 
 FEW = ("language=qba", "compare=[]", "controls=[]")
 
@@ -117,7 +119,16 @@ def test_the_same_run_again_computes_nothing_and_gives_the_same(deftx: Command) 
     assert scores(again.result()) == scores(first.result())
 
 
-def test_a_rank_sweep_trains_each_full_phase_once(deftx: Command, tmp_path: Path) -> None:
+def test_a_rank_sweep_trains_each_full_phase_once(
+    deftx: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fits: dict[str, list[int]] = {}
+
+    def spy(*arguments: Any, **options: Any) -> Any:
+        fits.setdefault(options["label"].replace(" ltsft", " deftx"), []).append(options["seed"])
+        return fit_phase(*arguments, **options)
+
+    monkeypatch.setattr("deftx.training.fit.fit_phase", spy)
     outcome = deftx(
         "run",
         "experiment=rank_ablation",
@@ -134,6 +145,13 @@ def test_a_rank_sweep_trains_each_full_phase_once(deftx: Command, tmp_path: Path
     assert full == {"language qaa": 1, "language qba": 1, "language qbb": 1, "task on θ⁰+qaa": 1}
     decompositions = [count for (kind, _), count in computed.items() if kind == "decompose"]
     assert decompositions == [1, 1, 1, 1]
+    # Batch i is a function of (seed, i): one seed whatever the rank is one data order.
+    sparse = {label: seeds for label, seeds in fits.items() if "sparse" in label and "qaa" not in label}
+    assert {label: (len(seeds), len(set(seeds))) for label, seeds in sparse.items()} == {
+        label: (4, 1) for label in sparse
+    }
+    assert len(sparse) == 2
+    assert len({seeds[0] for seeds in sparse.values()}) == 2
 
 
 def test_a_failed_job_does_not_stop_the_sweep(deftx: Command, tmp_path: Path) -> None:
