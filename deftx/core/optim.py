@@ -2,8 +2,9 @@
 
 For a parameter with a selection the step gathers gradient and value at the chosen coordinates, applies
 AdamW's own sequence of operations to those K numbers and scatters the values back. What was not selected is
-neither read nor
-written: weight decay and clipping cannot reach it, and its bits stay. Elementwise float operations do not
+neither read nor written: weight decay and clipping cannot reach it, and its bits stay. With
+:class:`SelectedGradients` the K gradients are gathered once, as backward makes them, and the dense gradient is
+freed on the spot. Elementwise float operations do not
 depend on where a number lies in a tensor, so the result equals a dense ``torch.optim.AdamW`` with masked
 gradients and restored values, bit for bit; the tests hold both halves of that sentence. AdamW: Loshchilov &
 Hutter 2019, arXiv 1711.05101, algorithm 2.
@@ -36,6 +37,7 @@ class SparseAdamW(torch.optim.Optimizer):
         selections: for a parameter trained in part, the sorted flat indices trained (int64, shape (K,)); an
             empty one freezes the parameter. A parameter that is not a key, such as a head's, is trained as a
             whole.
+        gradients: where the gradients of partly trained parameters are gathered; None reads ``.grad``.
         lr: learning rate.
         betas: decay of the first and second moment, each in [0, 1).
         eps: added to the root of the second moment.
@@ -52,6 +54,7 @@ class SparseAdamW(torch.optim.Optimizer):
         params: Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]],
         *,
         selections: Mapping[Tensor, Tensor],
+        gradients: SelectedGradients | None = None,
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -70,10 +73,17 @@ class SparseAdamW(torch.optim.Optimizer):
                 raise ValueError(f"a partly trained parameter of shape {tuple(parameter.shape)} is not contiguous")
             _check_selection(index, parameter)
         self._selections = {parameter: index.to(parameter.device) for parameter, index in selections.items()}
+        self._gradients = gradients
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget all gradients, the gathered ones too."""
+        super().zero_grad(set_to_none)
+        if self._gradients is not None:
+            self._gradients.values.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Keep the selections when the optimizer is copied or pickled."""
-        return {**super().__getstate__(), "_selections": self._selections}
+        """Keep the selections when the optimizer is copied or pickled; a copy reads ``.grad``."""
+        return {**super().__getstate__(), "_selections": self._selections, "_gradients": None}
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -92,15 +102,17 @@ class SparseAdamW(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             for parameter in group["params"]:
-                if parameter.grad is None:
+                gathered = self._gradients.values.get(parameter) if self._gradients is not None else None
+                gradient = gathered if gathered is not None else parameter.grad
+                if gradient is None:
                     continue
                 index = self._selections.get(parameter)
                 if index is None:
-                    self._update(group, parameter, None)
+                    self._update(group, parameter, gradient, None, gathered=False)
                 elif index.numel():
                     if index.device != parameter.device:  # the model was moved after the optimizer was made
                         index = self._selections[parameter] = index.to(parameter.device)
-                    self._update(group, parameter, index)
+                    self._update(group, parameter, gradient, index, gathered=gathered is not None)
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -131,10 +143,11 @@ class SparseAdamW(torch.optim.Optimizer):
                     digest.update(index.cpu().numpy().data)
         return digest.hexdigest()[:16]
 
-    def _update(self, group: dict[str, Any], parameter: Tensor, index: Tensor | None) -> None:
-        gradient = parameter.grad
-        if gradient is None or gradient.is_sparse:
-            raise ValueError("sparse gradients are not supported: use sparse=False for embeddings")
+    def _update(
+        self, group: dict[str, Any], parameter: Tensor, gradient: Tensor, index: Tensor | None, *, gathered: bool
+    ) -> None:
+        if gradient.is_sparse:
+            raise ValueError("sparse gradients need SelectedGradients, or sparse=False for embeddings")
         beta1, beta2 = group["betas"]
         rate, decay, eps = float(group["lr"]), group["weight_decay"], group["eps"]
         state = self.state[parameter]
@@ -147,7 +160,7 @@ class SparseAdamW(torch.optim.Optimizer):
         step = state["step"].item()  # on the host, as in torch.optim.AdamW: no synchronization
         step_size = rate / (1 - beta1**step)
         scale = (1 - beta2**step) ** 0.5
-        for value, grad, mean, square, write in _pieces(parameter, gradient, state, index):
+        for value, grad, mean, square, write in _pieces(parameter, gradient, state, index, gathered=gathered):
             if decay != 0:
                 value.mul_(1 - rate * decay)
             mean.lerp_(grad, 1 - beta1)
@@ -156,19 +169,88 @@ class SparseAdamW(torch.optim.Optimizer):
             write(value)
 
 
-def trained_norm(params: Iterable[Tensor], selections: Mapping[Tensor, Tensor]) -> Tensor:
+class SelectedGradients:
+    """Gradients of the selected coordinates, gathered the moment backward has made a parameter's gradient.
+
+    The dense gradient is freed at once (``.grad`` stays None), so that of all partly trained parameters together K
+    numbers are held, and clipping, L1 and the step read and write those alone. The gradient of an embedding made with
+    ``sparse=True`` is taken as it is: rows that did not occur cost nothing. Several backward passes add up, as in
+    ``.grad``. Not for distributed training, which reduces the dense gradients.
+
+    Args:
+        selections: as for :class:`SparseAdamW`; empty ones are left out.
+
+    Attributes:
+        values: by parameter, the gathered gradient, of shape (K,), in the order of the selection.
+    """
+
+    def __init__(self, selections: Mapping[Tensor, Tensor]) -> None:
+        self.values: dict[Tensor, Tensor] = {}
+        self._selections = {parameter: index for parameter, index in selections.items() if index.numel()}
+        self._rows: dict[Tensor, Tensor] = {}
+        self._hooks = [
+            parameter.register_post_accumulate_grad_hook(self._gather)  # type: ignore[no-untyped-call]
+            for parameter in self._selections
+        ]
+
+    def remove(self) -> None:
+        """Let gradients gather in ``.grad`` again; what was gathered is forgotten."""
+        for hook in self._hooks:
+            hook.remove()
+        self.values.clear()
+
+    @torch.no_grad()
+    def _gather(self, parameter: Tensor) -> None:
+        gradient = parameter.grad
+        if gradient is None:
+            return
+        index = self._selections[parameter]
+        if index.device != gradient.device:
+            index = self._selections[parameter] = index.to(gradient.device)
+        if gradient.is_sparse:
+            found = self._from_rows(parameter, gradient.coalesce(), index)
+        else:
+            pieces = list(_gathered(gradient, index))
+            found = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        parameter.grad = None
+        held = self.values.get(parameter)
+        self.values[parameter] = found if held is None else held.add_(found)
+
+    def _from_rows(self, parameter: Tensor, gradient: Tensor, index: Tensor) -> Tensor:
+        """Selected entries of a row-sparse gradient of a matrix; zero where the row did not occur."""
+        width = parameter.shape[1]
+        starts = self._rows.get(parameter)  # of each row's selected entries within the selection
+        if starts is None:
+            bounds = torch.arange(parameter.shape[0] + 1, device=index.device) * width
+            starts = self._rows[parameter] = torch.searchsorted(index, bounds)
+        rows, values = gradient.indices()[0], gradient.values()
+        counts = starts[rows + 1] - starts[rows]
+        total = int(counts.sum())
+        # place of every selected entry of the rows that occurred: each row's run, one after the other
+        shift = starts[rows] - (counts.cumsum(0) - counts)
+        places = torch.arange(total, device=index.device) + shift.repeat_interleave(counts, output_size=total)
+        which = torch.arange(rows.numel(), device=index.device).repeat_interleave(counts, output_size=total)
+        found = torch.zeros(index.numel(), dtype=values.dtype, device=index.device)
+        found[places] = values[which, index[places] - rows[which] * width]
+        return found
+
+
+def trained_norm(
+    params: Iterable[Tensor], selections: Mapping[Tensor, Tensor], gradients: SelectedGradients | None = None
+) -> Tensor:
     """L2 norm, in float64, of the gradients over what is trained.
 
     Args:
         params: parameters; those without a gradient are skipped.
         selections: flat indices by parameter, as for :class:`SparseAdamW`; other parameters count as a whole.
+        gradients: where selected gradients were gathered, if they were.
 
     Returns:
         float64 scalar on the device of the first gradient; nothing waits for that device.
     """
     norms = [
         torch.linalg.vector_norm(piece, dtype=torch.float64)
-        for gradient, index in _trained_gradients(params, selections)
+        for gradient, index in _trained_gradients(params, selections, gradients)
         for piece in _gathered(gradient, index)
     ]
     if not norms:
@@ -177,7 +259,12 @@ def trained_norm(params: Iterable[Tensor], selections: Mapping[Tensor, Tensor]) 
     return norm
 
 
-def clip_trained(params: Iterable[Tensor], selections: Mapping[Tensor, Tensor], max_norm: float) -> Tensor:
+def clip_trained(
+    params: Iterable[Tensor],
+    selections: Mapping[Tensor, Tensor],
+    max_norm: float,
+    gradients: SelectedGradients | None = None,
+) -> Tensor:
     """Scale the gradients of what is trained, in place, so that their norm is at most ``max_norm``.
 
     The coefficient is that of ``torch.nn.utils.clip_grad_norm_``, min(1, max_norm / (norm + 1e-6)), from the
@@ -187,10 +274,12 @@ def clip_trained(params: Iterable[Tensor], selections: Mapping[Tensor, Tensor], 
         The norm before clipping, as of :func:`trained_norm`; nothing waits for the device.
     """
     params = list(params)
-    norm = trained_norm(params, selections)
+    norm = trained_norm(params, selections, gradients)
     with torch.no_grad():
         coefficient = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-        for gradient, index in _trained_gradients(params, selections):
+        if not coefficient.is_cuda and float(coefficient) == 1.0:
+            return norm  # times 1 changes no bit; on a GPU, asking would wait for it
+        for gradient, index in _trained_gradients(params, selections, gradients):
             factor = coefficient.to(gradient.device, gradient.dtype)
             if index is None:
                 gradient.mul_(factor)
@@ -223,7 +312,7 @@ def _parts(count: int, is_cuda: bool) -> Iterator[slice]:
 
 
 def _pieces(
-    parameter: Tensor, gradient: Tensor, state: dict[str, Any], index: Tensor | None
+    parameter: Tensor, gradient: Tensor, state: dict[str, Any], index: Tensor | None, *, gathered: bool
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Callable[[Tensor], object]]]:
     """Value, gradient, both moments, and how to write the value back: block by block."""
     mean, square = state["exp_avg"], state["exp_avg_sq"]
@@ -240,7 +329,7 @@ def _pieces(
         where = index[part]
         yield (
             values.index_select(0, where),
-            grads.index_select(0, where),
+            grads[part] if gathered else grads.index_select(0, where),
             mean[part],
             square[part],
             lambda value, where=where: values.index_copy_(0, where, value),  # type: ignore[misc]
@@ -248,18 +337,23 @@ def _pieces(
 
 
 def _trained_gradients(
-    params: Iterable[Tensor], selections: Mapping[Tensor, Tensor]
+    params: Iterable[Tensor], selections: Mapping[Tensor, Tensor], gradients: SelectedGradients | None
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Each gradient of what is trained, with the coordinates that count; None: all of them."""
     for parameter in params:
+        if gradients is not None and parameter in gradients.values:
+            yield gradients.values[parameter], None
+            continue
         index = selections.get(parameter)
         if parameter.grad is not None and (index is None or index.numel()):
             yield parameter.grad, None if index is None else index.to(parameter.grad.device)
 
 
 def _gathered(gradient: Tensor, index: Tensor | None) -> Iterator[Tensor]:
-    if index is None:
+    """What counts of a gradient, block by block: a float64 norm of the whole would convert a copy of it."""
+    if index is None and not gradient.is_contiguous():
         yield gradient
         return
     flat = gradient.reshape(-1)
-    for part in _parts(index.numel(), gradient.is_cuda):
-        yield flat.index_select(0, index[part])
+    for part in _parts(flat.numel() if index is None else index.numel(), gradient.is_cuda):
+        yield flat[part] if index is None else flat.index_select(0, index[part])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from deftx.core.optim import SparseAdamW, clip_trained, trained_norm
+from deftx.core.optim import SelectedGradients, SparseAdamW, clip_trained, trained_norm
 from deftx.errors import DeftxError
 
 SETTINGS = {"lr": 3e-3, "betas": (0.9, 0.98), "eps": 1e-7, "weight_decay": 0.03}
@@ -93,12 +93,14 @@ def accumulate(net: Net, step: int) -> None:
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.03])
 @pytest.mark.parametrize("max_norm", [None, 0.5])
-def test_fifty_steps_of_a_model(weight_decay: float, max_norm: float | None) -> None:
+@pytest.mark.parametrize("gathered", [False, True])
+def test_fifty_steps_of_a_model(weight_decay: float, max_norm: float | None, gathered: bool) -> None:
     options = {**SETTINGS, "weight_decay": weight_decay}
     ours, plain = Net(), Net()
     start = {name: parameter.detach().clone() for name, parameter in ours.named_parameters()}
     selections = net_selections(ours)
-    sparse = SparseAdamW(ours.parameters(), selections=selections, **options)  # type: ignore[arg-type]
+    gradients = SelectedGradients(selections) if gathered else None
+    sparse = SparseAdamW(ours.parameters(), selections=selections, gradients=gradients, **options)  # type: ignore[arg-type]
     dense = DenseLoop(list(plain.parameters()), net_selections(plain), **options)
     schedules = [
         torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 60)
@@ -106,11 +108,14 @@ def test_fifty_steps_of_a_model(weight_decay: float, max_norm: float | None) -> 
     ]
     clipped = 0
     for step in range(50):
-        for net in (ours, plain):
-            net.zero_grad()
+        for net, optimizer in ((ours, sparse), (plain, dense.optimizer)):
+            optimizer.zero_grad()
             accumulate(net, step)
+        if gathered:
+            assert ours.embed.weight.grad is None
+            assert ours.head.weight.grad is not None
         if max_norm is not None:
-            norm = clip_trained(ours.parameters(), selections, max_norm)
+            norm = clip_trained(ours.parameters(), selections, max_norm, gradients)
             clipped += int(norm > max_norm)
         sparse.step()
         dense.step(max_norm)
@@ -134,6 +139,28 @@ def test_fifty_steps_of_a_model(weight_decay: float, max_norm: float | None) -> 
             for key in ("exp_avg", "exp_avg_sq"):
                 whole = dense.optimizer.state[theirs][key].flatten()
                 assert torch.equal(bits(sparse.state[mine][key]), bits(whole[selections[mine]]))
+
+
+def test_gradients_of_an_embedding_s_rows() -> None:
+    """Rows that occur once, often, not at all, and the padding row, against the dense gradient."""
+    torch.manual_seed(0)
+    sparse, dense = (nn.Embedding(40, 7, padding_idx=1, sparse=flag) for flag in (True, False))
+    dense.load_state_dict(sparse.state_dict())
+    index = choose(280, 150, 4)
+    index = index[index // 7 != 12]  # a row that occurs, without a selected entry
+    gradients = SelectedGradients({sparse.weight: index})
+    weight = torch.randn(7)
+    for tokens in (torch.tensor([[3, 3, 12, 1], [39, 0, 3, 1]]), torch.tensor([[5, 3], [38, 12]])):
+        for table in (sparse, dense):
+            (table(tokens) * weight).square().sum().backward()
+    assert sparse.weight.grad is None
+    expected = dense.weight.grad.flatten()[index]  # type: ignore[union-attr]
+    assert torch.allclose(gradients.values[sparse.weight], expected, rtol=1e-6, atol=0)
+    assert 0 < int((expected != 0).sum()) < index.numel()
+    gradients.remove()
+    sparse(torch.tensor([2])).sum().backward()
+    assert sparse.weight.grad is not None
+    assert not gradients.values
 
 
 def awkward(size: int, generator: torch.Generator) -> Tensor:
