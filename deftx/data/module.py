@@ -105,7 +105,7 @@ class TextDataModule(pl.LightningDataModule):
         return cls(_Rows(train, valid, tokenizer, max_length), seed=seed)
 
     def schedule(
-        self, *, batch_size: int, steps: int, accumulate: int = 1, seed: int, num_workers: int = 0
+        self, *, batch_size: int, steps: int, accumulate: int = 1, seed: int, num_workers: int = 0, buckets: int = 0
     ) -> TextDataModule:
         """Fix the training stream: ``steps`` steps of ``batch_size`` examples, each in ``accumulate`` batches.
 
@@ -115,6 +115,7 @@ class TextDataModule(pl.LightningDataModule):
             accumulate: batches one step is split into.
             seed: decides order and masking.
             num_workers: processes that prepare batches.
+            buckets: rows of like length go together within every so many batches of shuffled rows; 0: as shuffled.
         """
         self._plan = {
             "batch_size": batch_size,
@@ -122,6 +123,7 @@ class TextDataModule(pl.LightningDataModule):
             "accumulate": accumulate,
             "seed": seed,
             "num_workers": num_workers,
+            "buckets": buckets,
         }
         return self
 
@@ -176,6 +178,7 @@ class _Stream(Dataset[Batch]):
         self.source, self.plan, self.rank, self.world = source, plan, rank, world
         self.groups = source.groups("train")
         self.cuts = _cuts(self.groups, plan["batch_size"])
+        self.lengths = source.lengths("train") if plan["buckets"] else None
         self._order: tuple[int, np.ndarray, np.ndarray] = (-1, self.groups, self.groups)
 
     def __len__(self) -> int:
@@ -188,10 +191,20 @@ class _Stream(Dataset[Batch]):
             order, steps = random.permutation(len(self.groups)), np.arange(len(self.cuts))
             if self.groups.any():  # several source languages, their steps mixed
                 order, steps = order[np.argsort(self.groups[order], kind="stable")], random.permutation(len(steps))
+            if self.lengths is not None:
+                order, steps = self._bucketed(order, self.lengths), random.permutation(len(steps))
             self._order = (epoch, order, steps)
         _, order, steps = self._order
         first, last = self.cuts[steps[position]]
         return order[first:last]
+
+    def _bucketed(self, order: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Sort by length within every ``buckets`` batches of one language; the cuts stay where they are."""
+        order = order.copy()
+        for pool in _cuts(np.sort(self.groups), self.plan["batch_size"] * self.plan["buckets"]):
+            rows = order[pool[0] : pool[1]]
+            order[pool[0] : pool[1]] = rows[np.argsort(lengths[rows], kind="stable")]
+        return order
 
     def __getitem__(self, index: int) -> Batch:
         step, part = divmod(index, self.plan["accumulate"])
@@ -238,6 +251,10 @@ class _Source:
     def groups(self, split: str) -> np.ndarray:
         """Return the source language of each example, a small integer: a batch holds one language's."""
         return np.zeros(self.examples(split), dtype=np.int64)
+
+    def lengths(self, split: str) -> np.ndarray | None:
+        """Return the tokens of each example, None where all are of one length."""
+        return None
 
     def batch(self, split: str, rows: np.ndarray, seed: int, part: int, parts: int) -> Batch:
         """Return part ``part`` of ``parts`` of the step that consists of ``rows``.
@@ -314,6 +331,9 @@ class _Rows(_Source):
 
     def examples(self, split: str) -> int:
         return len(self.labels[split])
+
+    def lengths(self, split: str) -> np.ndarray:
+        return np.array([len(row) for row in self.encoded[split]["input_ids"]])
 
     def groups(self, split: str) -> np.ndarray:
         return self.sources.get(split, super().groups(split))

@@ -203,6 +203,8 @@ class Trainer:
 
     def _phase_settings(self, recipe: Recipe, *, ignored: tuple[str, ...]) -> dict[str, Any]:
         training = {key: value for key, value in asdict(recipe.sft.training).items() if key not in ignored}
+        if not training["length_buckets"] or recipe.kind == "language":
+            training.pop("length_buckets")  # off is what there was before the setting: the same results, the same keys
         if recipe.kind == "task":
             training.pop("mlm_probability")
             training |= {"labels": list(self.study.task_spec.labels), "metric": self.study.task_spec.metric}

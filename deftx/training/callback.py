@@ -30,6 +30,8 @@ from deftx.core.settings import RankPolicy, ResidualPolicy
 from deftx.errors import DeftxError
 from deftx.training.modules import Encoder
 
+_BLOCK = 1 << 18  # entries at a time
+
 
 @dataclass
 class Selection:
@@ -235,8 +237,10 @@ class SparseFineTuning(pl.Callback):
 
     def add_l1(self, module: Encoder) -> None:
         """Add λ/P · sign(θ − θ⁰) to the gradient of everything that trains."""
+        gathered = module.gradients.values if module.gradients is not None else {}
         for name, parameter in module.trained().items():
-            if parameter.grad is None:
+            selected, gradient = gathered.get(parameter), parameter.grad
+            if selected is None and gradient is None:
                 continue  # untouched by the loss, so still at its start
             start = self._device_start.get(name)
             if start is None:
@@ -244,12 +248,16 @@ class SparseFineTuning(pl.Callback):
             value = parameter.detach()
             index = module._selections.get(parameter)
             if index is None:
-                parameter.grad.add_((value - start).sign_(), alpha=self._weight)
-            else:
-                pull = torch.sign(value.view(-1).index_select(0, index) - start)
-                if not parameter.grad.is_contiguous():
-                    parameter.grad = parameter.grad.contiguous()
-                flat = parameter.grad.view(-1)
+                if gradient is not None:
+                    _pull(gradient, value, start, self._weight)
+                continue
+            pull = torch.sign(value.view(-1).index_select(0, index) - start)
+            if selected is not None:
+                selected.add_(pull, alpha=self._weight)
+            elif gradient is not None:
+                if not gradient.is_contiguous():
+                    gradient = parameter.grad = gradient.contiguous()
+                flat = gradient.view(-1)
                 flat.index_copy_(0, index, flat.index_select(0, index).add_(pull, alpha=self._weight))
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -266,7 +274,7 @@ class SparseFineTuning(pl.Callback):
         self._frozen = []
         self._device_start = {}
         if self._module is not None:
-            self._module.selection = None
+            self._module.end_fit()
 
     def _begun(self, phase: str) -> Encoder:
         if self._module is None or self.phase != phase:
@@ -292,6 +300,17 @@ class SparseFineTuning(pl.Callback):
                 tensor.view(-1)[index.cpu()] = self._start[name]
             digests[full_name] = hashlib.sha256(tensor.contiguous().numpy()).hexdigest()
         return digests
+
+
+def _pull(gradient: Tensor, value: Tensor, start: Tensor, weight: float) -> None:
+    """Add weight · sign(value − start) to a gradient, block by block: the difference never leaves a CPU's cache."""
+    if gradient.is_cuda or not (gradient.is_contiguous() and value.is_contiguous()):
+        gradient.add_((value - start).sign_(), alpha=weight)
+        return
+    grad, now, before = gradient.view(-1), value.view(-1), start.view(-1)
+    for first in range(0, grad.numel(), _BLOCK):
+        part = slice(first, first + _BLOCK)
+        grad[part].add_((now[part] - before[part]).sign_(), alpha=weight)
 
 
 def _cpu_copy(tensor: Tensor) -> Tensor:

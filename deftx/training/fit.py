@@ -15,6 +15,7 @@ import logging
 import math
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -32,6 +33,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from deftx.errors import DeftxError
 from deftx.training.callback import SparseFineTuning
 from deftx.training.modules import Encoder
+from deftx.training.profile import StepProfile
 from deftx.training.settings import TrainerSettings, TrainingSettings, refuse
 
 
@@ -44,6 +46,9 @@ class PhaseResult:
         best_step: optimizer step it was reached at.
         steps: optimizer steps run.
         seconds: wall time of the fit.
+        peak_memory: bytes, the largest so far: allocated on the GPU where there is one, else resident in the process.
+        profile: median seconds a batch spends on ``data``, ``forward``, ``head``, ``backward`` and ``optimizer``, where
+            ``trainer.profile`` asked for it.
         tokens_per_second: tokens that are no padding, over the wall time of training (validation left out).
         history: one dict for each record of the training loss and each validation, all with ``step``.
         checkpoint: file of the best weights (what was trained, keys as ``Encoder.trained``).
@@ -60,6 +65,8 @@ class PhaseResult:
     checkpoint: Path = Path()
     padding: float = 0.0
     train_examples: int = 0
+    peak_memory: int = 0
+    profile: dict[str, float] = field(default_factory=dict)
 
 
 def phase_steps(settings: TrainingSettings, epoch: int) -> int:
@@ -119,8 +126,9 @@ def fit_phase(
         accumulate=settings.accumulate,
         seed=seed,
         num_workers=trainer.num_workers,
+        buckets=settings.length_buckets,
     )
-    module.begin_fit(steps)
+    module.begin_fit(steps, trainer)
     scratch = Path(scratch)
     try:
         scratch.mkdir(parents=True, exist_ok=True)
@@ -143,8 +151,11 @@ def fit_phase(
         callbacks.insert(0, callback)
     if trainer.progress and sys.stderr.isatty():
         callbacks.append(_Progress(label or "training", steps, module.monitor))
+    parts = StepProfile() if trainer.profile else None
+    if parts is not None:
+        callbacks.append(parts)
     interval = (settings.eval_every or epoch) * settings.accumulate
-    with _surroundings(trainer):
+    with _surroundings(trainer), _encoder(module, trainer):
         fitter = pl.Trainer(
             accelerator=accelerator,
             devices=trainer.devices,
@@ -192,6 +203,8 @@ def fit_phase(
         checkpoint=Path(checkpoint.best_model_path),
         padding=1.0 - record.tokens / max(1, record.cells),
         train_examples=data_module.examples,
+        peak_memory=_peak_memory(accelerator),
+        profile=parts.medians() if parts is not None else {},
     )
 
 
@@ -305,6 +318,36 @@ class _Progress(pl.Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
         self.bar.stop()
+
+
+@contextlib.contextmanager
+def _encoder(module: Encoder, trainer: TrainerSettings) -> Iterator[None]:
+    """The encoder compiled, or recomputing its layers in backward, for the length of a fit."""
+    encoder = module.model.base_model
+    if trainer.checkpointing:
+        module.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if trainer.compile:
+        if not torch.cuda.is_available() and not any(map(shutil.which, ("g++", "clang++", "cl"))):
+            raise DeftxError("trainer.compile=true needs a C++ compiler (g++ or clang++), and none is on the PATH")
+        encoder.compile(dynamic=True, options={"fallback_random": True})  # the dropout of every other run
+    try:
+        yield
+    finally:
+        if trainer.compile:
+            encoder._compiled_call_impl = None
+        if trainer.checkpointing:
+            module.model.gradient_checkpointing_disable()
+
+
+def _peak_memory(accelerator: str) -> int:
+    if accelerator == "cuda":
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _accelerator(trainer: TrainerSettings) -> str:

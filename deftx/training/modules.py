@@ -24,10 +24,10 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from deftx.core.delta import SparseDelta
-from deftx.core.optim import SparseAdamW, clip_trained
+from deftx.core.optim import SelectedGradients, SparseAdamW, clip_trained
 from deftx.errors import DeftxError, did_you_mean
 from deftx.training.encoder import FAMILIES, base_parameters, head_parameters, maskable_parameters, model_inputs
-from deftx.training.settings import TrainingSettings
+from deftx.training.settings import TrainerSettings, TrainingSettings
 
 TASK_METRICS = ("macro_f1", "accuracy")
 
@@ -40,7 +40,9 @@ class Encoder(pl.LightningModule):
         maskable: M, by base names. Fixed here: phases that freeze parameters for a while do not change it.
         head: trained head tensors, by full names.
         selection: flat indices by base name in the sparse phase, None elsewhere (set by ``SparseFineTuning``).
+        gradients: where the sparse phase gathers selected gradients, None elsewhere.
         total_steps: optimizer steps of the fit, the length of the decay (see :meth:`begin_fit`).
+        options: what the fit runs on; chooses between ways to compute the same.
         monitor: validation metric that chooses the checkpoint.
         mode: ``"min"`` or ``"max"``.
     """
@@ -63,7 +65,9 @@ class Encoder(pl.LightningModule):
         self.maskable: dict[str, nn.Parameter] = {} if everything else maskable_parameters(model)
         self.head: dict[str, nn.Parameter] = dict(model.named_parameters()) if everything else head_parameters(model)
         self.selection: dict[str, Tensor] | None = None
+        self.gradients: SelectedGradients | None = None
         self.total_steps = 0
+        self.options = TrainerSettings()
         self.strict_loading = False  # checkpoints hold what is trained
         self.first_bad: Tensor
         self.loss_sum: Tensor
@@ -71,7 +75,7 @@ class Encoder(pl.LightningModule):
         self.register_buffer("first_bad", torch.tensor(-1), persistent=False)
         self.register_buffer("loss_sum", torch.tensor(0.0), persistent=False)
 
-    def begin_fit(self, steps: int) -> None:
+    def begin_fit(self, steps: int, options: TrainerSettings | None = None) -> None:
         """Set the length of the coming fit in optimizer steps, and forget what the last one noted.
 
         Dropout is switched on here: transformers loads models in evaluation mode, and Lightning keeps modes as
@@ -79,6 +83,7 @@ class Encoder(pl.LightningModule):
         """
         self.train()
         self.total_steps = steps
+        self.options = options or TrainerSettings()
         self.first_bad.fill_(-1)
         self.loss_sum.zero_()
 
@@ -101,12 +106,18 @@ class Encoder(pl.LightningModule):
         self._selections = self.selections()
         if self.selection is None:
             optimizer: torch.optim.Optimizer = torch.optim.AdamW(
-                parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
+                parameters,
+                lr=settings.learning_rate,
+                weight_decay=settings.weight_decay,
+                fused=self.options.fused,
+                foreach=None if self.options.fused else False,
             )
         else:
+            self._gather_gradients()
             optimizer = SparseAdamW(
                 parameters,
                 selections=self._selections,
+                gradients=self.gradients,
                 lr=settings.learning_rate,
                 weight_decay=settings.weight_decay,
             )
@@ -120,13 +131,35 @@ class Encoder(pl.LightningModule):
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def _gather_gradients(self) -> None:
+        several = self._trainer is not None and self.trainer.world_size > 1
+        if not self.options.sparse_gradients or several:  # several devices reduce dense gradients
+            return
+        self.gradients = SelectedGradients(self._selections)
+        embedding = self.model.get_input_embeddings()
+        # The rows' gradient pays where a dense one would be zero nearly everywhere; a GPU zeroes faster than it sorts.
+        if embedding.weight in self._selections and not embedding.weight.is_cuda and self.takes_sparse_rows():
+            embedding.sparse = True
+
+    def takes_sparse_rows(self) -> bool:
+        """Whether backward can give the embedding's gradient by rows."""
+        return not self.options.compile
+
+    def end_fit(self) -> None:
+        """Let gradients be what torch makes them again."""
+        self.selection = None
+        if self.gradients is not None:
+            self.gradients.remove()
+            self.gradients = None
+            self.model.get_input_embeddings().sparse = False
+
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         """Clip to ``clip_norm`` over what is trained (method.md, Sparse phase); a non-finite norm is noted."""
         if self.settings.clip_norm > 0:
             parameters = list(self.trained().values())
-            self.note(clip_trained(parameters, self._selections, self.settings.clip_norm))
+            self.note(clip_trained(parameters, self._selections, self.settings.clip_norm, self.gradients))
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """Return the batch's share of the step's loss."""
@@ -186,8 +219,11 @@ class MaskedLM(Encoder):
     def forward(self, batch: Mapping[str, Any]) -> Tensor:
         """Return logits at the masked positions, [N, vocabulary]."""
         hidden = self.model.base_model(**model_inputs(batch)).last_hidden_state
-        picked = hidden.flatten(0, 1).index_select(0, batch["positions"])
-        logits: Tensor = getattr(self.model, self._head)(picked)
+        head = getattr(self.model, self._head)
+        if not self.options.masked_logits:
+            everywhere: Tensor = head(hidden).flatten(0, 1)
+            return everywhere.index_select(0, batch["positions"])
+        logits: Tensor = head(hidden.flatten(0, 1).index_select(0, batch["positions"]))
         return logits
 
     def loss(self, batch: Mapping[str, Any], *, reduction: str = "mean") -> Tensor:
@@ -264,6 +300,10 @@ class SequenceClassifier(Encoder):
             output = self.model(**inputs)
         logits: Tensor = output.logits
         return logits
+
+    def takes_sparse_rows(self) -> bool:
+        """As for any; a shifted embedding is computed from the weight, which must get a dense gradient."""
+        return not self._shifts and super().takes_sparse_rows()
 
     def _shifted(self, source: int) -> dict[str, Tensor]:
         """θ + φ_S by full name, for the parameters φ_S changes; its gradient with respect to θ is the identity."""

@@ -33,6 +33,8 @@ class TrainingSettings:
         l1_sparse: λ of the sparse phase.
         mlm_probability: share of tokens the masked language model predicts.
         warmup_steps: steps of linear warm-up; 0 in the papers.
+        length_buckets: classification: within every so many batches of shuffled rows, rows of like length go together,
+            which saves padding and changes what a batch holds; 0 (the papers) leaves the order alone.
         log_every: optimizer steps between two records of the training loss.
     """
 
@@ -50,6 +52,7 @@ class TrainingSettings:
     l1_sparse: float = 0.0
     mlm_probability: float = 0.15
     warmup_steps: int = 0
+    length_buckets: int = 0
     log_every: int = 50
 
     def problems(self) -> list[str]:
@@ -60,7 +63,8 @@ class TrainingSettings:
                 found.append(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.max_length < 8:
             found.append(f"max_length is {self.max_length}; it must be at least 8 tokens")
-        for name in ("weight_decay", "clip_norm", "l1_full", "l1_sparse", "min_steps", "warmup_steps"):
+        steps = ("min_steps", "warmup_steps", "length_buckets")
+        for name in ("weight_decay", "clip_norm", "l1_full", "l1_sparse", *steps):
             if not getattr(self, name) >= 0:
                 found.append(f"{name} is {getattr(self, name)}; it must not be negative")
         if not self.learning_rate > 0:
@@ -90,6 +94,13 @@ class TrainerSettings:
         num_workers: processes that prepare batches; 0 prepares them in the training process.
         progress: show progress bars (on a terminal only).
         deterministic: ask torch for deterministic kernels.
+        masked_logits: language modelling computes logits at the masked positions alone; off: at all of them.
+        fused: the full phase's AdamW as one kernel; off: torch's loop over operations.
+        sparse_gradients: the sparse phase gathers the selected gradients as backward makes them, an embedding's by the
+            rows that occurred (CPU); off: dense gradients of every partly trained parameter.
+        compile: compile the encoder with ``torch.compile``; needs a C++ compiler on the CPU.
+        checkpointing: recompute a layer's activations in backward: less memory, about a third more arithmetic.
+        profile: record where the time of a step goes (data, forward, head, backward, optimizer).
     """
 
     accelerator: str = "auto"
@@ -99,6 +110,12 @@ class TrainerSettings:
     num_workers: int = 0
     progress: bool = True
     deterministic: bool = True
+    masked_logits: bool = True
+    fused: bool = True
+    sparse_gradients: bool = True
+    compile: bool = False
+    checkpointing: bool = False
+    profile: bool = False
 
     def problems(self) -> list[str]:
         """Return one sentence for each value that cannot work; empty when all is well."""

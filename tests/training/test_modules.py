@@ -87,20 +87,28 @@ def test_a_step_in_several_batches_has_the_whole_step_s_gradient(folders, settin
         module.zero_grad()
 
 
-@pytest.mark.parametrize("phase", ["full", "sparse"])
+def gradient_of(module, parameter, index):
+    """What the step would use of a parameter's gradient, flat: gathered already, or still within ``.grad``."""
+    if module.gradients is not None and parameter in module.gradients.values:
+        return module.gradients.values[parameter].clone()
+    return parameter.grad.flatten()[slice(None) if index is None else index].clone()
+
+
+@pytest.mark.parametrize("phase", ["full", "sparse", "gathered"])
 def test_l1_is_the_penalty_s_autograd_gradient(folder, settings, phase):
     """λ/P · (Σ|θ − θ⁰| + Σ|h − h⁰|) over what trains, P all parameters of the model."""
     module, data = language(folder, settings)
     module.eval()
     selection = None
-    if phase == "sparse":
+    if phase != "full":
+        module.options.sparse_gradients = phase == "gathered"
         generator = torch.Generator().manual_seed(0)
         selection = {
             name: torch.randperm(p.numel(), generator=generator)[: p.numel() // 3].sort().values
             for name, p in module.maskable.items()
         }
         selection["encoder.layer.0.output.dense.bias"] = torch.empty(0, dtype=torch.int64)
-    callback = SparseFineTuning(phase, l1=7.0, selection=selection)
+    callback = SparseFineTuning("full" if phase == "full" else "sparse", l1=7.0, selection=selection)
     callback.setup(None, module, "fit")
     module.configure_optimizers()
     trained = module.trained()
@@ -118,26 +126,32 @@ def test_l1_is_the_penalty_s_autograd_gradient(folder, settings, phase):
             p.add_(moved)
     batch = batches(data)[0]
     module.training_step(batch, 0).backward()
-    plain = {name: p.grad.clone() for name, p in trained.items()}
+    places = selection or {}
+    plain = {name: gradient_of(module, p, places.get(name)) for name, p in trained.items()}
+    assert (trained["embeddings.word_embeddings.weight"].grad is None) == (phase == "gathered")
     callback.on_before_optimizer_step(None, module, None)
-    found = {name: p.grad - plain[name] for name, p in trained.items()}
+    found = {name: gradient_of(module, p, places.get(name)) - plain[name] for name, p in trained.items()}
+    callback.teardown(None, module, "fit")
+    assert not module.model.get_input_embeddings().sparse
 
     total = sum(p.numel() for p in module.model.parameters())
     module.zero_grad()
     penalty = 7.0 / total * sum((p - starts[name]).abs().sum() for name, p in trained.items())
     penalty.backward()
     for name, p in trained.items():
-        assert torch.allclose(found[name], p.grad, rtol=1e-2, atol=1e-9), name
-        assert torch.allclose(plain[name] + p.grad, plain[name] + found[name], rtol=1e-6, atol=1e-10), name
-    callback.teardown(None, module, "fit")
+        pull = gradient_of(module, p, places.get(name))
+        assert torch.allclose(found[name], pull, rtol=1e-2, atol=1e-9), name
+        assert torch.allclose(plain[name] + pull, plain[name] + found[name], rtol=1e-6, atol=1e-10), name
     assert all(p.requires_grad for p in module.maskable.values())
 
 
 @pytest.mark.parametrize("limit", [0.01, 1e9])
-def test_clipping_takes_the_norm_over_what_trains(folder, settings, limit):
+@pytest.mark.parametrize("gathered", [False, True])
+def test_clipping_takes_the_norm_over_what_trains(folder, settings, limit, gathered):
     settings = TrainingSettings(**{**settings.__dict__, "clip_norm": limit})
     module, data = language(folder, settings)
     module.eval()
+    module.options.sparse_gradients = gathered
     selection = {name: torch.arange(0, p.numel(), 2) for name, p in module.maskable.items()}
     callback = SparseFineTuning("sparse", selection=selection)
     callback.setup(None, module, "fit")
@@ -146,7 +160,7 @@ def test_clipping_takes_the_norm_over_what_trains(folder, settings, limit):
 
     def trained_gradients():
         for name, p in module.maskable.items():
-            yield p.grad.flatten()[selection[name]].double()
+            yield gradient_of(module, p, selection[name]).double()
         for p in module.head.values():
             yield p.grad.flatten().double()
 

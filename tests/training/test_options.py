@@ -1,0 +1,113 @@
+"""Ways to compute the same: each can be switched off, and the sparse fine-tuning stays what it was."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from test_phases import build, run, same
+from tiny_models import make_rows
+
+from deftx.data.module import TextDataModule
+from deftx.errors import DeftxError
+from deftx.training.callback import SparseFineTuning
+from deftx.training.encoder import load_tokenizer
+from deftx.training.fit import fit_phase
+from deftx.training.profile import PARTS
+
+
+def test_recomputed_activations_change_no_bit(folder, settings, trainer, tmp_path):
+    _, plain = run(folder, settings, trainer, tmp_path / "a")
+    module, again = run(folder, settings, replace(trainer, checkpointing=True), tmp_path / "b")
+    assert same(plain, again)
+    assert not module.model.is_gradient_checkpointing
+
+
+@pytest.mark.parametrize("kind", ["language", "task"])
+def test_profiling_and_gathering_whole_gradients_change_no_bit(folder, settings, trainer, tmp_path, kind):
+    """Gathering takes the numbers that a dense gradient holds; only an embedding's rows are summed in another order."""
+    _, plain = run(folder, settings, replace(trainer, sparse_gradients=False), tmp_path / "a", kind)
+    module, data = build(folder, settings, kind)
+    module.takes_sparse_rows = lambda: False
+    callback = SparseFineTuning("sparse", l1=settings.l1_sparse, selection=plain.indices)
+    fit_phase(module, data, callback, settings, replace(trainer, profile=True), tmp_path / "b", seed=2)
+    assert module.gradients is None
+    assert same(plain, callback.delta())
+
+
+@pytest.mark.parametrize(
+    ("kind", "off"),
+    [
+        ("language", {"sparse_gradients": False}),
+        ("task", {"sparse_gradients": False}),
+        ("language", {"masked_logits": False}),
+        ("language", {"fused": False}),
+    ],
+)
+def test_the_slow_way_gives_the_same_sft(folder, settings, trainer, tmp_path, kind, off):
+    """Within 1e-4 of the largest change: float32 sums in another order, over a dozen steps of AdamW."""
+    _, fast = run(folder, settings, trainer, tmp_path / "a", kind)
+    _, slow = run(folder, settings, replace(trainer, **off), tmp_path / "b", kind)
+    assert sum(map(len, fast.indices.values())) == sum(map(len, slow.indices.values())) == 200
+    largest = max(float(values.abs().max()) for values in slow.values.values())
+    shared = 0
+    for name, index in slow.indices.items():
+        common, here, there = np.intersect1d(index.numpy(), fast.indices[name].numpy(), return_indices=True)
+        shared += len(common)
+        difference = (slow.values[name][here] - fast.values[name][there]).abs().max() if len(common) else 0.0
+        assert float(difference) <= 1e-4 * largest, name
+    assert shared >= 198  # coordinates at the edge of the selection
+
+
+def test_the_parts_of_a_step_are_recorded(folder, settings, trainer, tmp_path):
+    module, data = build(folder, settings, "language")
+    result = fit_phase(module, data, None, settings, replace(trainer, profile=True), tmp_path, seed=1)
+    assert set(result.profile) == set(PARTS)
+    assert all(seconds >= 0 for seconds in result.profile.values())
+    assert sum(result.profile.values()) * result.steps <= result.seconds
+    assert result.peak_memory > 50 << 20
+    plain = fit_phase(module, data, None, settings, trainer, tmp_path / "plain", seed=1)
+    assert plain.profile == {}
+
+
+def test_compiling_needs_a_compiler(folder, settings, trainer, tmp_path, monkeypatch):
+    module, data = build(folder, settings, "language")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(DeftxError, match=r"needs a C\+\+ compiler"):
+        fit_phase(module, data, None, settings, replace(trainer, compile=True), tmp_path, seed=1)
+
+
+def stream(folder, rows, buckets, seed=1):
+    data = TextDataModule.for_task(rows, rows, load_tokenizer(folder), max_length=120)
+    data.schedule(batch_size=8, steps=2 * data.epoch_steps(8), seed=seed, buckets=buckets)
+    return list(data.train_dataloader())
+
+
+@pytest.mark.parametrize("sources", [1, 2])
+def test_length_buckets_save_padding_and_lose_no_row(folders, sources):
+    rows = make_rows(100, 3)
+    rows["text"] = [" ".join([text] * (1 + number % 4)) for number, text in enumerate(rows["text"])]
+    rows["label"] = range(100)  # tells rows apart
+    if sources == 2:
+        rows["source"] = [number % 3 // 2 for number in range(100)]
+    plain, bucketed = stream(folders["bert"], rows, 0), stream(folders["bert"], rows, 5)
+    for batches in (plain, bucketed):
+        first, second = batches[: len(batches) // 2], batches[len(batches) // 2 :]
+        for epoch in (first, second):
+            seen = torch.cat([batch["labels"] for batch in epoch])
+            assert sorted(seen.tolist()) == list(range(100))
+        if sources == 2:
+            for batch in batches:
+                assert {int(rows["source"][label]) for label in batch["labels"].tolist()} == {batch["source"]}
+
+    def padding(batches):
+        return 1 - sum(batch["tokens"] for batch in batches) / sum(batch["input_ids"].numel() for batch in batches)
+
+    assert padding(bucketed) < 0.6 * padding(plain)
+    again, other = stream(folders["bert"], rows, 5), stream(folders["bert"], rows, 5, seed=2)
+    assert all(torch.equal(a["labels"], b["labels"]) for a, b in zip(bucketed, again, strict=True))
+    assert not all(torch.equal(a["labels"], b["labels"]) for a, b in zip(bucketed, other, strict=True))
+    lengths = [int(batch["input_ids"].shape[1]) for batch in bucketed[:13]]
+    assert lengths != sorted(lengths)  # short and long batches are mixed
