@@ -6,9 +6,11 @@ both trains it once for each language (or task) and seed; the decomposition know
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -261,7 +263,9 @@ class Trainer:
         # Asked for from the end: a finished SFT needs none of its earlier stages, which may have been pruned.
         def sparse(work: Workspace) -> None:
             selection = self.cache.get_or_compute(plan.select, select)
-            self._sparse_phase(recipe, selection, plan.maskable, work)
+            done = self.cache.find(plan.full)  # None: pruned, and the selection was still there
+            full = {} if done is None else json.loads(done.file("metrics.json").read_text(encoding="utf-8"))
+            self._sparse_phase(recipe, selection, full, plan.maskable, work)
 
         def select(work: Workspace) -> None:
             full = self.cache.get_or_compute(plan.full, lambda inner: self._full_phase(recipe, inner))
@@ -309,8 +313,26 @@ class Trainer:
 
         from deftx.core.denoise import decompose_all, pack_decompositions
 
-        found = decompose_all(self._change(recipe, full), exclude=recipe.sft.exclude)
+        change = self._change(recipe, full)
+        with self._matrices(recipe, change) as done:
+            found = decompose_all(change, exclude=recipe.sft.exclude, progress=done)
         save_file(pack_decompositions(found), work.out / "decompositions.safetensors")
+
+    @contextlib.contextmanager
+    def _matrices(self, recipe: Recipe, change: Mapping[str, Any]) -> Iterator[Callable[[str], None] | None]:
+        """A progress bar over the matrices that are denoised, on a terminal."""
+        from deftx.core.denoise import denoised_names
+
+        if not (self.study.trainer.progress and sys.stderr.isatty()):
+            yield None
+            return
+        from rich.console import Console
+        from rich.progress import Progress
+
+        total = len(denoised_names(change, recipe.sft.exclude))
+        with Progress(console=Console(stderr=True)) as bar:
+            task = bar.add_task(f"{recipe.label} · singular values", total=total)
+            yield lambda name: bar.advance(task)
 
     def _select(self, recipe: Recipe, full: Entry, spectra: Entry | None, k: int, work: Workspace) -> None:
         import pandas as pd
@@ -344,7 +366,9 @@ class Trainer:
         frame = pd.DataFrame(rows, columns=["parameter", "rank", "energy", "singular_values"])
         frame.to_parquet(work.out / "denoising.parquet")
 
-    def _sparse_phase(self, recipe: Recipe, selection: Entry, maskable: int, work: Workspace) -> None:
+    def _sparse_phase(
+        self, recipe: Recipe, selection: Entry, full: Mapping[str, Any], maskable: int, work: Workspace
+    ) -> None:
         import shutil
 
         from safetensors.torch import load_file
@@ -386,7 +410,7 @@ class Trainer:
         }
         callback.delta(metadata).save(work.out / SFT_FOLDER)
         shutil.copyfile(selection.file("denoising.parquet"), work.out / "denoising.parquet")
-        _write_metrics(work, result, module.monitor)
+        _write_metrics(work, result, module.monitor, full=full)
 
 
 def _sft_sha(entry: Entry) -> str:
@@ -395,7 +419,11 @@ def _sft_sha(entry: Entry) -> str:
     return str(record["sha256"]) if record else file_sha256(entry.path / SFT_FOLDER / "sft.safetensors")
 
 
-def _write_metrics(work: Workspace, result: Any, monitor: str) -> None:
-    values = {key: value for key, value in asdict(result).items() if key != "checkpoint"}
-    text = json.dumps({"monitor": monitor, **values}, indent=1, sort_keys=True)
+def _write_metrics(work: Workspace, result: Any, monitor: str, full: Mapping[str, Any] | None = None) -> None:
+    """What a phase gave; beside a sparse phase's, its full phase's without the curve."""
+    values = {"monitor": monitor, **asdict(result)}
+    values.pop("checkpoint")
+    if full:
+        values["full"] = {key: value for key, value in full.items() if key != "history"}
+    text = json.dumps(values, indent=1, sort_keys=True)
     (work.out / "metrics.json").write_text(text + "\n", encoding="utf-8")

@@ -93,7 +93,9 @@ class RunRecord:
         status: ``running``, ``done`` or ``failed``.
         metrics: every score.
         fingerprints: name -> fingerprint: ``base`` (as in ``sft.json``), ``base files``, the rows evaluated.
-        sfts: one mapping for each SFT: ``name``, ``sha256``, ``metrics`` of its sparse phase.
+        sfts: one mapping for each SFT: ``name``, ``sha256``, ``metrics`` of its sparse phase (score, steps,
+            seconds, tokens per second, padding, peak memory, parts of a step where ``trainer.profile`` asked for them)
+            and, under ``full``, of its full phase.
         data: name -> what was read, dropped (and why) and kept.
         stages: one mapping for each stage: ``kind``, ``label``, ``key``, ``outcome``, ``seconds``.
         times: name -> seconds of parts of the run.
