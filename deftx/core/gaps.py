@@ -27,7 +27,9 @@ def pack(indices: Tensor) -> Tensor:
     Returns:
         uint8 of shape (bytes,), count <= bytes <= count + (last index) / 128.
     """
-    gaps = indices.diff(prepend=indices.new_full((1,), -1)).sub_(1)
+    gaps = indices.clone()
+    gaps[1:] -= indices[:-1]
+    gaps[1:] -= 1
     first = gaps.to(torch.uint8)  # the lowest eight bits: right where the gap is below 128
     escaped = (gaps >= _MORE).nonzero().flatten()
     if not escaped.numel():
@@ -65,7 +67,7 @@ def unpack(packed: Tensor) -> Tensor:
         raise DeftxError(f"gaps must be a vector of uint8, found {packed.dtype} of shape {tuple(packed.shape)}")
     more = packed >= _MORE
     if not bool(more.any()):
-        return packed.to(torch.int64).add_(1).cumsum(0).sub_(1)
+        return _summed(packed.to(torch.int64))
     if bool(more[-1]):
         raise DeftxError("the last gap is cut off")
     is_first = torch.ones_like(more)
@@ -83,5 +85,10 @@ def unpack(packed: Tensor) -> Tensor:
         going = byte >= _MORE
         escaped, place = escaped[going], place[going]
         if not escaped.numel():
-            return gaps.add_(1).cumsum(0).sub_(1)
+            return _summed(gaps)
     raise DeftxError(f"a gap takes more than {_LONGEST} bytes")
+
+
+def _summed(gaps: Tensor) -> Tensor:
+    gaps[1:] += 1
+    return gaps.cumsum_(0)

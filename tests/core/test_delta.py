@@ -363,6 +363,9 @@ def forged(saved: dict[str, bytes], tensors: Any = None, facts: Any = None) -> d
 WORDS = "embeddings.word_embeddings.weight"
 
 
+FOUR_BITS = torch.zeros(4, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+
+
 def gaps(*content: int) -> Tensor:
     return torch.tensor(content, dtype=torch.uint8)
 
@@ -389,6 +392,8 @@ def gaps(*content: int) -> Tensor:
         (lambda t: t.update({f"{WORDS}.indices": torch.tensor([16, 64])}), None, f"undescribed: {WORDS}.indices"),
         (lambda t: t.pop(f"{WORDS}.gaps"), None, f"{WORDS}.gaps"),
         (lambda t: t.update({f"{WORDS}.values": torch.ones(2).half()}), None, "float32 values, found torch.float16"),
+        (lambda t: t.update({"head.classifier.bias": FOUR_BITS}), None, "isfinite"),  # torch cannot compute with it
+        (None, lambda d: d.update(metadata=[1]), "does not hold the tensors that it describes"),
         (None, lambda d: d.update(value_dtype="float16"), "float16 values, found torch.float32"),
         (None, lambda d: d.update(value_dtype="int8"), "unknown value_dtype 'int8'"),
         (None, lambda d: d.pop("value_dtype"), "value_dtype"),
