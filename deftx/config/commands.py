@@ -12,7 +12,7 @@ OWN = {
 }
 """Knobs of one command alone."""
 
-_POLICIES = ("rank", "residual", "k", "density", "method", "denoise", "sparsity")
+_POLICIES = ("rank", "residual", "k", "density", "value_dtype", "method", "denoise", "sparsity")
 _TRAINING = (*_POLICIES, "seed", "missing_text", "source", "budget", "lang", "corpus")
 _STUDY = ("study", "task", "language", "logger", "paths")
 _BASE = ("model", "trainer", "data", "synthetic")

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from deftx.config.schema import RunConfig, SFTConfig, SizeConfig
 from deftx.config.session import language_settings, plain, unknown
-from deftx.core.settings import RankPolicy, ResidualPolicy
+from deftx.core.settings import VALUE_DTYPES, RankPolicy, ResidualPolicy
 from deftx.data.settings import CorpusSettings, DataSettings, LanguageSettings
 from deftx.data.synthetic import SyntheticSettings
 from deftx.errors import DeftxError, collected
@@ -52,6 +52,8 @@ def _sft(name: str, own: SFTConfig, cfg: RunConfig, default: SizeConfig, problem
         problems.append(f"{name}: k={k}: K must be at least 1")
     if density is not None and not 0 < density <= 1:
         problems.append(f"{name}: density={density}: must lie in (0, 1]")
+    if own.value_dtype not in VALUE_DTYPES:
+        problems.append(f"{name}: {unknown('value_dtype', own.value_dtype, VALUE_DTYPES)}")
     training = plain(own.training, TrainingSettings)
     problems.extend(f"{name}.training.{text}" for text in training.problems())
     if len(problems) > before:
@@ -62,6 +64,7 @@ def _sft(name: str, own: SFTConfig, cfg: RunConfig, default: SizeConfig, problem
         k=k,
         density=density,
         exclude=() if rank is None else tuple(sorted(own.exclude)),
+        value_dtype=own.value_dtype,
         training=training,
     )
 

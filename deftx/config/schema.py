@@ -74,6 +74,7 @@ class SFTConfig:
     residual: Any = None
     k: int | None = None
     density: float | None = None
+    value_dtype: str = "float32"
     exclude: list[str] = field(default_factory=list)
     training: TrainingSettings = field(default_factory=TrainingSettings)
 
@@ -112,6 +113,7 @@ class RunConfig:
     residual: Any = None
     k: int | None = None
     density: float | None = None
+    value_dtype: str = "float32"
     seed: int = 0
     compare: list[str] = field(default_factory=list)
     controls: list[str] = field(default_factory=list)
@@ -149,7 +151,7 @@ def register() -> None:
             schema[node].training[key] = source
     for node in ("lang", "task"):
         schema[node].rank, schema[node].residual = "${rank}", "${residual}"
-        schema[node].exclude = "${denoise.exclude}"
+        schema[node].exclude, schema[node].value_dtype = "${denoise.exclude}", "${value_dtype}"
     schema.corpus.max_lines = "${budget.max_lines}"
     # Hydra makes these folders itself, and the shell leaves the ~ of key=~/x alone.
     OmegaConf.register_new_resolver("home", lambda path: str(Path(path).expanduser()), replace=True)

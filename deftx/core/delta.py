@@ -1,11 +1,12 @@
 """A sparse fine-tuning φ: which coordinates of a base model change, and by how much; its file and its composition.
 
 Step 6 of docs/method.md. Keys are the base model's own parameter names, indices are flat and sorted, values
-float32 in the order of the indices. On disk it is a folder: ``sft.safetensors`` (``<name>.indices``,
-``<name>.values`` and ``head.<name>``), ``sft.json`` (what it is, for which base, and the sha256 of both) and
-a model card; never a pickle. A :class:`Composition` owns one model and sets it to θ⁰ + Σ scale · φ: summed
-in float64 in the order of the terms' names and rounded once, so neither the order of adding and removing nor
-what came before leaves a trace in the bits.
+float32 in the order of the indices. On disk it is a folder: ``sft.safetensors`` (``<name>.gaps``: the indices as
+:mod:`deftx.core.gaps` writes them, about one byte each; ``<name>.values``: float32, or float16 or bfloat16 on
+request; ``head.<name>``), ``sft.json`` (what it is, for which base, and the sha256 of both) and a model card;
+never a pickle. Format version 1 (``<name>.indices``: int32 or int64) is still read. A :class:`Composition` owns one
+model and sets it to θ⁰ + Σ scale · φ: summed in float64 in the order of the terms' names and rounded once, so
+neither the order of adding and removing nor what came before leaves a trace in the bits.
 Sources: LT-SFT (Ansell et al. 2022, arXiv 2110.07560), DeFT-X (Simon & Jyothi 2025, arXiv 2505.15090).
 """
 
@@ -24,7 +25,9 @@ from torch import Tensor
 
 from deftx.core.composition import Composition, Overlap, OverlapReport, compare, listed, need_float32
 from deftx.core.folder import model_card, read_folder, write_folder
-from deftx.errors import DeftxError
+from deftx.core.gaps import pack, unpack
+from deftx.core.settings import VALUE_DTYPES
+from deftx.errors import DeftxError, did_you_mean
 
 __all__ = ["Composition", "Overlap", "OverlapReport", "SparseDelta", "compare", "fingerprint"]
 
@@ -206,21 +209,29 @@ class SparseDelta:
             "parameters": parameters,
         }
 
-    def save(self, folder: str | Path) -> Path:
+    def save(self, folder: str | Path, value_dtype: str = "float32") -> Path:
         """Write the folder, whole or not at all; equal content gives equal bytes.
 
         Args:
             folder: where; must not exist, or be empty. Parents are made.
+            value_dtype: of the values in the file; they are float32 again when loaded, and the head keeps its own
+                dtype. ``float32`` loses nothing. The other two halve the values and lose bits, so that base + φ no
+                longer gives the tuned weights: ``float16`` keeps 11 significant bits, fewer below 6.1e-5, turns
+                what is at most 3.0e-8 into a change of zero, and cannot hold 65520 or more; ``bfloat16`` keeps 8
+                significant bits over the range of float32.
 
         Returns:
             The folder.
 
         Raises:
             DeftxError: something lies at ``folder``; it cannot be written (permission, space); the metadata
-                is not plain JSON or lacks ``base_fingerprint``.
+                is not plain JSON or lacks ``base_fingerprint``; ``value_dtype`` is none of the three, or
+                cannot hold a value.
         """
         folder = Path(folder)
+        tensors = _packed(self, value_dtype)
         facts = {
+            "value_dtype": value_dtype,
             "k": self.k,
             "parameters": {
                 name: {"count": index.numel(), "shape": list(self.shapes[name])} for name, index in self.indices.items()
@@ -228,24 +239,24 @@ class SparseDelta:
             "head": sorted(self.head),
             "metadata": {**self.metadata, "base_fingerprint": self.base_fingerprint},
         }
-        card = model_card(self.metadata, self.k, self.per_layer_counts(), list(self.head))
-        write_folder(folder, _packed(self), facts, card)
+        card = model_card(self.metadata, self.k, self.per_layer_counts(), list(self.head), value_dtype)
+        write_folder(folder, tensors, facts, card)
         return folder
 
     @classmethod
     def load(cls, folder: str | Path) -> SparseDelta:
-        """Read and verify a folder that :meth:`save` wrote.
+        """Read and verify a folder that :meth:`save` wrote, in this format version or an earlier one.
 
         Raises:
             DeftxError: a missing folder or file, a pickle, an unknown format version, content that was
-                truncated or edited after it was written, or indices that are not sorted, unique and within
-                their parameter.
+                truncated or edited after it was written, values of another dtype than described, malformed
+                gaps, or indices that are not sorted, unique and within their parameter.
         """
         folder = Path(folder)
         tensors, facts = read_folder(folder)
         try:
             return _unpacked(tensors, facts)
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             raise DeftxError(
                 f"{folder} does not hold the tensors that it describes ({error}): fetch it again"
             ) from error
@@ -282,24 +293,58 @@ def _check_indices(name: str, index: Tensor, size: int) -> None:
         raise DeftxError(f"{name}: indices from {int(index[0])} to {int(index[-1])} lie outside its {size} entries")
 
 
-def _packed(delta: SparseDelta) -> dict[str, Tensor]:
+def _packed(delta: SparseDelta, value_dtype: str) -> dict[str, Tensor]:
+    dtype = _dtype(value_dtype)
     tensors = {f"head.{name}": tensor.detach().cpu().contiguous().clone() for name, tensor in delta.head.items()}
+    too_large = []
     for name, index in delta.indices.items():
-        narrow = math.prod(delta.shapes[name]) <= torch.iinfo(torch.int32).max
-        pair = {f"{name}.indices": index.to("cpu", torch.int32 if narrow else torch.int64)}
-        pair[f"{name}.values"] = delta.values[name].cpu().contiguous()
+        value = delta.values[name].cpu()
+        pair = {f"{name}.gaps": pack(index.cpu()), f"{name}.values": value.to(dtype).contiguous()}
+        if dtype != torch.float32 and not bool(pair[f"{name}.values"].isfinite().all()):
+            too_large.append(f"{name} ({float(value.abs().max()):.4g})")
         if not tensors.keys().isdisjoint(pair):
             raise ValueError(f"parameter {name} and a head tensor would share the key {sorted(pair)} in the file")
         tensors.update(pair)
+    if too_large:
+        limit = torch.finfo(dtype).max
+        wider = "bfloat16 or float32" if dtype == torch.float16 else "float32"
+        raise DeftxError(
+            f"{value_dtype} holds changes up to {limit:.4g}: {listed(too_large)}; save with value_dtype={wider}"
+        )
     return tensors
 
 
 def _unpacked(tensors: dict[str, Tensor], facts: Mapping[str, Any]) -> SparseDelta:
-    head = {name: tensors.pop(f"head.{name}") for name in facts["head"]}
+    # The tensors are views of the mapped file. What is kept is copied, so that nothing depends on the file afterwards.
+    head = {name: tensors.pop(f"head.{name}").clone() for name in facts["head"]}
     names = sorted(facts["parameters"])
-    indices = {name: tensors.pop(f"{name}.indices").to(torch.int64) for name in names}
-    values = {name: tensors.pop(f"{name}.values") for name in names}
+    stored = "float32" if facts["format_version"] == 1 else facts["value_dtype"]
+    indices, values = {}, {}
+    for name in names:
+        if facts["format_version"] == 1:
+            indices[name] = tensors.pop(f"{name}.indices").to(torch.int64, copy=True)
+        else:
+            indices[name] = _unpacked_indices(name, tensors.pop(f"{name}.gaps"))
+        value = tensors.pop(f"{name}.values")
+        if value.dtype != _dtype(stored):
+            raise DeftxError(f"{name} must have {stored} values, found {value.dtype}")
+        values[name] = value.to(torch.float32, copy=True)
     if tensors:
         raise KeyError(f"undescribed: {listed(sorted(tensors))}")
     shapes = {name: tuple(facts["parameters"][name]["shape"]) for name in names}
     return SparseDelta(indices, values, shapes, head, dict(facts["metadata"]))
+
+
+def _unpacked_indices(name: str, gaps: Tensor) -> Tensor:
+    try:
+        return unpack(gaps)
+    except DeftxError as error:
+        raise DeftxError(f"{name}: the indices cannot be read: {error}") from error
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name not in VALUE_DTYPES:
+        hint = did_you_mean(str(name), VALUE_DTYPES)
+        raise DeftxError(f"unknown value_dtype {name!r}{hint} (available: {', '.join(VALUE_DTYPES)})")
+    found: torch.dtype = getattr(torch, name)
+    return found

@@ -1,8 +1,9 @@
 """The folder in which a sparse fine-tuning lives: written whole or not at all, verified when read, never a pickle.
 
-``sft.safetensors`` holds the tensors, ``sft.json`` says what they are and carries the sha256 of the tensor
-file and of its own other content, so that a truncated or edited byte in either is noticed; README.md is a
-model card made from the same facts. Equal content gives equal bytes: no times, no paths, sorted keys.
+``sft.safetensors`` holds the tensors, ``sft.json`` says what they are (format version, dtype of the values) and
+carries the sha256 of the tensor file and of its own other content, so that a truncated or edited byte in either is
+noticed; README.md is a model card made from the same facts. Equal content gives equal bytes: no times, no paths,
+sorted keys.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from torch import Tensor
 
 from deftx.errors import DeftxError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, FORMAT_VERSION)
 TENSORS, FACTS, CARD = "sft.safetensors", "sft.json", "README.md"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
 _PICKLE_STARTS = (b"\x80", b"PK\x03\x04")  # pickle protocol 2 and later; the zip that torch.save writes
@@ -56,37 +58,44 @@ def write_folder(folder: Path, tensors: Mapping[str, Tensor], facts: Mapping[str
 def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and facts of a folder, verified.
 
+    Returns:
+        The tensors, by name, memory-mapped: they are read from the file when they are used. And the facts.
+
     Raises:
         DeftxError: a missing folder or file, a pickle, an unknown format version, or content that was
             truncated or edited after it was written.
     """
     try:
         _refuse_what_is_no_folder(folder)
-        data = (folder / TENSORS).read_bytes()
+        with (folder / TENSORS).open("rb") as file:
+            start = file.read(_HEADER_AT + 1)
+            file.seek(0)
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
         text = (folder / FACTS).read_bytes()
     except OSError as error:
         raise DeftxError(f"cannot read the sparse fine-tuning {folder}: {error.strerror or error}") from error
-    if _is_pickle(data):
+    if _is_pickle(start):
         raise DeftxError(_pickle_message(folder / TENSORS))
     try:
         facts = json.loads(text)
         version, digests = facts["format_version"], dict(facts.pop("sha256"))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DeftxError(f"{folder / FACTS} does not describe a sparse fine-tuning (edited?): {_AGAIN}") from error
-    if version != FORMAT_VERSION:
-        raise DeftxError(
-            f"{folder} has format version {version}; this deftx reads version {FORMAT_VERSION}: update deftx"
-        )
-    for file, found in ((TENSORS, hashlib.sha256(data).hexdigest()), (FACTS, _digest(facts))):
-        if digests.get(file) != found:
-            raise DeftxError(f"{folder / file} was truncated or edited after it was written (sha256 differs): {_AGAIN}")
+    if version not in READABLE_VERSIONS:
+        readable = " and ".join(map(str, READABLE_VERSIONS))
+        raise DeftxError(f"{folder} has format version {version}; this deftx reads versions {readable}: update deftx")
+    for name, found in ((TENSORS, digest), (FACTS, _digest(facts))):
+        if digests.get(name) != found:
+            raise DeftxError(f"{folder / name} was truncated or edited after it was written (sha256 differs): {_AGAIN}")
     try:
-        return safetensors.torch.load(data), facts
-    except SafetensorError as error:
+        return safetensors.torch.load_file(folder / TENSORS), facts
+    except (SafetensorError, RuntimeError, OSError) as error:
         raise DeftxError(f"{folder / TENSORS} is not a safetensors file ({error}): {_AGAIN}") from error
 
 
-def model_card(metadata: Mapping[str, Any], k: int, layers: Mapping[str, int], head: list[str]) -> str:
+def model_card(
+    metadata: Mapping[str, Any], k: int, layers: Mapping[str, int], head: list[str], value_dtype: str
+) -> str:
     """The README of a folder: front matter as model hubs read it, the facts, and how to use it.
 
     Args:
@@ -94,6 +103,7 @@ def model_card(metadata: Mapping[str, Any], k: int, layers: Mapping[str, int], h
         k: how many coordinates it changes.
         layers: changed coordinates by part of the model.
         head: names of its head tensors.
+        value_dtype: of its values in the file.
     """
     front: dict[str, Any] = {"library_name": "deftx", "tags": ["sparse-fine-tuning", "deftx"]}
     if metadata.get("base_model"):
@@ -101,7 +111,7 @@ def model_card(metadata: Mapping[str, Any], k: int, layers: Mapping[str, int], h
     if isinstance(metadata.get("language"), str):
         front["language"] = [metadata["language"]]
     shown = ("kind", "language", "task", "method", "rank", "residual", "base_model", "base_fingerprint", "labels")
-    rows: list[tuple[str, Any]] = [("coordinates changed (K)", k)]
+    rows: list[tuple[str, Any]] = [("coordinates changed (K)", k), ("values stored as", value_dtype)]
     rows += [(key.replace("_", " "), metadata[key]) for key in shown if metadata.get(key) is not None]
     if head:
         rows.append(("head tensors", ", ".join(sorted(head))))
@@ -118,6 +128,10 @@ def model_card(metadata: Mapping[str, Any], k: int, layers: Mapping[str, int], h
             "",
             "A sparse fine-tuning (SFT) changes a few coordinates of a pretrained encoder. SFTs of the same base add",
             "up: a language's and a task's together make a zero-shot classifier for that language.",
+            "",
+            f"`{TENSORS}` holds for each parameter NAME that changes `NAME.gaps` (uint8: its flat indices, as counts",
+            "of unchanged entries before each changed one, unsigned LEB128) and `NAME.values` (what is added there),",
+            f"and `head.NAME` for each trained head tensor. `{FACTS}` gives the shapes and the sha256 of both files.",
             "",
             "| | |",
             "|---|---|",

@@ -1,9 +1,9 @@
-"""What a user may choose about denoising, as text that fits on a command line.
+"""What a user may choose about denoising and about the file, as text that fits on a command line.
 
 ``rank`` says how many singular directions of a weight change count as signal, ``residual`` what happens to
 the rest (docs/method.md, step 2). Both are small frozen values whose text is canonical, ``parse(str(policy))
-== policy``, so that the text itself can be a configuration value and part of a cache key. Standard library
-only.
+== policy``, so that the text itself can be a configuration value and part of a cache key. ``value_dtype``
+says how a sparse fine-tuning's values are stored. Standard library only.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from deftx.errors import DeftxError, did_you_mean
 
 RankKind = Literal["fixed", "fraction", "energy", "gavish_donoho", "none"]
 DEFAULT_RESIDUAL = 0.05
+VALUE_DTYPES = ("float32", "float16", "bfloat16")
 
 _RANK_FORMS = "a whole number >= 1, fraction:F, energy:E (F and E in (0, 1]), gavish_donoho, none"
 _RESIDUAL_FORMS = "prune, prune:P (P in [0, 1]), drop"

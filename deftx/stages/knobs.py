@@ -15,8 +15,8 @@ SFT_KNOBS = ("method", "rank", "residual", "exclude", "k", "seed")
 def flat_knobs(study: StudySettings) -> dict[str, Any]:
     """A run's settings under the knobs' names, flat; what the method ignores is ``None``.
 
-    A short knob (``rank``, ``residual``, ``k``, ``density``) is what language and task SFTs have in common, and
-    ``None`` where ``lang.*`` and ``task.*`` differ.
+    A short knob (``rank``, ``residual``, ``k``, ``density``, ``value_dtype``) is what language and task SFTs have in
+    common, and ``None`` where ``lang.*`` and ``task.*`` differ.
     """
     sfts = {
         "lang": study.sft_for(study.methods[0], study.language_sft),
@@ -32,14 +32,14 @@ def flat_knobs(study: StudySettings) -> dict[str, Any]:
         "task.source": study.source.code,
         "task.more_sources": list(study.more_sources),
     }
-    for key in ("rank", "residual", "k", "density"):
+    for key in ("rank", "residual", "k", "density", "value_dtype"):
         values = [getattr(sfts[name], key) for name in ("lang", "task")]
         knobs[key] = values[0] if values[0] == values[1] else None
     for name, item in sfts.items():
         if item is None:
             knobs[f"{name}.enabled"] = False
             continue
-        knobs |= {f"{name}.{key}": getattr(item, key) for key in ("rank", "residual", "k", "density")}
+        knobs |= {f"{name}.{key}": getattr(item, key) for key in ("rank", "residual", "k", "density", "value_dtype")}
         knobs[f"{name}.exclude"] = list(item.exclude) if item.rank is not None else None
         knobs |= {f"{name}.training.{key}": value for key, value in asdict(item.training).items()}
         if name == "task":

@@ -57,6 +57,7 @@ class SFTSettings:
         k: Coordinates that may change.
         density: The same as a share of the maskable parameters, in (0, 1].
         exclude: ``fnmatch`` patterns of parameters that are not denoised.
+        value_dtype: Dtype of the values in the SFT's file; the result is the SFT as it is read back.
         training: Budget and optimisation of both phases.
     """
 
@@ -65,6 +66,7 @@ class SFTSettings:
     k: int | None
     density: float | None
     exclude: tuple[str, ...]
+    value_dtype: str
     training: TrainingSettings
 
     def as_ltsft(self) -> SFTSettings:

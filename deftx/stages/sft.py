@@ -247,10 +247,12 @@ class Trainer:
         select = Stage(
             kind="select", version=1, settings={**sft.selection_settings(), "k": k}, inputs=inputs, label=label
         )
+        # Absent where nothing is lost: what was trained before there was a choice is the same result.
+        stored = {} if sft.value_dtype == "float32" else {"value_dtype": sft.value_dtype}
         sparse = Stage(
             kind="sparse",
             version=1,
-            settings=self._phase_settings(recipe, ignored=("l1_full", "log_every")),
+            settings={**self._phase_settings(recipe, ignored=("l1_full", "log_every")), **stored},
             inputs={**recipe.inputs, "select": select.key},
             seed=self.study.seed,
             label=label,
@@ -408,7 +410,7 @@ class Trainer:
             "metrics": {module.monitor: result.best_score, "best_step": result.best_step},
             **recipe.metadata,
         }
-        callback.delta(metadata).save(work.out / SFT_FOLDER)
+        callback.delta(metadata).save(work.out / SFT_FOLDER, value_dtype=sft.value_dtype)
         shutil.copyfile(selection.file("denoising.parquet"), work.out / "denoising.parquet")
         _write_metrics(work, result, module.monitor, full=full)
 

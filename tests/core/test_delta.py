@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import pickle
 import struct
@@ -184,7 +186,8 @@ def test_folder_round_trip(tmp_path: Path) -> None:
     assert same(loaded, delta)
     assert all(index.dtype == torch.int64 for index in loaded.indices.values())
     facts = json.loads((folder / "sft.json").read_text(encoding="utf-8"))
-    assert (facts["format_version"], facts["k"], facts["head"]) == (1, 4, ["classifier.bias", "classifier.weight"])
+    assert (facts["format_version"], facts["k"], facts["head"]) == (2, 4, ["classifier.bias", "classifier.weight"])
+    assert facts["value_dtype"] == "float32"
     digest = hashlib.sha256((folder / "sft.safetensors").read_bytes()).hexdigest()
     assert facts["sha256"]["sft.safetensors"] == digest
 
@@ -360,14 +363,40 @@ def forged(saved: dict[str, bytes], tensors: Any = None, facts: Any = None) -> d
 WORDS = "embeddings.word_embeddings.weight"
 
 
+FOUR_BITS = torch.zeros(4, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+
+
+def gaps(*content: int) -> Tensor:
+    return torch.tensor(content, dtype=torch.uint8)
+
+
 @pytest.mark.parametrize(
     ("tensors", "facts", "message"),
     [
         (None, None, None),
-        (None, lambda d: d.update(format_version=2), "format version 2; this deftx reads version 1: update deftx"),
-        (lambda t: t.update({f"{WORDS}.indices": torch.tensor([64, 16])}), None, "not sorted"),
-        (lambda t: t.update({f"{WORDS}.indices": torch.tensor([16, 16])}), None, "twice"),
-        (lambda t: t.update({f"{WORDS}.indices": torch.tensor([16, 65])}), None, "outside its 65 entries"),
+        (
+            None,
+            lambda d: d.update(format_version=3),
+            "format version 3; this deftx reads versions 1 and 2: update deftx",
+        ),
+        (lambda t: t.update({f"{WORDS}.gaps": gaps(16, 48)}), None, "16 to 65 lie outside its 65 entries"),
+        (lambda t: t.update({f"{WORDS}.gaps": gaps(16, 128 + 47)}), None, f"{WORDS}: .*last gap is cut off"),
+        (lambda t: t.update({f"{WORDS}.gaps": gaps(128 + 16, 0, 47)}), None, f"{WORDS}: .*more bytes than it needs"),
+        (lambda t: t.update({f"{WORDS}.gaps": gaps(*[255] * 9, 1)}), None, f"{WORDS}: .*more than 9 bytes"),
+        (lambda t: t.update({f"{WORDS}.gaps": gaps(*[255] * 8, 127, 0)}), None, "not sorted|outside"),  # past int64
+        (lambda t: t.update({f"{WORDS}.gaps": gaps(0, *[255] * 8, 127)}), None, "not sorted|outside"),
+        (lambda t: t.update({f"{WORDS}.gaps": gaps(16, 47).char()}), None, "vector of uint8, found torch.int8"),
+        (lambda t: t.update({f"{WORDS}.gaps": gaps(16, 47)[None]}), None, r"vector of uint8, .* shape \(1, 2\)"),
+        (lambda t: t.update({f"{WORDS}.gaps": gaps()}), None, "changes no coordinate"),
+        (lambda t: t.update({f"{WORDS}.gaps": gaps(16, 46, 0)}), None, "3 indices need as many float32 values"),
+        (lambda t: t.update({f"{WORDS}.indices": torch.tensor([16, 64])}), None, f"undescribed: {WORDS}.indices"),
+        (lambda t: t.pop(f"{WORDS}.gaps"), None, f"{WORDS}.gaps"),
+        (lambda t: t.update({f"{WORDS}.values": torch.ones(2).half()}), None, "float32 values, found torch.float16"),
+        (lambda t: t.update({"head.classifier.bias": FOUR_BITS}), None, "isfinite"),  # torch cannot compute with it
+        (None, lambda d: d.update(metadata=[1]), "does not hold the tensors that it describes"),
+        (None, lambda d: d.update(value_dtype="float16"), "float16 values, found torch.float32"),
+        (None, lambda d: d.update(value_dtype="int8"), "unknown value_dtype 'int8'"),
+        (None, lambda d: d.pop("value_dtype"), "value_dtype"),
         (lambda t: t.update({f"{WORDS}.values": torch.ones(3)}), None, "2 indices need as many float32 values"),
         (lambda t: t.update({f"{WORDS}.values": torch.ones(2).double()}), None, "float32 values, found torch.float64"),
         (lambda t: t.update({f"{WORDS}.values": torch.tensor([1, float("inf")])}), None, "NaN or infinity"),
@@ -386,6 +415,150 @@ def test_forged_folder(tensors: Any, facts: Any, message: str | None, saved: dic
     with pytest.raises(DeftxError, match=message) as caught:
         SparseDelta.load(folder)
     assert str(folder) in str(caught.value)
+
+
+@given(data=st.data())
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_forged_tensor_file_loads_or_is_refused(data: st.DataObject, saved: dict[str, bytes]) -> None:
+    content = bytearray(saved["sft.safetensors"])
+    header = 8 + struct.unpack("<Q", content[:8])[0]
+    where = st.one_of(st.integers(0, header - 1), st.integers(header, len(content) - 1))
+    for _ in range(data.draw(st.integers(1, 3))):
+        content[data.draw(where)] = data.draw(st.integers(0, 255))
+    files = forged(saved)
+    facts = json.loads(files["sft.json"])
+    facts["sha256"]["sft.safetensors"] = hashlib.sha256(content).hexdigest()
+    with tempfile.TemporaryDirectory() as root:
+        folder = write(Path(root) / "sft", {"sft.safetensors": bytes(content), "sft.json": json.dumps(facts).encode()})
+        with contextlib.suppress(DeftxError):
+            loaded = SparseDelta.load(folder)
+            assert loaded.shapes == make_delta().shapes
+
+
+def version_1(width: torch.dtype, change: Any = None) -> dict[str, bytes]:
+    """The folder of :func:`make_delta` as format version 1 laid it out."""
+    delta = make_delta()
+    tensors = {f"head.{name}": tensor for name, tensor in delta.head.items()}
+    parameters = {}
+    for name, index in delta.indices.items():
+        tensors |= {f"{name}.indices": index.to(width), f"{name}.values": delta.values[name]}
+        parameters[name] = {"count": len(index), "shape": list(delta.shapes[name])}
+    if change:
+        change(tensors)
+    facts = {"format_version": 1, "head": sorted(delta.head), "k": delta.k, "metadata": METADATA}
+    facts["parameters"] = parameters
+    data = safetensors.torch.save(tensors)
+    own = json.dumps(facts, sort_keys=True, separators=(",", ":")).encode()
+    facts["sha256"] = {
+        "sft.json": hashlib.sha256(own).hexdigest(),
+        "sft.safetensors": hashlib.sha256(data).hexdigest(),
+    }
+    return {"sft.safetensors": data, "sft.json": json.dumps(facts).encode(), "README.md": b"# An older one"}
+
+
+@pytest.mark.parametrize("width", [torch.int32, torch.int64])
+def test_version_1_is_read(width: torch.dtype, saved: dict[str, bytes], tmp_path: Path) -> None:
+    loaded = SparseDelta.load(write(tmp_path / "old", version_1(width)))
+    assert same(loaded, make_delta())
+    assert all(index.dtype == torch.int64 for index in loaded.indices.values())
+    again = loaded.save(tmp_path / "new")
+    assert {path.name: path.read_bytes() for path in again.iterdir()} == saved
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.update({f"{WORDS}.indices": torch.tensor([64, 16])}), "not sorted"),
+        (lambda t: t.update({f"{WORDS}.indices": torch.tensor([16, 16])}), "twice"),
+        (lambda t: t.update({f"{WORDS}.indices": torch.tensor([16, 65])}), "outside its 65 entries"),
+        (lambda t: t.update({f"{WORDS}.values": torch.ones(2).half()}), "float32 values, found torch.float16"),
+        (lambda t: t.update({f"{WORDS}.gaps": gaps(16, 47)}), f"undescribed: {WORDS}.gaps"),
+        (lambda t: t.pop(f"{WORDS}.indices"), f"{WORDS}.indices"),
+    ],
+)
+def test_forged_version_1(change: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(DeftxError, match=message):
+        SparseDelta.load(write(tmp_path / "sft", version_1(torch.int32, change)))
+
+
+def with_values(*values: float) -> SparseDelta:
+    index = torch.arange(len(values))
+    return SparseDelta({"w": index}, {"w": torch.tensor(values)}, {"w": (len(values),)}, {}, dict(METADATA))
+
+
+@pytest.mark.parametrize(
+    ("value_dtype", "code"),
+    [("float32", "f"), ("float16", "e"), ("bfloat16", None)],
+)
+def test_value_dtypes(value_dtype: str, code: str | None, tmp_path: Path) -> None:
+    values = [65504.0, -1e-7, 2.0**-25, 0.1]
+    folder = with_values(*values).save(tmp_path / "sft", value_dtype=value_dtype)
+    facts, card = json.loads((folder / "sft.json").read_text()), (folder / "README.md").read_text()
+    assert (facts["value_dtype"], facts["format_version"]) == (value_dtype, 2)
+    assert f"| values stored as | {value_dtype} |" in card
+    loaded = SparseDelta.load(folder)
+    assert loaded.values["w"].dtype == torch.float32
+    if code:  # by the standard library's own rounding
+        expected = [struct.unpack(f"<{code}", struct.pack(f"<{code}", value))[0] for value in values]
+    else:  # the upper half of float32, rounded to nearest, ties to even
+        words = [struct.unpack("<I", struct.pack("<f", value))[0] for value in values]
+        words = [(word + 0x7FFF + (word >> 16 & 1)) & 0xFFFF0000 for word in words]
+        expected = [struct.unpack("<f", struct.pack("<I", word))[0] for word in words]
+    assert loaded.values["w"].tolist() == expected
+    assert (loaded.values["w"].tolist()[2] == 0) == (value_dtype == "float16")  # the loss that the docstring names
+    again = loaded.save(tmp_path / "again", value_dtype=value_dtype)
+    for file in ("sft.safetensors", "sft.json", "README.md"):
+        assert (again / file).read_bytes() == (folder / file).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("value_dtype", "value", "message"),
+    [
+        (
+            "float16",
+            -65520.0,
+            r"float16 holds changes up to 6.55e\+04: w \(6.552e\+04\).*value_dtype=bfloat16 or float32",
+        ),
+        ("bfloat16", 3.4e38, r"bfloat16 holds changes up to 3.39e\+38: w .*value_dtype=float32"),
+        (
+            "float61",
+            1.0,
+            "unknown value_dtype 'float61'; did you mean 'float16'. .available: float32, float16, bfloat16",
+        ),
+    ],
+)
+def test_values_that_a_dtype_cannot_hold(value_dtype: str, value: float, message: str, tmp_path: Path) -> None:
+    with pytest.raises(DeftxError, match=message):
+        with_values(0.5, value).save(tmp_path / "sft", value_dtype=value_dtype)
+    assert list(tmp_path.iterdir()) == []
+    with_values(0.5, 65519.0).save(tmp_path / "largest", value_dtype="float16")
+
+
+def test_a_loaded_one_does_not_depend_on_its_file(tmp_path: Path) -> None:
+    for number, files in enumerate((version_1(torch.int64), None)):
+        folder = tmp_path / str(number)
+        loaded = SparseDelta.load(write(folder, files) if files else make_delta().save(folder))
+        path = folder / "sft.safetensors"
+        with path.open("r+b") as file:  # in place, the file that may still be mapped
+            file.write(b"\xff" * path.stat().st_size)
+        assert same(loaded, make_delta())
+
+
+def test_bytes_an_entry(tmp_path: Path) -> None:
+    # The papers' density, spread unevenly: 2.2 % of a large matrix, 4 % of others, 0.1 % of one.
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"embeddings.w": ((4000, 768), 0.022), "a": ((768, 768), 0.04), "b": ((768, 3072), 0.04)}
+    shapes["c"] = ((768, 768), 0.001)
+    indices = {
+        name: (torch.rand(math.prod(shape), generator=generator) < density).nonzero().flatten()
+        for name, (shape, density) in shapes.items()
+    }
+    values = {name: torch.randn(len(index), generator=generator) for name, index in indices.items()}
+    delta = SparseDelta(indices, values, {name: shape for name, (shape, _) in shapes.items()}, {}, dict(METADATA))
+    for value_dtype, most in (("float32", 5.1), ("bfloat16", 3.1)):
+        folder = delta.save(tmp_path / value_dtype, value_dtype=value_dtype)
+        assert (folder / "sft.safetensors").stat().st_size <= most * delta.k
+    assert same(SparseDelta.load(tmp_path / "float32"), delta)
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ PREPARED = ["compare=[]", "controls=[]", "language=qba"]
         (["k=99999999"], ["k=99999999", "maskable parameters"]),
         (["residual=prune:2"], ["residual 2.0", "[0, 1]"]),
         (["residual=keep"], ["keep", "drop"]),
+        (["value_dtype=float61"], ["float61", "did you mean 'float16'", "bfloat16"]),
         (["rank=2,4"], ["rank=2,4", "-m"]),
         (["trainer.precision=16-mixed"], ["16-mixed", "bf16-mixed"]),
         (["split=train"], ["split", "test or dev"]),
