@@ -14,13 +14,14 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import safetensors.torch
 from safetensors import SafetensorError
-from torch import Tensor
 
 from deftx.errors import DeftxError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FORMAT_VERSION = 1
 TENSORS, FACTS, CARD = "sft.safetensors", "sft.json", "README.md"
@@ -42,6 +43,8 @@ def write_folder(folder: Path, tensors: Mapping[str, Tensor], facts: Mapping[str
     Raises:
         DeftxError: something lies at ``folder``, it cannot be written, or the facts are not plain JSON.
     """
+    import safetensors.torch
+
     data = safetensors.torch.save(dict(tensors))
     try:
         # through text and back, so that what is hashed here is what a reader will hash
@@ -59,6 +62,21 @@ def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         DeftxError: a missing folder or file, a pickle, an unknown format version, or content that was
             truncated or edited after it was written.
+    """
+    import safetensors.torch
+
+    data, facts = read_bytes(folder)
+    try:
+        return safetensors.torch.load(data), facts
+    except SafetensorError as error:
+        raise DeftxError(f"{folder / TENSORS} is not a safetensors file ({error}): {_AGAIN}") from error
+
+
+def read_bytes(folder: Path) -> tuple[bytes, dict[str, Any]]:
+    """The tensor file's content and the facts of a folder, verified; needs no torch.
+
+    Raises:
+        DeftxError: as :func:`read_folder`, but for a tensor file that is whole and no safetensors file.
     """
     try:
         _refuse_what_is_no_folder(folder)
@@ -80,10 +98,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     for file, found in ((TENSORS, hashlib.sha256(data).hexdigest()), (FACTS, _digest(facts))):
         if digests.get(file) != found:
             raise DeftxError(f"{folder / file} was truncated or edited after it was written (sha256 differs): {_AGAIN}")
-    try:
-        return safetensors.torch.load(data), facts
-    except SafetensorError as error:
-        raise DeftxError(f"{folder / TENSORS} is not a safetensors file ({error}): {_AGAIN}") from error
+    return data, facts
 
 
 def model_card(metadata: Mapping[str, Any], k: int, layers: Mapping[str, int], head: list[str]) -> str:
