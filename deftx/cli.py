@@ -108,6 +108,9 @@ def _command(name: str, arguments: list[str]) -> int:
 
     known, overrides = _parse(arguments)
 
+    from deftx.tracking import clock_imports
+
+    clock_imports()
     from deftx.config import check_command, hydra_session
 
     with hydra_session(known.config_dir):

@@ -589,3 +589,21 @@ def test_importing_is_light() -> None:
     code = "import sys, deftx.cache; print({'torch', 'filelock', 'wandb', 'rich'} & set(sys.modules))"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "set()"
+
+
+def test_provenance_is_asked_for_when_something_is_computed_and_once(tmp_path: Path) -> None:
+    asked = []
+
+    def provenance() -> dict[str, int]:
+        asked.append(1)
+        return {"threads": 2}
+
+    stages = [Stage(kind="full", version=number, settings={}) for number in (1, 2)]
+    cache = StageCache(tmp_path, provenance=provenance)
+    entries = [cache.get_or_compute(stage, lambda work: (work.out / "x").write_text("x") and None) for stage in stages]
+    assert [entry.manifest["provenance"] for entry in entries] == [{"threads": 2}] * 2
+    assert len(asked) == 1
+    again = StageCache(tmp_path, provenance=provenance)
+    for stage in stages:
+        again.get_or_compute(stage, lambda _: pytest.fail("computed again"))
+    assert len(asked) == 1

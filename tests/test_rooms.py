@@ -75,7 +75,16 @@ def test_core_needs_torch_and_safetensors_only() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["deftx", "deftx.cli", "deftx.cache", "deftx.tracking", "deftx.stages.settings", "deftx.data.settings"],
+    [
+        "deftx",
+        "deftx.cli",
+        "deftx.cache",
+        "deftx.tracking",
+        "deftx.core.folder",
+        "deftx.stages.settings",
+        "deftx.data.settings",
+        "deftx.training.model_folder",
+    ],
 )
 def test_light_modules_import_nothing_heavy(module: str) -> None:
     code = f"import sys, {module}; print(sorted({{'torch', 'transformers', 'pandas', 'wandb'}} & set(sys.modules)))"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import logging
@@ -25,6 +26,7 @@ from deftx.tracking import (
     Metric,
     RunRecord,
     Tracker,
+    clock_imports,
     print_results,
     provenance,
     read_result,
@@ -34,6 +36,7 @@ from deftx.tracking import (
     write_predictions,
     write_result,
 )
+from deftx.tracking.imports import import_seconds
 
 SCORES = [
     Metric("ace", "ltsft", "macro_f1", 0.612, 400),
@@ -109,7 +112,7 @@ def test_result_holds_everything_and_reads_back(tmp_path: Path) -> None:
     assert content["status"] == "done"
     assert content["settings"] == {"rank": "energy:0.9", "k": 100, "residual": None, "out": "x", "bad": None}
     assert content["stages"][0]["seconds"] == 0.5
-    assert content["times"] == {"train": None}
+    assert content["times"]["train"] is None
     assert content["error"] is None
     assert content["seconds"] >= 0
     assert content["started"].endswith("+00:00")
@@ -631,3 +634,16 @@ def test_importing_is_light() -> None:
     )
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "set()"
+
+
+def test_imports_are_timed_once_each_however_deep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "outer_module.py").write_text("import time\nimport inner_module\ntime.sleep(0.05)\n")
+    (tmp_path / "inner_module.py").write_text("import time\ntime.sleep(0.1)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    clock_imports()
+    clock_imports()
+    import_seconds()
+    importlib.import_module("outer_module")
+    assert 0.15 <= (import_seconds() or 0) < 0.25  # 0.25: the inner module twice
+    importlib.import_module("outer_module")
+    assert import_seconds() == 0

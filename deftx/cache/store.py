@@ -117,15 +117,21 @@ class StageCache:
     Args:
         root: the folder; made when something is first written.
         provenance: what the manifests should say about where results come from (versions, threads, machine
-            kind).
+            kind); a function is asked once, when something is first about to be computed, so that a run that
+            finds everything here need not load what it takes to answer.
 
     Attributes:
         events: one :class:`Event` for each request, in order.
     """
 
-    def __init__(self, root: str | os.PathLike[str], *, provenance: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        *,
+        provenance: Mapping[str, Any] | Callable[[], Mapping[str, Any]] | None = None,
+    ) -> None:
         self.root = Path(root).expanduser().absolute()
-        self.provenance = dict(provenance or {"python": platform.python_version(), "machine": platform.machine()})
+        self._provenance = provenance or {"python": platform.python_version(), "machine": platform.machine()}
         self.events: list[Event] = []
         self._inner_seconds = 0.0  # spent by stages that the one being computed asked for
         self._verified: dict[tuple[int, ...], str] = {}
@@ -139,6 +145,11 @@ class StageCache:
     def computed(self) -> int:
         """How many requests computed their stage."""
         return sum(event.outcome == "computed" for event in self.events)
+
+    @functools.cached_property
+    def provenance(self) -> dict[str, Any]:
+        """What manifests say about where results come from."""
+        return dict(self._provenance() if callable(self._provenance) else self._provenance)
 
     def has(self, stage: Stage) -> bool:
         """Whether a result is there, without reading it (for dry runs)."""
@@ -222,7 +233,11 @@ class StageCache:
                     entry = self.find(stage)
                     if entry is None:
                         outcome = "computed"
-                        entry = self._compute(stage, compute, self.provenance if provenance is None else provenance)
+                        if provenance is None:
+                            asked = time.perf_counter()
+                            provenance = self.provenance
+                            self._inner_seconds += time.perf_counter() - asked  # not this stage's work
+                        entry = self._compute(stage, compute, provenance)
         finally:
             total = time.perf_counter() - started
             seconds = total - self._inner_seconds

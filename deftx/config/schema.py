@@ -6,6 +6,7 @@ An unknown key or a value of the wrong type is refused by this schema before any
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -143,8 +144,9 @@ class RunConfig:
     text: list[str] = field(default_factory=list)
 
 
+@cache
 def register() -> None:
-    """Register the schemas with Hydra, once or many times."""
+    """Register the schemas with Hydra; a second call changes nothing."""
     schema = OmegaConf.structured(RunConfig)
     for node, budget in (("lang", "language"), ("source", "language"), ("task", "${task.family}")):
         for key, source in _training_from(budget).items():

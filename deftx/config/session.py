@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -16,6 +17,7 @@ from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_automatic_config_search_path
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.object_type import ObjectType
 from hydra.version import setbase
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -43,7 +45,7 @@ def _hydra(config_dir: str | None) -> Hydra:
     register()
     GlobalHydra.instance().clear()
     group_options.cache_clear()
-    _language_file.cache_clear()
+    _language.cache_clear()
     setbase(VERSION_BASE)
     search_path = create_automatic_config_search_path(None, None, str(conf_dir()))
     if config_dir is not None:
@@ -97,10 +99,15 @@ def run_directory() -> Path:
     return Path(HydraConfig.get().runtime.output_dir)
 
 
+def _repository() -> Any:
+    """The files on the search path; the loader's own methods copy all of it before they look at one."""
+    return GlobalHydra.instance().config_loader().repository  # type: ignore[attr-defined]
+
+
 @cache
 def group_options(group: str) -> list[str]:
     """Names in a config group, from every folder on the search path."""
-    return sorted(GlobalHydra.instance().config_loader().get_group_options(group))
+    return sorted(_repository().get_group_options(group, ObjectType.CONFIG))
 
 
 def defaults_of(name: str) -> Callable[[str], Any]:
@@ -127,16 +134,16 @@ def language_settings(code: str) -> LanguageSettings:
     if code not in options:
         raise DeftxError(unknown("language", code, options))
     try:
-        return plain(OmegaConf.merge(OmegaConf.structured(LanguageSettings), _language_file(code)), LanguageSettings)
+        return deepcopy(_language(code))
     except (OmegaConfBaseException, YAMLError) as error:
         raise DeftxError(f"language/{code}.yaml: {' '.join(str(error).split())}") from error
 
 
 @cache
-def _language_file(code: str) -> Any:
+def _language(code: str) -> LanguageSettings:
     # Read alone: composing a whole configuration around it takes fifty times as long.
-    found = GlobalHydra.instance().config_loader().repository.load_config(f"language/{code}")  # type: ignore[attr-defined]
-    return found.config
+    found = _repository().load_config(f"language/{code}")
+    return plain(OmegaConf.merge(OmegaConf.structured(LanguageSettings), found.config), LanguageSettings)
 
 
 def plain(node: Any, kind: type[T]) -> T:

@@ -15,13 +15,14 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import safetensors.torch
 from safetensors import SafetensorError
-from torch import Tensor
 
 from deftx.errors import DeftxError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FORMAT_VERSION = 2
 READABLE_VERSIONS = (1, FORMAT_VERSION)
@@ -44,6 +45,8 @@ def write_folder(folder: Path, tensors: Mapping[str, Tensor], facts: Mapping[str
     Raises:
         DeftxError: something lies at ``folder``, it cannot be written, or the facts are not plain JSON.
     """
+    import safetensors.torch
+
     data = safetensors.torch.save(dict(tensors))
     try:
         # through text and back, so that what is hashed here is what a reader will hash
@@ -65,6 +68,21 @@ def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         DeftxError: a missing folder or file, a pickle, an unknown format version, or content that was
             truncated or edited after it was written.
     """
+    import safetensors.torch
+
+    facts = read_facts(folder)
+    try:
+        return safetensors.torch.load_file(folder / TENSORS), facts
+    except (SafetensorError, RuntimeError, OSError) as error:
+        raise DeftxError(f"{folder / TENSORS} is not a safetensors file ({error}): {_AGAIN}") from error
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """What ``sft.json`` says, once both files have the sha256 they were written with; needs no torch.
+
+    Raises:
+        DeftxError: as :func:`read_folder`, but for a tensor file that is whole and no safetensors file.
+    """
     try:
         _refuse_what_is_no_folder(folder)
         with (folder / TENSORS).open("rb") as file:
@@ -77,7 +95,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if _is_pickle(start):
         raise DeftxError(_pickle_message(folder / TENSORS))
     try:
-        facts = json.loads(text)
+        facts: dict[str, Any] = json.loads(text)
         version, digests = facts["format_version"], dict(facts.pop("sha256"))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DeftxError(f"{folder / FACTS} does not describe a sparse fine-tuning (edited?): {_AGAIN}") from error
@@ -87,10 +105,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     for name, found in ((TENSORS, digest), (FACTS, _digest(facts))):
         if digests.get(name) != found:
             raise DeftxError(f"{folder / name} was truncated or edited after it was written (sha256 differs): {_AGAIN}")
-    try:
-        return safetensors.torch.load_file(folder / TENSORS), facts
-    except (SafetensorError, RuntimeError, OSError) as error:
-        raise DeftxError(f"{folder / TENSORS} is not a safetensors file ({error}): {_AGAIN}") from error
+    return facts
 
 
 def model_card(

@@ -1,4 +1,8 @@
-"""Where an SFT's coordinates lie, what denoising kept, and how two SFTs of a composition meet, as one table."""
+"""Where an SFT's coordinates lie, what denoising kept, and how two SFTs of a composition meet, as one table.
+
+SFTs are read as numpy arrays: every run ends here, and one that found everything in the cache loads no torch for it.
+Overlaps are those of :func:`deftx.core.composition.compare`.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +12,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deftx.core.delta import SparseDelta, compare
+import numpy as np
+import numpy.typing as npt
+from safetensors import deserialize
+
+from deftx.core.folder import TENSORS, read_facts
 from deftx.stages.evaluate import SFT, Outcome
-from deftx.training.encoder import shapes_of
+from deftx.training.model_folder import shapes_of
 
 if TYPE_CHECKING:
     import pandas as pd
+
+Coordinates = dict[str, tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]]
 
 
 def diagnostics(sfts: Sequence[SFT], outcomes: Sequence[Outcome], base: Path) -> pd.DataFrame:
@@ -31,21 +41,21 @@ def diagnostics(sfts: Sequence[SFT], outcomes: Sequence[Outcome], base: Path) ->
     """
     import pandas as pd
 
-    loaded: dict[str, SparseDelta] = {}
+    loaded: dict[str, Coordinates] = {}
 
-    def delta(sft: SFT) -> SparseDelta:
+    def coordinates(sft: SFT) -> Coordinates:
         if sft.key not in loaded:
-            loaded[sft.key] = sft.load()
+            loaded[sft.key] = _coordinates(sft.folder)
         return loaded[sft.key]
 
     rows: list[dict[str, Any]] = []
     shapes = {role: shapes_of(base, kind=role) for role in {sft.role for sft in sfts}}
     for sft in dict.fromkeys(sfts):
         denoised = _denoising(sft)
-        item = delta(sft)
+        item = coordinates(sft)
         for name in sorted(shapes[sft.role]):
             size = math.prod(shapes[sft.role][name])
-            selected = int(item.indices[name].numel()) if name in item.indices else 0
+            selected = len(item[name][0]) if name in item else 0
             rows.append(
                 {
                     "what": "sft",
@@ -61,17 +71,14 @@ def diagnostics(sfts: Sequence[SFT], outcomes: Sequence[Outcome], base: Path) ->
     for task, language in sorted(pairs, key=lambda pair: (pair[0].name, pair[1].name if pair[1] else "")):
         if language is None:
             continue
-        report = compare(delta(task), delta(language))
-        for name, counts in report.parameters.items():
+        for name, counts in _overlaps(coordinates(task), coordinates(language)).items():
             rows.append(
                 {
                     "what": "pair",
                     "sft": task.name,
                     "other": language.name,
                     **_place(name),
-                    "overlap": counts.overlap,
-                    "jaccard": counts.jaccard,
-                    "sign_conflicts": counts.sign_conflicts,
+                    **counts,
                 }
             )
     columns = [
@@ -89,6 +96,53 @@ def diagnostics(sfts: Sequence[SFT], outcomes: Sequence[Outcome], base: Path) ->
     ]
     columns += ["singular_values", "overlap", "jaccard", "sign_conflicts"]
     return pd.DataFrame(rows, columns=columns)
+
+
+def _coordinates(folder: Path) -> Coordinates:
+    """Indices (int64, sorted) and values (float32) of an SFT by parameter, verified as :meth:`SFT.load` does."""
+    facts = read_facts(folder)
+    found = dict(deserialize((folder / TENSORS).read_bytes()))  # type: ignore[no-untyped-call]
+
+    def array(name: str) -> npt.NDArray[Any]:
+        kind, data = found[name]["dtype"], found[name]["data"]
+        if kind == "BF16":  # numpy has none: the upper half of a float32
+            return (np.frombuffer(data, dtype="<u2").astype("<u4") << 16).view("<f4")
+        return np.frombuffer(data, dtype=_NUMPY[kind])
+
+    def indices(name: str) -> npt.NDArray[np.int64]:
+        if f"{name}.gaps" in found:
+            return from_gaps(array(f"{name}.gaps"))
+        return array(f"{name}.indices").astype(np.int64)  # format version 1
+
+    return {name: (indices(name), array(f"{name}.values").astype(np.float32)) for name in sorted(facts["parameters"])}
+
+
+_NUMPY = {"U8": "u1", "I32": "<i4", "I64": "<i8", "F16": "<f2", "F32": "<f4"}
+
+
+def from_gaps(data: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
+    """Indices from their bytes as :func:`deftx.core.gaps.pack` wrote them; the file's sha256 has been checked."""
+    last = np.flatnonzero(data < 128)
+    first = np.concatenate([[0], last[:-1] + 1])
+    digit = np.arange(len(data)) - np.repeat(first, last - first + 1)
+    gaps = np.add.reduceat((data & 127).astype(np.int64) << 7 * digit, first)
+    return np.cumsum(gaps + 1) - 1
+
+
+def _overlaps(first: Coordinates, second: Coordinates) -> dict[str, dict[str, float]]:
+    """How two SFTs meet, by parameter: shared coordinates, their share of all, and those that move apart."""
+    none = (np.empty(0, np.int64), np.empty(0, np.float32))
+    found = {}
+    for name in sorted({*first, *second}):
+        (here, change), (there, other) = first.get(name, none), second.get(name, none)
+        shared, left, right = np.intersect1d(here, there, assume_unique=True, return_indices=True)
+        union = len(here) + len(there) - len(shared)
+        found[name] = {
+            "overlap": len(shared),
+            "jaccard": len(shared) / union if union else 0.0,
+            "sign_conflicts": int((np.sign(change[left]) * np.sign(other[right]) < 0).sum()),
+        }
+    return found
 
 
 def _denoising(sft: SFT) -> dict[str, dict[str, Any]]:

@@ -156,7 +156,7 @@ def base_model(study: StudySettings, data: DataSettings, cache: StageCache) -> B
     model = study.model
     if model.path is None and model.pretrain is not None:
         return _pretrained_here(study, data, cache)
-    from deftx.training.encoder import check_model_folder
+    from deftx.training.model_folder import check_model_folder
 
     folder = resolve_model(model)
     check_model_folder(folder)

@@ -1,11 +1,12 @@
 """What can be found wrong before any weight is loaded: model folder, mask sizes and ranks, data files, output folders.
 
-Shapes come from the model's configuration on the meta device. Everything wrong is reported, not the first thing.
+Shapes come from the model's configuration alone. Everything wrong is reported, not the first thing.
 """
 
 from __future__ import annotations
 
 import fnmatch
+import json
 import math
 import os
 import tempfile
@@ -22,7 +23,7 @@ from deftx.errors import DeftxError, collected
 from deftx.stages.inputs import resolve_model
 from deftx.stages.settings import SFTSettings, StudySettings
 from deftx.stages.sources import open_sft, open_task_sft
-from deftx.training.encoder import bert_config, check_model_folder, longest_input, shapes_of
+from deftx.training.model_folder import bert_facts, check_model_folder, longest_input, shapes_of
 
 
 @dataclass(frozen=True)
@@ -199,7 +200,8 @@ def _described(study: StudySettings) -> Iterator[Path]:
         if problems:
             raise DeftxError("\n".join(problems))
         with tempfile.TemporaryDirectory() as scratch:
-            bert_config(model.pretrain, model.pretrain.vocab_size).save_pretrained(scratch)
+            facts = bert_facts(model.pretrain, model.pretrain.vocab_size)
+            (Path(scratch) / "config.json").write_text(json.dumps(facts), encoding="utf-8")
             yield Path(scratch)
         return
     folder = resolve_model(model, weights=model.path is not None)

@@ -219,7 +219,7 @@ class Trainer:
 
     def plan(self, recipe: Recipe) -> Plan:
         """The stages of one SFT, their keys known before anything runs."""
-        from deftx.training.encoder import shapes_of
+        from deftx.training.model_folder import shapes_of
 
         sft = recipe.sft
         maskable = sum(math.prod(shape) for shape in shapes_of(self.base.folder, kind=recipe.kind).values())

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import logging
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -258,11 +260,20 @@ def _evaluate(bench: Bench, cells: Sequence[Cell], max_length: int) -> None:
 
 
 def _open_cache(study: StudySettings) -> StageCache:
+    return StageCache(study.cache_root, provenance=partial(_ready, study))
+
+
+def _ready(study: StudySettings) -> dict[str, Any]:
+    """Make torch ready for the first stage that computes, and say what it computes on."""
     import torch
 
-    used = study.trainer.accelerator != "cpu" and torch.cuda.is_available()
-    gpu = torch.cuda.get_device_name() if used else None
-    return StageCache(study.cache_root, provenance=tracking.provenance(gpu=gpu))
+    if study.trainer.threads is not None:
+        torch.set_num_threads(study.trainer.threads)
+    gpu = None
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()  # of this job, not of the sweep's earlier ones
+        gpu = torch.cuda.get_device_name() if study.trainer.accelerator != "cpu" else None
+    return tracking.provenance(gpu=gpu)
 
 
 def _copy(folder: Path, place: Path) -> None:
@@ -286,19 +297,12 @@ def _run(
     study: StudySettings, run_dir: Path, job: str, knobs: dict[str, Any], body: Callable[[Bench], None]
 ) -> tracking.RunRecord:
     """Run ``body`` around everything a run leaves behind, whether it succeeds or not."""
-    import torch
-
-    if study.trainer.threads is not None:
-        torch.set_num_threads(study.trainer.threads)
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()  # of this job, not of the sweep's earlier ones
     cache = _open_cache(study)
     record = tracking.RunRecord(
         study=study.name,
         job=f"{job}-{run_dir.name}",
         settings=knobs,
         seed=study.seed,
-        provenance=cache.provenance,
     )
     tracker = tracking.Tracker(
         study.logger,
@@ -327,6 +331,9 @@ def _run(
 def _fill(record: tracking.RunRecord, bench: Bench) -> None:
     """What a run has to say so far, also when it is about to fail."""
     study, products = bench.study, bench.products
+    loaded = "torch" in sys.modules  # else nothing was computed, and no device used
+    record.provenance = bench.cache.provenance if loaded else tracking.provenance(threads=study.trainer.threads)
+    record.peak_memory["gpu"] = _peak_gpu_memory() if loaded else None
     record.metrics = scores(products.outcomes, list(study.targets), study.task_spec.metric, study.split)
     record.stages = [event._asdict() for event in bench.cache.events]
     record.sfts = [
@@ -366,7 +373,6 @@ def _fill(record: tracking.RunRecord, bench: Bench) -> None:
         )
     for event in bench.cache.events:
         record.times[event.kind] = round(record.times.get(event.kind, 0.0) + event.seconds, 3)
-    record.peak_memory["gpu"] = _peak_gpu_memory()
 
 
 def _peak_gpu_memory() -> int | None:
@@ -421,6 +427,8 @@ def _show(study: StudySettings, record: tracking.RunRecord, run_dir: Path, cache
     files = {"result": tracking.RESULT, "predictions": tracking.PREDICTIONS, "diagnostics": tracking.DIAGNOSTICS}
     where = {what: _short(run_dir / name) for what, name in files.items()} | {"stage cache": _short(cache.root)}
     work = f"{cache.computed} stages computed, {cache.hits} from the cache, {record.seconds or 0:.0f} s"
+    if not cache.computed and "imports" in record.times:
+        work += f"; imports took {record.times['imports']:.0f} s"
     tracking.print_results(
         [item for item in record.metrics if item.metric == metric],
         title=f"{study.name}, {study.task} ({study.split}) from {'+'.join(study.sources)}",

@@ -10,6 +10,7 @@ are imported where they are used, so that importing this module is quick.
 """
 
 from deftx.tracking.environment import provenance
+from deftx.tracking.imports import clock_imports
 from deftx.tracking.results import (
     CONDITIONS,
     DIAGNOSTICS,
@@ -36,6 +37,7 @@ __all__ = [
     "Metric",
     "RunRecord",
     "Tracker",
+    "clock_imports",
     "mean_scores",
     "print_results",
     "print_sweep",

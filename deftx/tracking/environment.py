@@ -29,17 +29,18 @@ _PACKAGES = (
 )
 
 
-def provenance(folder: Path | None = None, *, gpu: str | None = None) -> dict[str, Any]:
+def provenance(folder: Path | None = None, *, gpu: str | None = None, threads: int | None = None) -> dict[str, Any]:
     """Say where numbers come from: code, versions and the kind of machine. No host or user names.
 
     Args:
         folder: the working directory whose git checkout is recorded; default: the current one.
         gpu: name of the device used, if any (this module does not ask torch).
+        threads: how many threads torch was told to use; None: torch's own number when it is loaded, else ``cpus``.
 
     Returns:
         Plain values: ``git`` (``deftx`` and ``working_directory``, each ``{commit, dirty}``, or None outside
         of a checkout), ``versions`` (installed packages), ``python``, ``platform``, ``machine``, ``cpu``,
-        ``cpus`` (usable ones), ``threads`` (torch's when it is loaded), ``gpu``.
+        ``cpus`` (usable ones), ``threads``, ``gpu``.
     """
     package = Path(__file__).parent.parent
     torch: Any = sys.modules.get("torch")
@@ -55,7 +56,7 @@ def provenance(folder: Path | None = None, *, gpu: str | None = None) -> dict[st
         "machine": platform.machine(),
         "cpu": _cpu_model(),
         "cpus": cpus,
-        "threads": torch.get_num_threads() if torch is not None else cpus,
+        "threads": threads or (torch.get_num_threads() if torch is not None else cpus),
         "gpu": gpu,
     }
 

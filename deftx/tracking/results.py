@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from deftx.errors import DeftxError
 from deftx.tracking.environment import peak_memory
+from deftx.tracking.imports import import_seconds
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -98,7 +99,9 @@ class RunRecord:
             and, under ``full``, of its full phase.
         data: name -> what was read, dropped (and why) and kept.
         stages: one mapping for each stage: ``kind``, ``label``, ``key``, ``outcome``, ``seconds``.
-        times: name -> seconds of parts of the run.
+        times: name -> seconds: of each kind of stage, and ``imports``, what loading Python modules took since the
+            command (in a sweep, its last job) began; part of it lies before ``started``, part of it in the stages
+            that first needed a module.
         peak_memory: bytes: ``cpu`` (this process), ``gpu`` (given by the caller).
         error: of a failed run: ``type``, ``message``, ``traceback``.
         notes: plain remarks a reader should see beside the numbers (an untrained head, dev in place of test).
@@ -130,6 +133,8 @@ class RunRecord:
         self.status = "done" if error is None else "failed"
         self.finished, self.seconds = _now(), round(time.perf_counter() - self._clock, 3)
         self.peak_memory["cpu"] = peak_memory()
+        if (loading := import_seconds()) is not None:
+            self.times["imports"] = round(loading, 3)
         if error is not None:
             # A user's mistake is told by its message; anything else needs its traceback.
             told = isinstance(error, DeftxError | KeyboardInterrupt)

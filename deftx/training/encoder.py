@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,17 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from deftx.core.delta import fingerprint
-from deftx.errors import DeftxError, did_you_mean
+from deftx.errors import DeftxError
+from deftx.training.model_folder import FAMILIES, bert_facts, check_model_folder
 from deftx.training.settings import PretrainSettings
 
 logger = logging.getLogger(__name__)
 _SAID: set[str] = set()
-
-# model type -> attribute of the masked language model that holds its head
-FAMILIES = {"bert": "cls", "roberta": "lm_head", "xlm-roberta": "lm_head", "camembert": "lm_head"}
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
-TOKENIZERS = ("tokenizer.json", "vocab.txt", "sentencepiece.bpe.model", "spiece.model", "vocab.json")
-PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".h5", ".msgpack")
 
 
 @dataclass
@@ -54,70 +48,6 @@ class LoadReport:
     pooler_in_head: bool = False
     parameters: int = 0
     warnings: list[str] = field(default_factory=list)
-
-
-def check_model_folder(folder: Path) -> dict[str, Any]:
-    """Return ``config.json`` of a model folder in the hub's shape, or say what is missing.
-
-    Args:
-        folder: holds ``config.json``, safetensors weights (one file or shards) and a tokenizer.
-
-    Raises:
-        DeftxError: a file is missing, only pickled weights are there, or the family is not supported.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise DeftxError(
-            f"model folder {folder} does not exist; give a folder with config.json, model.safetensors and a tokenizer"
-        )
-    found = sorted(entry.name for entry in folder.iterdir())
-    missing = []
-    if "config.json" not in found:
-        missing.append("config.json")
-    pickled = [name for name in found if name.endswith(PICKLES)]
-    if not any(name in found for name in WEIGHTS):
-        if pickled:
-            raise DeftxError(
-                f"{folder} has pickled weights only ({', '.join(pickled)}), which deftx never opens; convert them once "
-                "where you trust the file: AutoModelForMaskedLM.from_pretrained(FOLDER).save_pretrained(FOLDER) "
-                "writes model.safetensors"
-            )
-        missing.append("model.safetensors (or model.safetensors.index.json with its shards)")
-    elif WEIGHTS[0] not in found:
-        missing += _missing_shards(folder)
-    if not any(name in found for name in TOKENIZERS):
-        missing.append(f"a tokenizer ({', '.join(TOKENIZERS[:3])})")
-    if missing:
-        raise DeftxError(
-            f"model folder {folder} lacks {'; '.join(missing)}\nfound: {', '.join(found) or 'nothing'}\n"
-            "next: download the whole model (hf download MODEL --local-dir FOLDER) or write one with deftx pretrain"
-        )
-    return _read_config(folder)
-
-
-def _missing_shards(folder: Path) -> list[str]:
-    try:
-        shards = set(json.loads((folder / WEIGHTS[1]).read_text("utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, AttributeError) as error:
-        raise DeftxError(f"{folder / WEIGHTS[1]} is not an index of safetensors shards: {error!r}") from error
-    return sorted(shard for shard in shards if not (folder / shard).is_file())
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = Path(folder) / "config.json"
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError as error:
-        raise DeftxError(f"{path} does not exist; give a model folder in the hub's shape") from error
-    except ValueError as error:
-        raise DeftxError(f"{path} is not JSON: {error}") from error
-    model_type = config.get("model_type") if isinstance(config, dict) else None
-    if model_type not in FAMILIES:
-        raise DeftxError(
-            f"model type {model_type!r} in {path} is not supported{did_you_mean(str(model_type), FAMILIES)}; "
-            f"supported families: {', '.join(FAMILIES)}"
-        )
-    return dict(config)
 
 
 def load_masked_lm(folder: Path, *, seed: int) -> tuple[Any, LoadReport]:
@@ -308,77 +238,28 @@ def base_fingerprint_of(model: Any) -> str:
     return fingerprint({name: p.detach() for name, p in base_parameters(model).items()})
 
 
-def shapes_of(folder: Path, *, kind: str) -> dict[str, tuple[int, ...]]:
-    """Return M's names and shapes from ``config.json`` alone: the model is built on the meta device.
+def built_shapes(folder: Path, *, kind: str) -> dict[str, tuple[int, ...]]:
+    """Return names and shapes of M, LayerNorm left out, of the model transformers builds from ``config.json``.
 
-    Args:
-        folder: model folder; weights are not loaded (a BERT's file is asked whether it has a pooler).
-        kind: ``"language"`` (MaskedLM) or ``"task"`` (classifier; includes BERT's pooler).
-
-    Raises:
-        DeftxError: no readable ``config.json``, or an unsupported family.
+    The model is built on the meta device: no weights. A pooler is among them where the architecture has one. What
+    :func:`~deftx.training.model_folder.shapes_of` gives without transformers has to agree with it.
     """
     from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
-    if kind not in ("language", "task"):
-        raise ValueError(f"kind is {kind!r}; available: language, task")
-    _read_config(folder)
     auto: Any = AutoModelForMaskedLM if kind == "language" else AutoModelForSequenceClassification
     with quiet_transformers(), torch.device("meta"):
         model = auto.from_config(AutoConfig.from_pretrained(str(folder), local_files_only=True))
-    base = dict(model.base_model.named_parameters())
-    names = [name for name in base if "LayerNorm" not in name]
-    if any(name.startswith("pooler.") for name in names) and not _has_pooler(Path(folder)):
-        names = [name for name in names if not name.startswith("pooler.")]
-    return {name: tuple(base[name].shape) for name in names}
+    base = model.base_model.named_parameters()
+    return {name: tuple(parameter.shape) for name, parameter in base if "LayerNorm" not in name}
 
 
 def bert_config(settings: PretrainSettings, vocab_size: int, *, pad_token_id: int = 0) -> Any:
     """Return the ``BertConfig`` of an encoder that is pretrained here."""
     from transformers import BertConfig
 
-    return BertConfig(
-        vocab_size=vocab_size,
-        hidden_size=settings.hidden,
-        num_hidden_layers=settings.layers,
-        num_attention_heads=settings.heads,
-        intermediate_size=settings.intermediate,
-        max_position_embeddings=settings.positions,
-        hidden_dropout_prob=settings.dropout,
-        attention_probs_dropout_prob=settings.dropout,
-        pad_token_id=pad_token_id,
-    )
-
-
-def longest_input(folder: Path) -> int:
-    """Return how many tokens the model of a folder accepts at once, from ``config.json`` alone.
-
-    RoBERTa's kin number positions from behind the padding token's, so two of XLM-R's 514 are never used.
-
-    Raises:
-        DeftxError: no readable ``config.json``, or an unsupported family.
-    """
-    config = _read_config(folder)
-    positions = int(config.get("max_position_embeddings", 512))
-    return positions if config["model_type"] == "bert" else positions - int(config.get("pad_token_id", 1)) - 1
-
-
-def _has_pooler(folder: Path) -> bool:
-    """Whether the checkpoint holds a pooler; yes where there are no weights to ask."""
-    from safetensors import safe_open
-
-    index = folder / WEIGHTS[1]
-    if (folder / WEIGHTS[0]).is_file():
-        try:
-            with safe_open(folder / WEIGHTS[0], "pt") as file:
-                names = list(file.keys())
-        except Exception as error:
-            raise DeftxError(f"the weights in {folder} cannot be read ({type(error).__name__}: {error})") from error
-    elif index.is_file():
-        names = list(json.loads(index.read_text("utf-8"))["weight_map"])
-    else:
-        return True
-    return any("pooler." in name for name in names)
+    facts = bert_facts(settings, vocab_size, pad_token_id=pad_token_id)
+    del facts["model_type"]
+    return BertConfig(**facts)
 
 
 def load_tokenizer(folder: Path) -> Any:

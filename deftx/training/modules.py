@@ -26,7 +26,8 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from deftx.core.delta import SparseDelta
 from deftx.core.optim import SelectedGradients, SparseAdamW, clip_trained
 from deftx.errors import DeftxError, did_you_mean
-from deftx.training.encoder import FAMILIES, base_parameters, head_parameters, maskable_parameters, model_inputs
+from deftx.training.encoder import base_parameters, head_parameters, maskable_parameters, model_inputs
+from deftx.training.model_folder import FAMILIES
 from deftx.training.settings import TrainerSettings, TrainingSettings
 
 TASK_METRICS = ("macro_f1", "accuracy")

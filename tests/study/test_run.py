@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -57,6 +58,32 @@ def test_a_run_evaluates_every_target_under_every_condition(deftx: Command) -> N
     assert set(diagnostics["what"]) == {"sft", "pair"}
     counts = diagnostics[diagnostics["what"] == "sft"].groupby("sft")["selected"].sum()
     assert (counts > 0).all()
+
+
+def test_a_run_that_finds_everything_in_the_cache_loads_no_heavy_library(
+    deftx: Command, shared_cache: Path, tmp_path: Path
+) -> None:
+    first = deftx("run")
+    assert first.status == 0, first.err
+    arguments = ["run", *SMALL, f"paths.cache={shared_cache}", f"paths.output={tmp_path / 'again'}"]
+    heavy = {"torch", "transformers", "tokenizers", "pytorch_lightning", "torchmetrics", "datasets", "scipy", "wandb"}
+    code = (
+        "import sys\nfrom deftx.cli import main\n"
+        f"try: main({arguments!r})\n"
+        f"except SystemExit as stop: print(stop.code, sorted({heavy!r} & set(sys.modules)))"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
+    )
+    assert ended.stdout.splitlines()[-1] == "0 []", ended.stderr
+    assert re.search(r"note: 0 stages computed, \d+ from the cache, \d+ s; imports took \d+ s", ended.stdout)
+    (place,) = (tmp_path / "again").rglob("result.json")
+    again = json.loads(place.read_text())
+    assert again["provenance"]["threads"] == 1
+    assert again["times"]["imports"] > 0
+    assert scores(again) == scores(first.result())
+    before = next(first.folder.rglob("diagnostics.parquet"))
+    pd.testing.assert_frame_equal(pd.read_parquet(before), pd.read_parquet(place.with_name(before.name)))
 
 
 @pytest.mark.parametrize(

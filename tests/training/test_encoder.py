@@ -17,15 +17,15 @@ from deftx.errors import DeftxError
 from deftx.training.encoder import (
     base_fingerprint_of,
     base_parameters,
-    check_model_folder,
+    built_shapes,
     head_parameters,
     load_classifier,
     load_masked_lm,
     load_tokenizer,
     maskable_parameters,
     model_inputs,
-    shapes_of,
 )
+from deftx.training.model_folder import check_model_folder, shapes_of
 from deftx.training.modules import MaskedLM
 from deftx.training.settings import TrainingSettings
 
@@ -205,6 +205,31 @@ def test_shapes_need_no_weights(folder, kind):
     found = shapes_of(folder, kind=kind)
     assert found == expected
     assert list(found) == list(expected)
+
+
+@pytest.mark.parametrize("kind", ["language", "task"])
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "xlm-roberta", "camembert"])
+@pytest.mark.parametrize(
+    ("change", "light"),
+    [
+        ({}, True),
+        ({"num_hidden_layers": 3, "intermediate_size": 40, "type_vocab_size": 1}, True),
+        ({"type_vocab_size": None}, False),  # left out: transformers knows its default
+        ({"is_decoder": True, "add_cross_attention": True}, False),
+    ],
+)
+def test_shapes_are_those_of_the_model_transformers_builds(
+    folders, tmp_path, monkeypatch, model_type, kind, change, light
+):
+    config = json.loads((folders["bert"] / "config.json").read_text("utf-8")) | {"model_type": model_type} | change
+    config = {name: value for name, value in config.items() if value is not None and name != "architectures"}
+    (tmp_path / "config.json").write_text(json.dumps(config), "utf-8")
+    expected = built_shapes(tmp_path, kind=kind)
+    asked = []
+    monkeypatch.setattr("deftx.training.encoder.built_shapes", lambda *_, **__: asked.append(1) or expected)
+    assert list(shapes_of(tmp_path, kind=kind).items()) == list(expected.items())
+    assert bool(asked) != light
+    assert any("crossattention" in name for name in expected) == ("add_cross_attention" in change)
 
 
 def test_checkpoints_in_shards_and_in_half_precision_load_as_float32(folder, tmp_path):

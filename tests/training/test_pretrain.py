@@ -12,12 +12,12 @@ from deftx.data.module import TextDataModule
 from deftx.errors import DeftxError
 from deftx.training.encoder import (
     base_fingerprint_of,
-    check_model_folder,
     head_parameters,
     load_classifier,
     load_masked_lm,
     load_tokenizer,
 )
+from deftx.training.model_folder import check_model_folder
 from deftx.training.pretrain import build_encoder, pretrain, train_tokenizer
 from deftx.training.settings import PretrainSettings
 
