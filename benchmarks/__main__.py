@@ -47,6 +47,8 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     console, errors = Console(), Console(stderr=True)
+    if not console.is_terminal:
+        console.width = 160
     run = Run(SHAPES[arguments.shape], arguments.repeats, torch.get_num_threads(), arguments.check)
     started = time.perf_counter()
     rows: list[Row] = []
