@@ -1,8 +1,8 @@
 """``python -m benchmarks``: every step of the pipeline beside a plain implementation, as a table of ratios.
 
 One module a row (``--list``), each with the plain side written out in it: same threads, dtype and attention, so that
-what differs is the algorithm. Sides run in turn in this process, medians after a warm-up; peak memory comes from a fresh
-process for each side. ``growth`` is not part of the whole and is asked for by name.
+what differs is the algorithm. Sides run in turn in this process, medians after a warm-up; peak memory comes from a
+fresh process for each side. ``growth`` is not part of the whole and is asked for by name.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks import shapes
 from benchmarks.harness import Goal, Row, Run, timed_row
 from benchmarks.shapes import Shape
-from deftx.core.delta import Composition, SparseDelta
+from deftx.core.delta import Composition
 
 
 class Models:
@@ -75,15 +75,6 @@ def _reload(model: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, tensor in base.items():
             model[name].copy_(tensor)
-
-
-def check(delta: SparseDelta, loaded: SparseDelta) -> bool:
-    """Whether two SFTs hold the same bits."""
-    same = delta.indices.keys() == loaded.indices.keys()
-    return same and all(
-        torch.equal(delta.indices[name], loaded.indices[name]) and torch.equal(delta.values[name], loaded.values[name])
-        for name in delta.indices
-    )
 
 
 def measure(run: Run) -> list[Row]:

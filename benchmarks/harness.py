@@ -14,6 +14,7 @@ import ctypes
 import gc
 import json
 import math
+import os
 import platform
 import resource
 import statistics
@@ -191,7 +192,11 @@ def peak_memory(
     command += ["--threads", str(threads), "--repeats", str(repeats), *(["--option", option] if option else [])]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
-        why = "it was killed, probably for its memory" if done.returncode < 0 else "\n".join(done.stderr.splitlines()[-5:])
+        why = (
+            "it was killed, probably for its memory"
+            if done.returncode < 0
+            else "\n".join(done.stderr.splitlines()[-5:])
+        )
         raise RuntimeError(f"{side} of {module} {option} at shape {shape.name} failed ({done.returncode}): {why}")
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
@@ -269,8 +274,6 @@ def machine(threads: int) -> dict[str, Any]:
     if info.is_file():
         lines = info.read_text(encoding="utf-8", errors="replace").splitlines()
         model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
-    import os
-
     return {
         "cpu": model or platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
@@ -287,7 +290,8 @@ def amount(value: float, unit: str) -> str:
     """A number with its unit: ``0.0123 s``, ``1.5 GiB``, ``21 phases``."""
     if unit == "bytes":
         power = min(len(UNITS) - 1, int(math.log(abs(value), 1024))) if abs(value) >= 1 else 0
-        return f"{value / 1024**power:.3g} {UNITS[power]}" if power else f"{value:.3g} B"
+        number = value / 1024**power
+        return f"{number:.3g} {UNITS[power]}" if number < 999.5 else f"{number:.0f} {UNITS[power]}"
     if unit == "s":
         return f"{value:.3g} s" if value >= 0.001 else f"{value * 1e3:.2g} ms"
     return f"{value:.4g} {unit}"
@@ -336,6 +340,8 @@ def markdown(run: Run, rows: Sequence[Row]) -> str:
         "| " + " | ".join(COLUMNS) + " |",
         "|---|---:|---:|---:|---|---|---|",
     ]
-    lines += ["| " + " | ".join(text.replace("|", "\\|") for text in cells(row, run.shape.judged)) + " |" for row in rows]
+    lines += [
+        "| " + " | ".join(text.replace("|", "\\|") for text in cells(row, run.shape.judged)) + " |" for row in rows
+    ]
     lines += ["", *(f"- {row.name}: {row.note}" for row in rows if row.note)]
     return "\n".join(lines) + "\n"

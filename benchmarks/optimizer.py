@@ -1,4 +1,4 @@
-"""The optimizer step of the sparse phase, clipping included: SparseAdamW beside AdamW over everything with a dense mask.
+"""The optimizer step of the sparse phase, clipping included: SparseAdamW beside dense AdamW with a mask.
 
 Plain multiplies the gradients with the mask, clips with ``clip_grad_norm_`` and steps ``torch.optim.AdamW``, once as it
 comes (a loop on the CPU) and once with ``fused=True``. All sides update the same parameters from the same gradients.

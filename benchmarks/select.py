@@ -32,7 +32,7 @@ def sums(delta: Mapping[str, Tensor], k: int) -> dict[str, tuple[int, float]]:
     chosen = ours(delta, k)
     mine = sum(float(delta[name].flatten()[index].abs().sum(dtype=torch.float64)) for name, index in chosen.items())
     flat = torch.cat([tensor.flatten() for tensor in delta.values()])
-    index = plain(delta, k).unique()
+    index = torch.unique(plain(delta, k))
     theirs = float(flat[index].abs().sum(dtype=torch.float64))
     return {"ours": (shapes.entries(chosen), mine), "plain": (index.numel(), theirs)}
 
@@ -46,12 +46,12 @@ def prepare(shape: Shape, side: str, option: str) -> Callable[[], object]:
 def measure(run: Run) -> list[Row]:
     """Seconds, and extra memory of a fresh process."""
     run.say("making a change")
-    delta, k = shapes.change(run.shape), run.shape.k
+    k = run.shape.k
+    delta = shapes.change(run.shape)
     times = run.alternate("selection", {"ours": lambda: ours(delta, k), "plain": lambda: plain(delta, k)})
     found = sums(delta, k)
     equal = math.isclose(found["ours"][1], found["plain"][1], rel_tol=1e-9)
     total = shapes.entries(delta)
-    del delta
     peaks = {side: run.peak_memory("select", side) for side in ("ours", "plain")}
     return [
         timed_row(

@@ -1,11 +1,12 @@
 """An SFT on disk: ``SparseDelta.save`` and ``load`` beside ``torch.save`` and ``torch.load`` of COO tensors.
 
-Plain keeps what ``(tuned - base).to_sparse()`` gives, matrices with two indices an entry. Each save goes into a folder of
-its own; what is read has just been written, so that neither side waits for a disk. Ours also verifies what it reads.
+Plain keeps what ``(tuned - base).to_sparse()`` gives, matrices with two indices an entry. Each save goes into a
+folder of its own; what is read has just been written, so that neither side waits for a disk. Ours also verifies what it reads.
 """
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -22,7 +23,9 @@ def coo(delta: SparseDelta) -> dict[str, Tensor]:
     found = {}
     for name, size in delta.shapes.items():
         places = torch.stack(torch.unravel_index(delta.indices[name], size))
-        found[name] = torch.sparse_coo_tensor(places, delta.values[name], size, is_coalesced=True, check_invariants=False)
+        found[name] = torch.sparse_coo_tensor(
+            places, delta.values[name], size, is_coalesced=True, check_invariants=False
+        )
     return found
 
 
@@ -60,8 +63,6 @@ class Disk:
 
     def forget(self) -> None:
         """Remove all folders but the last of each side."""
-        import shutil
-
         kept = {self.saved["plain"], self.saved["ours"].parent}
         for folder in self.root.iterdir():
             if folder not in kept:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ class Shape:
 
 SHAPES = {
     "tiny": Shape("tiny", "bert", 150, 2, 16, 32, 2, 4, 16, 10, 300, 500, dropout=0.0),
-    "mini": Shape("mini", "bert", 16000, 4, 256, 1024, 4, 8, 128, 64, 203_000, 375_000),
+    "mini": Shape("mini", "bert", 16000, 4, 256, 1024, 4, 8, 128, 32, 204_067, 376_756),
     "base": Shape("base", "xlm-roberta", 250002, 12, 768, 3072, 12, 8, 256, 64, 7_667_712, 14_155_776, judged=True),
     "large": Shape("large", "xlm-roberta", 250002, 24, 1024, 4096, 16, 8, 256, 64, 15_472_000, 28_560_000),
 }
@@ -87,8 +88,6 @@ def config_of(shape: Shape) -> Any:
 
 def parameter_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
     """Names and shapes of M, what a language SFT may change."""
-    from pathlib import Path
-
     with tempfile.TemporaryDirectory() as folder:
         config_of(shape).save_pretrained(folder)
         return shapes_of(Path(folder), kind="language")
