@@ -1,9 +1,9 @@
 """Zero-shot evaluation of twelve target languages with one task SFT.
 
 Ours loads the model once, composes it with φ_T, and for each language adds φ_L, tokenises once, predicts batches of
-rows of like length padded to their longest, and removes φ_L. Plain loads the model afresh for each language, adds both SFTs
-with ``index_add_``, and predicts the rows in their order, padded to the longest input the model was trained with. Both
-read the same folder, the SFTs come from memory, batches hold as many rows, logits are compared.
+rows of like length padded to their longest, and removes φ_L. Plain loads the model afresh for each language, adds both
+SFTs with ``index_add_``, and predicts the rows in their order, padded to the longest input the model was trained with.
+Both read the same folder, the SFTs come from memory, batches hold as many rows, logits are compared.
 """
 
 from __future__ import annotations

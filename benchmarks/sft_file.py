@@ -1,7 +1,8 @@
 """An SFT on disk: ``SparseDelta.save`` and ``load`` beside ``torch.save`` and ``torch.load`` of COO tensors.
 
 Plain keeps what ``(tuned - base).to_sparse()`` gives, matrices with two indices an entry. Each save goes into a
-folder of its own; what is read has just been written, so that neither side waits for a disk. Ours also verifies what it reads.
+folder of its own; what is read has just been written, so that neither side waits for a disk. Ours also verifies
+what it reads.
 """
 
 from __future__ import annotations
