@@ -67,7 +67,8 @@ class Curve:
 
     def show(self, console: Console) -> None:
         """Print one line of sizes and one of what was measured."""
-        table = Table(title=f"{self.name}: {self.law()}", title_justify="left")
+        console.print(f"[bold]{self.name}[/bold]: {self.law()}", highlight=False)
+        table = Table()
         for size in self.sizes:
             table.add_column(size, justify="right")
         table.add_row(*(amount(value, self.unit) for value in self.y))
@@ -84,19 +85,21 @@ def _timed(function: Callable[[], object], repeats: int) -> float:
     return statistics.median(alternate({"ours": function}, repeats)["ours"])
 
 
-def _steps(run: Run, name: str, formula: str, points: Sequence[tuple[str, float, dict[str, Any]]]) -> list[Curve]:
-    """Time and peak memory of the full phase's step, a fresh process a point."""
+def _steps(
+    run: Run, name: str, formula: str, points: Sequence[tuple[str, float, dict[str, Any]]], phase: str = "full"
+) -> list[Curve]:
+    """Time and peak memory of a phase's step, a fresh process a point."""
     times, peaks = [], []
     for size, _, sizes in points:
         run.say(f"{name}: {size}")
         small = replace(run, shape=replace(SMALL, **sizes), say=lambda _: None)
-        found = small.peak_memory("mlm_step", "ours", "full", repeats=run.repeats)
+        found = small.peak_memory("mlm_step", "ours", phase, repeats=run.repeats)
         times.append(found["seconds"])
         peaks.append(float(found["peak"]))
     labels, x = [size for size, _, _ in points], [value for _, value, _ in points]
     return [
-        Curve(f"step over {name}", formula, labels, x, times),
-        Curve(f"peak memory over {name}", formula, labels, x, peaks, "bytes"),
+        Curve(f"{phase} phase's step over {name}", formula, labels, x, times),
+        Curve(f"{phase} phase's peak memory over {name}", formula, labels, x, peaks, "bytes"),
     ]
 
 
@@ -116,6 +119,7 @@ def measure(run: Run) -> list[Curve]:
         times.append(_timed(step, run.repeats))
         states.append(float(optimizer.state_bytes(used, selection)))
     labels = [f"K = {k:,}" for k in counts]
+    curves += _steps(run, "K", "K", [(f"K = {k:,}", k, {"k": k}) for k in counts], "sparse")
     curves.append(Curve("sparse optimizer step over K", "K", labels, list(counts), times))
     curves.append(Curve("sparse optimizer state over K", "K", labels, list(counts), states, "bytes"))
 
@@ -132,7 +136,7 @@ def measure(run: Run) -> list[Curve]:
         labels = [f"{m} × {n}" for m, n in sizes]
         curves.append(Curve(name, formula, labels, [float(m * n * n) for m, n in sizes], times))
 
-    times, numbers = [], [1 << power for power in (20, 21, 22, 23, 24)]
+    times, numbers = [], [1 << power for power in (22, 23, 24, 25, 26)]
     for n in numbers:
         run.say(f"selection: N = {n:,}")
         delta = {"all": torch.randn(n, generator=generator)}
