@@ -6,10 +6,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint type bench clean
+.PHONY: help setup demo test lint type bench bench-base clean
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 
 setup: $(STAMP)  ## create .venv with deftx, its tested pins and the development tools
 
@@ -32,8 +32,11 @@ lint: setup  ## ruff: style and format
 type: setup  ## mypy: strict on deftx.core
 	$(BIN)/mypy
 
-bench: setup  ## side-by-side measurements against plain implementations
+bench: setup  ## each step beside a plain implementation, on a small model (under five minutes)
 	$(BIN)/python -m benchmarks
+
+bench-base: setup  ## the same at the size of XLM-R base (hours on two cores, 24 GB)
+	$(BIN)/python -m benchmarks --shape base
 
 clean:  ## remove .venv and tool caches; runs and the stage cache are kept
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info

@@ -1,1 +1,1 @@
-"""Side-by-side measurements: ours and a plain implementation on the same inputs, alternately, in one process."""
+"""deftx beside plain implementations, measured side by side; see ``python -m benchmarks --list``."""

@@ -1,127 +1,87 @@
-"""``python -m benchmarks [--shape mini|base]``: core operations against plain torch, medians of several, as ratios.
+"""``python -m benchmarks``: every step of the pipeline beside a plain implementation, as a table of ratios.
 
-Each pair runs alternately in one process on the same tensors with the same threads; the plain side is what one would
-write first with torch: ``torch.linalg.svd`` in float32, ``torch.topk`` on the concatenation, AdamW with a dense mask.
+One module a row (``--list``), each with the plain side written out in it: same threads, dtype and attention, so that
+what differs is the algorithm. Sides run in turn in this process, medians after a warm-up; peak memory comes from a
+fresh process for each side. ``growth`` is not part of the whole and is asked for by name.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
-import statistics
 import time
-from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
-from torch import Tensor
 
-from deftx.core.denoise import denoise
-from deftx.core.optim import SparseAdamW
-from deftx.core.selection import select_topk
-from deftx.core.settings import RankPolicy, ResidualPolicy
+from benchmarks.harness import Row, Run, machine, markdown, show
+from benchmarks.shapes import SHAPES
 
-SHAPES = {
-    "mini": {"embedding": (8000, 128), "matrices": [(128, 128)] * 8 + [(512, 128)] * 4},
-    "base": {"embedding": (250002, 768), "matrices": [(768, 768)] * 48 + [(3072, 768)] * 24},
-}
-DENSITY = 0.0276
-RANK = 100
+ROWS = ("mlm_step", "optimizer", "select", "denoise", "sft_file", "compose", "sweep", "evaluate")
+MODULES = (*ROWS, "growth")
 
 
-def change(shape: str) -> dict[str, Tensor]:
-    """A weight change with a decaying spectrum plus noise, float32, by name."""
-    generator = torch.Generator().manual_seed(0)
-    sizes = {"embedding": SHAPES[shape]["embedding"]}
-    sizes |= {f"matrix.{index}": size for index, size in enumerate(SHAPES[shape]["matrices"])}
-    result = {}
-    for name, (rows, columns) in sizes.items():
-        signal = torch.randn(rows, 16, generator=generator) @ torch.randn(16, columns, generator=generator)
-        result[name] = 1e-4 * signal + 1e-4 * torch.randn(rows, columns, generator=generator)
-    return result
-
-
-def plain_denoise(delta: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
-    """Truncation by ``torch.linalg.svd`` in float32."""
-    result = {}
-    for name, matrix in delta.items():
-        u, s, v = torch.linalg.svd(matrix, full_matrices=False)
-        result[name] = (u[:, :rank] * s[:rank]) @ v[:rank]
-    return result
-
-
-def plain_topk(delta: dict[str, Tensor], k: int) -> Tensor:
-    """``torch.topk`` over the concatenation."""
-    return torch.topk(torch.cat([tensor.abs().flatten() for tensor in delta.values()]), k).indices
-
-
-def optimizers(delta: dict[str, Tensor], k: int) -> tuple[Callable[[], None], Callable[[], None]]:
-    """One step of SparseAdamW, and one of AdamW with a dense mask, on parameters of the same shapes."""
-    selection = select_topk(delta, k)
-    ours = {name: torch.nn.Parameter(tensor.clone()) for name, tensor in delta.items()}
-    dense = {name: torch.nn.Parameter(tensor.clone()) for name, tensor in delta.items()}
-    masks = {name: torch.zeros_like(tensor) for name, tensor in delta.items()}
-    for name, index in selection.items():
-        masks[name].view(-1)[index] = 1.0
-    for name in delta:
-        ours[name].grad = delta[name].clone()
-        dense[name].grad = delta[name].clone()
-    sparse = SparseAdamW(list(ours.values()), selections={ours[name]: selection[name] for name in ours}, lr=1e-4)
-    adamw = torch.optim.AdamW(list(dense.values()), lr=1e-4, weight_decay=0.0)
-
-    def masked_step() -> None:
-        for name, parameter in dense.items():
-            if parameter.grad is not None:
-                parameter.grad.mul_(masks[name])
-        adamw.step()
-
-    return lambda: sparse.step(), masked_step
-
-
-def alternate(ours: Callable[[], object], plain: Callable[[], object], repeats: int) -> tuple[float, float]:
-    """Median seconds of both sides, run in turn after one warm-up each."""
-    times: tuple[list[float], list[float]] = ([], [])
-    for turn in range(repeats + 1):
-        for side, function in enumerate((ours, plain)):
-            started = time.perf_counter()
-            function()
-            if turn:
-                times[side].append(time.perf_counter() - started)
-    return statistics.median(times[0]), statistics.median(times[1])
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=str(__doc__).split("\n")[0])
+    parser.add_argument("--shape", choices=SHAPES, default="mini")
+    parser.add_argument("--only", nargs="+", choices=MODULES, metavar="NAME", help="these alone; see --list")
+    parser.add_argument("--repeats", type=int, default=5, help="timed calls of each side, after one warm-up")
+    parser.add_argument("--threads", type=int, help="CPU threads of torch, for both sides")
+    parser.add_argument("--check", type=int, default=4, help="matrices compared with float64 SVD (0: all; mini: all)")
+    parser.add_argument("--json", type=Path, help="write everything measured")
+    parser.add_argument("--markdown", type=Path, help="write the table for a document")
+    parser.add_argument("--list", action="store_true", help="name the modules and stop")
+    return parser.parse_args()
 
 
 def main() -> None:
-    """Measure, print a table, and write JSON where asked."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", choices=SHAPES, default="mini")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    delta = change(arguments.shape)
-    k = round(DENSITY * sum(tensor.numel() for tensor in delta.values()))
-    sparse_step, masked_step = optimizers(delta, k)
-    pairs: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
-        f"denoise, rank {RANK}": (
-            lambda: denoise(delta, RankPolicy.parse(RANK), ResidualPolicy.parse("drop")),
-            lambda: plain_denoise(delta, RANK),
-        ),
-        f"select K = {k}": (lambda: select_topk(delta, k), lambda: plain_topk(delta, k)),
-        "optimizer step": (sparse_step, masked_step),
-    }
-    rows = {name: alternate(ours, plain, arguments.repeats) for name, (ours, plain) in pairs.items()}
-    table = Table(title=f"shape {arguments.shape}, {torch.get_num_threads()} threads, medians of {arguments.repeats}")
-    for column in ("operation", "deftx, s", "plain torch, s", "ratio"):
-        table.add_column(column, justify="left" if column == "operation" else "right")
-    for name, (ours_seconds, plain_seconds) in rows.items():
-        table.add_row(name, f"{ours_seconds:.4f}", f"{plain_seconds:.4f}", f"{plain_seconds / ours_seconds:.1f}")
-    Console().print(table)
+    """Measure, print tables, and write JSON and Markdown where asked."""
+    arguments = _arguments()
+    if arguments.list:
+        for name in MODULES:
+            print(f"{name:10s} {str(import_module(f'benchmarks.{name}').__doc__).splitlines()[0]}")
+        return
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    console, errors = Console(), Console(stderr=True)
+    if not console.is_terminal:
+        console.width = 160
+    run = Run(SHAPES[arguments.shape], arguments.repeats, torch.get_num_threads(), arguments.check)
+    started = time.perf_counter()
+    rows: list[Row] = []
+    curves: list[Any] = []
+    seconds: dict[str, float] = {}
+    with errors.status("") as status:
+        for name in arguments.only or ROWS:
+            run.say = lambda text, name=name: status.update(f"[bold]{name}[/bold] {text}")  # type: ignore[misc]
+            run.say("")
+            since = time.perf_counter()
+            found = import_module(f"benchmarks.{name}").measure(run)
+            seconds[name] = time.perf_counter() - since
+            (curves if name == "growth" else rows).extend(found)
+            errors.print(f"{name}: {seconds[name]:.0f} s", highlight=False)
+    if rows:
+        show(run, rows, console)
+    for curve in curves:
+        curve.show(console)
+    console.print(f"{time.perf_counter() - started:.0f} s in all", highlight=False)
     if arguments.json:
-        machine = {"machine": platform.machine(), "torch": torch.__version__, "threads": torch.get_num_threads()}
-        content = {"shape": arguments.shape, "facts": machine, "seconds": rows}
+        content = {
+            "shape": arguments.shape,
+            "repeats": run.repeats,
+            "machine": machine(run.threads),
+            "rows": [row.to_dict() for row in rows],
+            "curves": [curve.to_dict() for curve in curves],
+            "seconds": seconds,
+        }
         arguments.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    if arguments.markdown:
+        text = markdown(run, rows) if rows else ""
+        text += "".join(f"\n{curve.markdown()}" for curve in curves)
+        arguments.markdown.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
