@@ -71,7 +71,7 @@ def phases(root: Path, *, ranks: tuple[int, ...] = RANKS, densities: tuple[float
     trainer = Trainer(study, Base("tiny", folder, "generated"), cache, lambda _: [])
     for rank in ranks:
         for density in densities:
-            sft = SFTSettings(str(rank), "prune:0.05", None, density, (), SHORT)
+            sft = SFTSettings(str(rank), "prune:0.05", None, density, (), "float32", SHORT)
             trainer.language_sft(LanguageSettings(code="qaa", name="generated"), corpus, sft)
     return Counter(entry.kind for entry in cache.entries())
 

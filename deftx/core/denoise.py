@@ -23,7 +23,7 @@ from deftx.core.selection import select_topk
 from deftx.core.settings import RankPolicy, ResidualPolicy
 from deftx.errors import DeftxError
 
-_BLOCK = 1 << 22  # entries converted to float64 at a time
+_BLOCK = 1 << 19  # entries converted to float64 at a time
 _BLOCK_CUDA = 1 << 27
 
 Side = Literal["rows", "columns"]

@@ -189,7 +189,7 @@ class SelectedGradients:
         self._selections = {parameter: index for parameter, index in selections.items() if index.numel()}
         self._rows: dict[Tensor, Tensor] = {}
         self._hooks = [
-            parameter.register_post_accumulate_grad_hook(self._gather)  # type: ignore[no-untyped-call]
+            parameter.register_post_accumulate_grad_hook(self.gather)  # type: ignore[no-untyped-call]
             for parameter in self._selections
         ]
 
@@ -200,11 +200,11 @@ class SelectedGradients:
         self.values.clear()
 
     @torch.no_grad()
-    def _gather(self, parameter: Tensor) -> None:
-        gradient = parameter.grad
-        if gradient is None:
+    def gather(self, parameter: Tensor) -> None:
+        """Add the selected entries of a parameter's ``.grad`` to ``values``, and free it; what backward's hook does."""
+        gradient, index = parameter.grad, self._selections.get(parameter)
+        if gradient is None or index is None:
             return
-        index = self._selections[parameter]
         if index.device != gradient.device:
             index = self._selections[parameter] = index.to(gradient.device)
         if gradient.is_sparse:
