@@ -54,8 +54,8 @@ def test_both_optimizers_take_the_same_steps(fused: bool) -> None:
     sides = []
     for make in (optimizer.ours, lambda p, s, limits: optimizer.plain(p, s, limits, fused=fused)):
         parameters = optimizer.parameters_of({name: tensor.clone() for name, tensor in start.items()})
-        step, used = make(parameters, selection, iter([1.0, 1e-2, 1e9]))
-        for _ in range(3):
+        step, used = make(parameters, selection, iter([1e9, 1e-2]))  # plain clips the shared gradients in place
+        for _ in range(2):
             step()
         sides.append((parameters, optimizer.state_bytes(used, selection)))
     for name in start:
