@@ -174,8 +174,8 @@ class SelectedGradients:
 
     The dense gradient is freed at once (``.grad`` stays None), so that of all partly trained parameters together K
     numbers are held, and clipping, L1 and the step read and write those alone. The gradient of an embedding made with
-    ``sparse=True`` is taken as it is: rows that did not occur cost nothing. Several backward passes add up, as in
-    ``.grad``. Not for distributed training, which reduces the dense gradients.
+    ``sparse=True`` is taken as it is: rows that did not occur cost nothing, and the bits are the dense gradient's.
+    Several backward passes add up, as in ``.grad``. Not for distributed training, which reduces the dense gradients.
 
     Args:
         selections: as for :class:`SparseAdamW`; empty ones are left out.
@@ -208,7 +208,7 @@ class SelectedGradients:
         if index.device != gradient.device:
             index = self._selections[parameter] = index.to(gradient.device)
         if gradient.is_sparse:
-            found = self._from_rows(parameter, gradient.coalesce(), index)
+            found = self._from_rows(parameter, gradient, index)
         else:
             pieces = list(_gathered(gradient, index))
             found = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
@@ -223,7 +223,9 @@ class SelectedGradients:
         if starts is None:
             bounds = torch.arange(parameter.shape[0] + 1, device=index.device) * width
             starts = self._rows[parameter] = torch.searchsorted(index, bounds)
-        rows, values = gradient.indices()[0], gradient.values()
+        # Occurrences are added up in order, as in a dense gradient: the same bits, which coalesce() would not give.
+        rows, where = torch.unique(gradient._indices()[0], return_inverse=True)
+        values = gradient._values().new_zeros(rows.numel(), width).index_add_(0, where, gradient._values())
         counts = starts[rows + 1] - starts[rows]
         total = int(counts.sum())
         # place of every selected entry of the rows that occurred: each row's run, one after the other

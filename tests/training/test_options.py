@@ -26,11 +26,13 @@ def test_recomputed_activations_change_no_bit(folder, settings, trainer, tmp_pat
 
 
 @pytest.mark.parametrize("kind", ["language", "task"])
-def test_profiling_and_gathering_whole_gradients_change_no_bit(folder, settings, trainer, tmp_path, kind):
-    """Gathering takes the numbers that a dense gradient holds; only an embedding's rows are summed in another order."""
+@pytest.mark.parametrize("rows", [False, True])
+def test_gathering_and_profiling_change_no_bit(folder, settings, trainer, tmp_path, kind, rows):
+    """With the embedding's gradient dense, and by the rows that occurred."""
     _, plain = run(folder, settings, replace(trainer, sparse_gradients=False), tmp_path / "a", kind)
     module, data = build(folder, settings, kind)
-    module.takes_sparse_rows = lambda: False
+    if not rows:
+        module.takes_sparse_rows = lambda: False
     callback = SparseFineTuning("sparse", l1=settings.l1_sparse, selection=plain.indices)
     fit_phase(module, data, callback, settings, replace(trainer, profile=True), tmp_path / "b", seed=2)
     assert module.gradients is None
@@ -40,8 +42,6 @@ def test_profiling_and_gathering_whole_gradients_change_no_bit(folder, settings,
 @pytest.mark.parametrize(
     ("kind", "off"),
     [
-        ("language", {"sparse_gradients": False}),
-        ("task", {"sparse_gradients": False}),
         ("language", {"masked_logits": False}),
         ("language", {"fused": False}),
     ],
