@@ -82,7 +82,7 @@ def plain(model: Any, selection: Mapping[str, Tensor] | None = None) -> Step:
 def dense_masks(
     parameters: Mapping[str, Tensor], selection: Mapping[str, Tensor]
 ) -> list[tuple[torch.nn.Parameter, Tensor]]:
-    """Parameter and float mask for each selected name: float, because torch multiplies by it faster than by bool."""
+    """Parameter and float mask for each selected name, as the reference recipe multiplies with."""
     pairs = []
     for name, index in selection.items():
         mask = torch.zeros(parameters[name].numel())
