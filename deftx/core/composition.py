@@ -4,14 +4,19 @@ A :class:`Composition` owns one model and sets it to θ⁰ + Σ scale · φ. The
 order of the terms' names and rounded once, so neither the order of adding and removing nor what came before
 leaves a trace in the bits. Composition by addition: Ansell et al. 2022 (arXiv 2110.07560). Overlaps and
 signs of the terms say how far they stand in each other's way.
+
+Changing a term walks the model once, window by window: the coordinates of one window and the parameter's entries
+there fit into a core's cache, and each thread has windows of its own. Where two terms meet is found by writing the
+places of one into a window and reading it at the other's. Only there is a sum of several terms needed.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +27,10 @@ if TYPE_CHECKING:
     from deftx.core.delta import SparseDelta
 
 _SHOWN = 8  # names listed in a message
+_WINDOW = 1 << 17  # entries of a parameter worked on at a time: they and their coordinates fit a core's cache
+_WINDOW_CUDA = 1 << 30
+
+Item = TypeVar("Item")
 
 
 class Composition:
@@ -88,23 +97,19 @@ class Composition:
         ]
         if differing:
             raise DeftxError(f"shapes of the SFT {name!r} differ from the model's: {listed(differing)}")
-        parts: dict[str, _Part] = {}
-        for key, index in delta.indices.items():
-            flat = self._flat(key)
-            home = next(
-                (term.parts[key].base.device for term in self._terms.values() if key in term.parts), flat.device
-            )
-            index, value = index.to(home), delta.values[key].to(home)
-            base = flat[index.to(flat.device)].to(home)
-            part = parts[key] = _Part(index, value, base, {})
+        parts = {key: self._part(key, delta) for key in delta.indices}
+        for key, part in parts.items():
             for other, term in self._terms.items():
                 if key in term.parts:
                     there = term.parts[key]
-                    part.shared[other] = _common(index, there.index)
-                    there.shared[name] = part.shared[other][::-1]
-                    base[part.shared[other][0]] = there.base[part.shared[other][1]]
-        self._terms[name] = _Term(float(scale), parts)
-        self._refresh(parts)
+                    places = part.shared[other] = _common(part.index, there.index)
+                    there.shared[name] = places[::-1]
+        term = self._terms[name] = _Term(float(scale), parts)
+        self._walk(parts, _adding(term.scale))
+        for key, part in parts.items():
+            for other, (here, places_there) in part.shared.items():
+                part.base[here] = self._terms[other].parts[key].base[places_there]
+        self._settle(parts)
 
     def remove(self, name: str) -> None:
         """Take a term out; where no other term touches, the base's bits return.
@@ -114,7 +119,8 @@ class Composition:
         """
         term = self._known(name)
         del self._terms[name]
-        self._refresh(term.parts)
+        self._walk(term.parts, _restore)
+        self._settle(term.parts)
         for key, part in term.parts.items():
             for other in part.shared:
                 del self._terms[other].parts[key].shared[name]
@@ -128,21 +134,17 @@ class Composition:
         term = self._known(name)
         _check_scale(name, factor)
         term.scale = float(factor)
-        self._refresh(term.parts)
+        self._walk(term.parts, _scaling(term.scale))
+        self._settle(term.parts)
 
     def clear(self) -> None:
         """Remove all terms: the model has the base's bits again."""
         for term in self._terms.values():
-            for key, part in term.parts.items():
-                self._write(key, part.index, part.base)
+            self._walk(term.parts, _restore)
         self._terms.clear()
 
     def _flat(self, key: str) -> Tensor:
         return self._parameters[key].detach().view(-1)
-
-    def _write(self, key: str, index: Tensor, value: Tensor) -> None:
-        flat = self._flat(key)  # the model may have moved to another device since a term was added
-        flat.index_copy_(0, index.to(flat.device), value.to(flat.device))
 
     def _known(self, name: str) -> _Term:
         if name not in self._terms:
@@ -150,10 +152,36 @@ class Composition:
             raise DeftxError(f"the composition has no term {name!r}{hint} (it has: {', '.join(self.terms) or 'none'})")
         return self._terms[name]
 
-    def _refresh(self, parts: Mapping[str, _Part]) -> None:
-        """Recompute the model at the coordinates of one term, the only ones that its change can affect."""
+    def _part(self, key: str, delta: SparseDelta) -> _Part:
+        flat, index = self._flat(key), delta.indices[key]
+        # all parts of one parameter live on one device, also when the model has moved since
+        home = next((term.parts[key].base.device for term in self._terms.values() if key in term.parts), flat.device)
+        index = index.to(home)
+        return _Part(index, delta.values[key].to(home), torch.empty(index.numel(), device=home))
+
+    def _walk(self, parts: Mapping[str, _Part], change: _Change) -> None:
+        """Call ``change`` for every window of the parts, on all threads."""
+        pieces: list[_Piece] = []
         for key, part in parts.items():
-            total = part.base.double()
+            flat = self._flat(key)
+            counts = _counts(part.index, flat.numel(), _WINDOW_CUDA if flat.is_cuda else _WINDOW)
+            views = (torch.split(tensor, counts) for tensor in (part.index, part.base, part.value))
+            pieces += [(flat, *piece) for piece in zip(*views, strict=True) if piece[0].numel()]
+
+        def work(share: list[_Piece]) -> None:
+            for flat, index, base, value in share:
+                change(flat, index.to(flat.device), base, value)
+
+        _on_threads(work, pieces)
+
+    def _settle(self, parts: Mapping[str, _Part]) -> None:
+        """Recompute the model where a term of these parts meets others: the sum of all that are there."""
+        for key, part in parts.items():
+            if not part.shared:
+                continue
+            places = [here for here, _ in part.shared.values()]
+            met = places[0] if len(places) == 1 else torch.unique(torch.cat(places))
+            total = part.base.index_select(0, met).double()
             for name in sorted(self._terms):
                 term = self._terms[name]
                 other = term.parts.get(key)
@@ -161,11 +189,16 @@ class Composition:
                     continue
                 # the same product and sum in both branches: a fused multiply-add in one of them would show in the bits
                 if other is part:
-                    total += term.scale * part.value.double()
+                    total += term.scale * part.value.index_select(0, met).double()
                 else:
                     here, there = part.shared[name]
-                    total.index_add_(0, here, term.scale * other.value[there].double())
-            self._write(key, part.index, total.float())
+                    change = term.scale * other.value.index_select(0, there).double()
+                    if here is met:
+                        total += change
+                    else:
+                        total.index_add_(0, torch.searchsorted(met, here), change)
+            flat = self._flat(key)
+            flat.index_copy_(0, part.index.index_select(0, met).to(flat.device), total.float().to(flat.device))
 
 
 @dataclass(frozen=True)
@@ -244,7 +277,7 @@ class _Part:
     index: Tensor
     value: Tensor
     base: Tensor
-    shared: dict[str, tuple[Tensor, Tensor]]
+    shared: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 @dataclass
@@ -253,17 +286,88 @@ class _Term:
     parts: dict[str, _Part]
 
 
+# for a window of a part: the whole parameter as a vector, then coordinates, the base's values and changes
+_Piece = tuple[Tensor, Tensor, Tensor, Tensor]
+_Change = Callable[[Tensor, Tensor, Tensor, Tensor], None]
+
+
+def _adding(scale: float) -> _Change:
+    change = _scaling(scale)
+
+    def add(flat: Tensor, index: Tensor, base: Tensor, value: Tensor) -> None:
+        if base.device == flat.device:
+            torch.index_select(flat, 0, index, out=base)
+        else:
+            base.copy_(flat.index_select(0, index))
+        change(flat, index, base, value)
+
+    return add
+
+
+def _scaling(scale: float) -> _Change:
+    def change(flat: Tensor, index: Tensor, base: Tensor, value: Tensor) -> None:
+        changed = base
+        if scale == 1:  # a float32 sum equals the float64 sum rounded: 53 bits are at least 2 * 24 + 2 (Figueroa 1995)
+            changed = base + value
+        elif scale:
+            changed = (base.double() + scale * value.double()).float()
+        flat.index_copy_(0, index, changed.to(flat.device))
+
+    return change
+
+
+_restore = _scaling(0.0)
+
+
+def _counts(index: Tensor, entries: int, size: int) -> list[int]:
+    """How many of a sorted vector's coordinates lie in each window of ``size`` entries."""
+    starts = torch.arange(0, entries + size, size, device=index.device)
+    return torch.searchsorted(index, starts).diff().tolist()
+
+
+def _on_threads(work: Callable[[list[Item]], None], items: list[Item]) -> None:
+    """``work`` of one share of the items a thread.
+
+    Torch releases Python's lock while it computes, and a window is too small for torch to split it.
+    """
+    threads = max(1, min(torch.get_num_threads(), len(items)))
+    if threads == 1:
+        work(items)
+        return
+    shares = [items[len(items) * part // threads : len(items) * (part + 1) // threads] for part in range(threads)]
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(work, shares))
+
+
 def _common(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Positions in two sorted index vectors of what both hold."""
-    if a.numel() > b.numel():
-        there, here = _common(b, a)
-        return here, there
-    if not a.numel():
-        none = torch.empty(0, dtype=torch.int64, device=a.device)
+    none = torch.empty(0, dtype=torch.int64, device=a.device)
+    if not a.numel() or not b.numel():
         return none, none
-    place = torch.searchsorted(b, a).clamp_(max=b.numel() - 1)
-    here = (b[place] == a).nonzero().flatten()
-    return here, place[here]
+    if a.is_cuda:
+        place = torch.searchsorted(b, a).clamp_(max=b.numel() - 1)
+        here = (b[place] == a).nonzero().flatten()
+        return here, place[here]
+
+    entries = int(max(a[-1], b[-1])) + 1
+    wide = torch.int32 if b.numel() < 2**31 else torch.int64
+    numbers = torch.arange(1, b.numel() + 1, dtype=wide)
+    found = torch.zeros(a.numel(), dtype=wide)  # for each of a its place in b, from 1
+    ours, theirs = _counts(a, entries, _WINDOW), _counts(b, entries, _WINDOW)
+    # within a window; windows begin at multiples of their size
+    first, second = (torch.split(index & (_WINDOW - 1), counts) for index, counts in ((a, ours), (b, theirs)))
+    windows = zip(first, torch.split(found, ours), second, torch.split(numbers, theirs), strict=True)
+
+    def meet(share: list[_Piece]) -> None:
+        places = torch.zeros(_WINDOW, dtype=wide)
+        for first, found, second, numbers in share:
+            places.index_copy_(0, second, numbers)
+            torch.index_select(places, 0, first, out=found)
+            places.index_fill_(0, second, 0)
+
+    _on_threads(meet, [window for window in windows if window[0].numel() and window[2].numel()])
+    here = found.nonzero().flatten()
+    return here, found.index_select(0, here).long() - 1
 
 
 def listed(names: list[str]) -> str:

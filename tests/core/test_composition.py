@@ -76,6 +76,45 @@ def test_one_term() -> None:
     assert not equal_bits(model, make_base())
 
 
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_windows_and_threads_change_no_bit(monkeypatch, threads: int) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr("deftx.core.composition._WINDOW", 4)
+    model, terms = make_base(), dict[str, float]()
+    composition = Composition(model, base_fingerprint=BASE)
+    for name, factor in zip("bdca", (1.0, 0.1, 1.0, -1.0), strict=True):
+        composition.add(name, DELTAS[name], factor)
+        terms[name] = factor
+        assert equal_bits(model, by_hand(terms))
+    composition.scale("d", 1.0)
+    assert equal_bits(model, by_hand({**terms, "d": 1.0}))
+    composition.remove("c")
+    assert equal_bits(model, by_hand({"a": -1.0, "b": 1.0, "d": 1.0}))
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+def test_many_coordinates_in_many_windows(scale: float) -> None:
+    """Against dense float64 sums, with magnitudes from denormals to 1e3."""
+    entries, generator = 1_000_003, torch.Generator().manual_seed(5)
+    base = torch.randn(entries, generator=generator) * 10.0 ** torch.randint(-44, 4, (entries,), generator=generator)
+    start, total, deltas = base.clone(), base.double(), {}
+    for name in "ab":
+        index = (torch.rand(entries, generator=generator) < 0.2).nonzero().flatten()
+        value = base[index] * torch.randn(index.numel(), generator=generator)
+        deltas[name] = SparseDelta({"w": index}, {"w": value}, {"w": (entries,)}, metadata={"base_fingerprint": BASE})
+        total[index] += scale * value.double()
+    composition = Composition({"w": base}, base_fingerprint=BASE)
+    for name in "ba":
+        composition.add(name, deltas[name], scale)
+    assert equal_bits({"w": base}, {"w": total.float()})
+    overlap = compare(deltas["a"], deltas["b"]).total
+    both = set(deltas["a"].indices["w"].tolist()) & set(deltas["b"].indices["w"].tolist())
+    assert overlap.overlap == len(both) > 30_000
+    composition.remove("b")
+    composition.remove("a")
+    assert equal_bits({"w": base}, {"w": start})
+
+
 actions = st.one_of(
     st.tuples(st.just("add"), st.sampled_from("abcd"), st.sampled_from(FACTORS)),
     st.tuples(st.just("scale"), st.sampled_from("abcd"), st.sampled_from(FACTORS)),
