@@ -43,11 +43,11 @@ def ours(model: Any, selection: Mapping[str, Tensor] | None = None) -> Step:
 
     def step(batch: Batch) -> Tensor:
         loss = module.training_step(batch, 0)
-        module.optimizer_zero_grad(0, 0, optimizer)
         loss.backward()
         hooks.on_before_optimizer_step(None, module, optimizer)
         module.configure_gradient_clipping(optimizer)
         optimizer.step()
+        optimizer.zero_grad()  # as Encoder.optimizer_step
         scheduler.step()
         return loss.detach()
 

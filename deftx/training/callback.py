@@ -198,7 +198,7 @@ class SparseFineTuning(pl.Callback):
             raise TypeError(f"SparseFineTuning needs a MaskedLM or SequenceClassifier, not {type(pl_module).__name__}")
         module = pl_module
         if self.phase == "full":
-            self._start, self._start_selection = full_state(module), None
+            self._start, self._start_selection = _start_of(module), None
             module.selection = None
         else:
             self._begin_sparse(module)
@@ -300,6 +300,29 @@ class SparseFineTuning(pl.Callback):
                 tensor.view(-1)[index.cpu()] = self._start[name]
             digests[full_name] = hashlib.sha256(tensor.contiguous().numpy()).hexdigest()
         return digests
+
+
+def _start_of(module: Encoder) -> dict[str, Tensor]:
+    """:func:`full_state`, but a frozen copy that the model itself holds, such as its decoder's, is not made twice."""
+    maskable = {id(parameter) for parameter in module.maskable.values()}
+    frozen = {
+        parameter.shape: parameter.detach()
+        for parameter in module.model.parameters()
+        if parameter.dim() == 2 and not parameter.requires_grad and id(parameter) not in maskable
+    }
+    named = {**module.maskable, **{f"head.{name}": p for name, p in module.head.items()}}
+    start = {}
+    for name, parameter in named.items():
+        twin = frozen.get(parameter.shape)
+        shared = twin is not None and twin.device.type == "cpu" and _same_bits(twin, parameter.detach())
+        start[name] = twin if twin is not None and shared else _cpu_copy(parameter)
+    return start
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    if a.dtype != b.dtype or a.device != b.device or not (a.is_contiguous() and b.is_contiguous()):
+        return False
+    return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
 def _pull(gradient: Tensor, value: Tensor, start: Tensor, weight: float) -> None:

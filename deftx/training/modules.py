@@ -162,6 +162,11 @@ class Encoder(pl.LightningModule):
             parameters = list(self.trained().values())
             self.note(clip_trained(parameters, self._selections, self.settings.clip_norm, self.gradients))
 
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        """Step, and free the gradients at once: Lightning would keep them through the next forward pass."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        optimizer.zero_grad()
+
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """Return the batch's share of the step's loss."""
         loss: Tensor = self.loss(batch, reduction="sum") / batch["normalizer"]

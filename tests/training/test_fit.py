@@ -298,3 +298,19 @@ def test_workers_change_nothing(language, trainer, tmp_path):
         fit_phase(module, data, None, settings, replace(trainer, num_workers=workers), tmp_path / str(workers), seed=1)
         results.append({name: p.detach().clone() for name, p in module.trained().items()})
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_gradients_do_not_outlive_their_step(language, trainer, tmp_path, monkeypatch, accumulate):
+    module, data, settings = language(max_steps=3, accumulate=accumulate)
+    alive = []
+
+    def watch(self, *args):
+        alive.append(sum(p.grad is not None for p in module.trained().values()))
+        return step(self, *args)
+
+    step = MaskedLM.training_step
+    monkeypatch.setattr(MaskedLM, "training_step", watch)
+    fit_phase(module, data, None, settings, trainer, tmp_path, seed=1)
+    full = len(module.trained())
+    assert alive == [0] * 3 if accumulate == 1 else alive == [0, full] * 3

@@ -56,6 +56,23 @@ def same(first, second) -> bool:
     return all(set(a) == set(b) and all(torch.equal(a[name], b[name]) for name in a) for a, b in parts)
 
 
+def test_the_start_of_a_language_sft_is_not_copied_where_the_decoder_holds_it(folder, settings, trainer, tmp_path):
+    module, data = build(folder, settings, "language")
+    decoder = module.model.get_output_embeddings().weight
+    start = decoder.detach().clone()
+    callback = SparseFineTuning("full")
+    fit_phase(module, data, callback, settings, trainer, tmp_path, seed=1)
+    held = [t.data_ptr() for t in callback._start.values()]
+    assert held.count(decoder.data_ptr()) == 1
+    assert torch.equal(decoder, start)
+    assert not torch.equal(module.model.get_input_embeddings().weight, start)
+    with torch.no_grad():
+        module.maskable["embeddings.word_embeddings.weight"].view(-1)[0] += 1
+    other = SparseFineTuning("full")
+    other.setup(None, module, "fit")
+    assert decoder.data_ptr() not in [t.data_ptr() for t in other._start.values()]
+
+
 @pytest.mark.parametrize("kind", ["language", "task"])
 def test_rewind_is_bit_for_bit_and_nothing_else_ever_changes(folder, settings, trainer, tmp_path, kind):
     """With weight decay and clipping, which a mask on gradients alone would not stop."""
