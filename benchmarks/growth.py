@@ -6,6 +6,7 @@ operations says should dominate. The relative residual (root mean square over th
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ from benchmarks import optimizer, select, shapes
 from benchmarks.denoise import ours as denoised
 from benchmarks.evaluate import Study
 from benchmarks.harness import Run, alternate, amount
+from benchmarks.mlm_step import CLIP
 from benchmarks.shapes import SHAPES
 
 SMALL = replace(SHAPES["mini"], batch=4, length=64, rows=24)
@@ -115,7 +117,7 @@ def measure(run: Run) -> list[Curve]:
     for k in counts:
         run.say(f"optimizer step: K = {k:,}")
         selection = shapes.mask(SMALL, k)
-        step, used = optimizer.ours(parameters, selection)
+        step, used = optimizer.ours(parameters, selection, itertools.repeat(CLIP))
         times.append(_timed(step, run.repeats))
         states.append(float(optimizer.state_bytes(used, selection)))
     labels = [f"K = {k:,}" for k in counts]

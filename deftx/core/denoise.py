@@ -25,6 +25,7 @@ from deftx.errors import DeftxError
 
 _BLOCK = 1 << 19  # entries converted to float64 at a time
 _BLOCK_CUDA = 1 << 27
+_PANEL = 192  # columns of the Gram matrix computed at a time
 
 Side = Literal["rows", "columns"]
 Method = Literal["gram", "svd"]
@@ -100,14 +101,17 @@ def decompose(matrix: Tensor, *, method: Method = "gram") -> Decomposition:
     matrix = matrix.detach()
     compact = _Compact.of(matrix)
     if method == "svd":
-        whole = torch.cat([block for _, block in compact.blocks()]) if compact.d else matrix.new_zeros(0, 0).double()
+        blocks = [block.clone() for _, block in compact.blocks()]
+        whole = torch.cat(blocks) if compact.d else matrix.new_zeros(0, 0).double()
         _, values, right = torch.linalg.svd(whole, full_matrices=False)
         vectors = right.T.contiguous()
     else:
         gram = torch.zeros(compact.d, compact.d, dtype=torch.float64, device=matrix.device)
         for _, block in compact.blocks():
-            gram.addmm_(block.T, block)
-        squares, vectors = torch.linalg.eigh(gram)
+            for first in range(0, compact.d, _PANEL):  # the upper triangle; the lower one is the same
+                panel = slice(first, first + _PANEL)
+                gram[panel, first:].addmm_(block[:, panel].T, block[:, first:])
+        squares, vectors = torch.linalg.eigh(gram, UPLO="U")
         values, vectors = squares.flip(0).clamp_(min=0).sqrt_(), vectors.flip(1).contiguous()
     m, n = matrix.shape
     return Decomposition((m, n), compact.rows.numel(), compact.columns.numel(), values, compact.side, vectors)
@@ -288,11 +292,11 @@ class _Compact:
 
     @classmethod
     def of(cls, matrix: Tensor) -> _Compact:
-        # the largest magnitude of each row, because (matrix != 0) would take a copy
-        largest: Tensor = torch.linalg.vector_norm(matrix, ord=math.inf, dim=1)
-        if not bool(largest.isfinite().all()):
+        # the extremes of each row, because (matrix != 0) would take a copy
+        extremes = torch.stack([matrix.amin(1), matrix.amax(1)])
+        if not bool(extremes.isfinite().all()):
             raise DeftxError("the matrix holds NaN or infinity")
-        rows = largest.nonzero().flatten()
+        rows = extremes.any(0).nonzero().flatten()
         # nearly always a few rows show that no column is empty; only columns still empty are looked at further
         empty = torch.ones(matrix.shape[1], dtype=torch.bool, device=matrix.device)
         start, stop = 0, 64
@@ -311,15 +315,16 @@ class _Compact:
         return min(self.rows.numel(), self.columns.numel())
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Pieces of the longer side, each as (piece, d)."""
+        """Pieces of the longer side, each as (piece, d); a piece is overwritten by the next."""
         along, across = (self.rows, self.columns) if self.side == "columns" else (self.columns, self.rows)
         whole = self.matrix if self.side == "columns" else self.matrix.T
         complete = (along.numel() == whole.shape[0], across.numel() == whole.shape[1])
         step = max(1, (_BLOCK_CUDA if whole.is_cuda else _BLOCK) // max(1, self.d))
+        room = whole.new_empty(min(step, along.numel()), self.d, dtype=torch.float64)
         for start in range(0, along.numel(), step):
             part = slice(start, min(start + step, along.numel()))
             piece = whole[part] if complete[0] else whole[along[part]]
-            yield part, (piece if complete[1] else piece[:, across]).double()
+            yield part, room[: part.stop - start].copy_(piece if complete[1] else piece[:, across])
 
     def spread(self, compact: Tensor) -> Tensor:
         """The compact matrix in its place, zeros around it."""
@@ -366,11 +371,13 @@ def _truncate(matrix: Tensor, decomposition: Decomposition, r: int, keep: float)
     residue = torch.empty(shape if count else (0, 0), dtype=torch.float64, device=matrix.device)
     turned = (low, residue) if compact.side == "columns" else (low.T, residue.T)
     for part, block in compact.blocks():
-        projected = (block @ basis) @ basis.T
-        rest = block - projected
-        turned[0][part] = (projected if low_is_smaller else rest).to(matrix.dtype)
-        if count:
-            turned[1][part] = rest if low_is_smaller else projected
+        projected = torch.mm(block @ basis, basis.T, out=turned[1][part] if count and not low_is_smaller else None)
+        if low_is_smaller:
+            turned[0][part] = projected
+            if count:
+                torch.sub(block, projected, out=turned[1][part])
+        else:
+            turned[0][part] = block.sub_(projected)
     if count:
         kept = select_topk({"R": residue}, count)["R"]
         row, column = compact.rows[kept // shape[1]], compact.columns[kept % shape[1]]

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from deftx.errors import DeftxError
 
-_BLOCK = 1 << 18  # coordinates at a time: the temporaries stay in a CPU's cache
+_BLOCK = 1 << 17  # coordinates at a time: the temporaries stay in a CPU's cache
 _BLOCK_CUDA = 1 << 26
 
 

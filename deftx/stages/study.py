@@ -429,6 +429,7 @@ def _show(study: StudySettings, record: tracking.RunRecord, run_dir: Path, cache
     work = f"{cache.computed} stages computed, {cache.hits} from the cache, {record.seconds or 0:.0f} s"
     if not cache.computed and "imports" in record.times:
         work += f"; imports took {record.times['imports']:.0f} s"
+    tracking.print_steps(record.sfts)
     tracking.print_results(
         [item for item in record.metrics if item.metric == metric],
         title=f"{study.name}, {study.task} ({study.split}) from {'+'.join(study.sources)}",

@@ -25,7 +25,7 @@ from deftx.tracking.results import (
     write_predictions,
     write_result,
 )
-from deftx.tracking.tables import print_results, print_sweep, results_table
+from deftx.tracking.tables import print_results, print_steps, print_sweep, results_table
 from deftx.tracking.tracker import LoggerSettings, Tracker
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "clock_imports",
     "mean_scores",
     "print_results",
+    "print_steps",
     "print_sweep",
     "provenance",
     "read_result",

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-__all__ = ["print_results", "print_sweep", "results_table"]
+__all__ = ["print_results", "print_steps", "print_sweep", "results_table"]
 
 
 _NAMES = {"macro_f1": "macro-F1"}
@@ -123,6 +123,36 @@ def print_results(
     for line in lines:
         # Paths stay on one line, so that they can be copied.
         console.print(Text(line), soft_wrap=True, highlight=False)
+
+
+def print_steps(sfts: Sequence[Mapping[str, Any]], *, console: Console | None = None) -> None:
+    """Print where a training step's time goes, for the phases that recorded it (``trainer.profile``).
+
+    Args:
+        sfts: ``name`` and ``metrics`` of each SFT, as :class:`~deftx.tracking.results.RunRecord` holds them.
+        console: default: standard output.
+    """
+    from rich.console import Console
+    from rich.text import Text
+
+    lines = []
+    for sft in sfts:
+        sparse = sft.get("metrics") or {}
+        for phase, facts in (("full", sparse.get("full") or {}), ("sparse", sparse)):
+            seconds = facts.get("profile") or {}
+            step = sum(seconds.values())
+            if step:
+                shares = ", ".join(f"{part} {taken / step:.0%}" for part, taken in seconds.items())
+                lines.append(
+                    f"{sft['name']}, {phase} phase: {1000 * step:.1f} ms ({shares}), "
+                    f"{facts['tokens_per_second']:,.0f} tokens/s, padding {facts['padding']:.0%}, "
+                    f"peak memory {facts['peak_memory'] / 2**30:.2f} GiB"
+                )
+    if lines:
+        console = console or Console()
+        _headline("a training step's time (medians of a batch)", console)
+        for line in lines:
+            console.print(Text(line), soft_wrap=True, highlight=False)
 
 
 def print_sweep(jobs: Sequence[tuple[str, Mapping[str, float], str | None]], *, title: str) -> None:
