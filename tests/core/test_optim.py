@@ -93,10 +93,11 @@ def accumulate(net: Net, step: int) -> None:
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.03])
 @pytest.mark.parametrize("max_norm", [None, 0.5])
-@pytest.mark.parametrize("gathered", [False, True])
-def test_fifty_steps_of_a_model(weight_decay: float, max_norm: float | None, gathered: bool) -> None:
+@pytest.mark.parametrize(("gathered", "rows"), [(False, False), (True, False), (True, True)])
+def test_fifty_steps_of_a_model(weight_decay: float, max_norm: float | None, gathered: bool, rows: bool) -> None:
     options = {**SETTINGS, "weight_decay": weight_decay}
     ours, plain = Net(), Net()
+    ours.embed.sparse = rows
     start = {name: parameter.detach().clone() for name, parameter in ours.named_parameters()}
     selections = net_selections(ours)
     gradients = SelectedGradients(selections) if gathered else None
