@@ -54,11 +54,22 @@ def falling(count: int, ratio: float = 0.85) -> list[float]:
     return [1e-3 * ratio**i for i in range(count)]
 
 
+def heavy_tailed(m: int, n: int, seed: int = 0) -> Tensor:
+    """What fine-tuning changes: four directions of signal in noise of scale 1e-4 with Student's t of two degrees."""
+    spread = (normal(m, n, seed=seed + 3).square() + normal(m, n, seed=seed + 4).square()).div(2).sqrt()
+    noise = 1e-4 * normal(m, n, seed=seed + 2) / spread
+    return (with_spectrum(m, n, [0.4, 0.2, 0.1, 0.05], seed=seed).double() + noise).float()
+
+
+BANDS = [(5, 1e-3), (35, 1e-5), (40, 1e-12)]  # rows, and their scale: float32 holds each with all its digits
+
 # matrices, and a rank at which their spectrum has a gap
 MATRICES: dict[str, tuple[Tensor, int]] = {
     "square": (with_spectrum(40, 40, falling(40)), 11),
     "wide": (with_spectrum(24, 90, falling(24)), 5),
     "tall": (with_spectrum(90, 24, falling(24)), 5),
+    "most of the rank wide": (with_spectrum(24, 90, falling(24)), 17),
+    "most of the rank tall": (scattered(with_spectrum(90, 24, falling(24)), 200, 24), 17),
     "rank-deficient": (with_spectrum(60, 30, falling(7)), 3),
     "single row": (normal(1, 17).float(), 1),
     "single column": (normal(17, 1).float(), 1),
@@ -69,6 +80,10 @@ MATRICES: dict[str, tuple[Tensor, int]] = {
     "zero rows and columns": (scattered(with_spectrum(40, 16, falling(16)), 70, 33), 6),
     "ill-conditioned": (with_spectrum(80, 50, falling(10) + [1e-7 * 0.9**i for i in range(40)]), 10),
     "ill-conditioned wide": (with_spectrum(50, 80, falling(10) + [1e-7 * 0.9**i for i in range(40)]), 10),
+    "condition 1e9": (torch.cat([scale * normal(m, 50, seed=m) for m, scale in BANDS]).float(), 5),
+    "heavy tails": (heavy_tailed(64, 64), 4),
+    "heavy tails wide": (heavy_tailed(48, 160, seed=10), 4),
+    "heavy tails tall": (heavy_tailed(160, 48, seed=20), 4),
     "repeated values": (with_spectrum(30, 30, [1.0] * 4 + [0.1] * 26), 4),
     "large numbers": (with_spectrum(20, 30, [1e30, 1e29, 1e28, 1e27]), 2),
     "small numbers": (with_spectrum(20, 30, [1e-30, 1e-31, 1e-32, 1e-33]), 2),
@@ -121,6 +136,61 @@ def test_fixed_rank_equals_float64_svd(name: str, residual: str, method: str) ->
     reported = torch.zeros(len(values), dtype=torch.float64)
     reported[: report.singular_values.numel()] = report.singular_values
     assert float((reported - values).abs().max()) <= 2e-8 * scale
+
+
+@pytest.mark.parametrize("residual", ["drop", "prune:0.05"])
+@pytest.mark.parametrize("name", MATRICES)
+def test_gram_and_svd_choose_the_same_coordinates(name: str, residual: str) -> None:
+    matrix, r = MATRICES[name]
+    policy = ResidualPolicy.parse(residual)
+    values, expected, _ = reference(matrix, r, policy.keep)
+    if name == "condition 1e9":
+        assert float(values[0] / values[-1]) > 1e9
+    found = [run(matrix, r, policy, method=method)[0] for method in ("gram", "svd")]
+    for one in found:
+        assert float((one.double() - expected).norm()) <= 1e-5 * float(expected.norm())
+    if r >= int((values > 1e-7 * values[0]).sum()):  # nothing is cut: the very matrix comes back
+        expected = matrix.double()
+    for share in (0.02, 0.1, 0.3):
+        k = min(math.ceil(share * matrix.numel()), int((matrix != 0).sum()))
+        masks = [select_topk({"w": one}, k)["w"].tolist() for one in (*found, expected)]
+        assert masks[0] == masks[1] == masks[2], share
+
+
+def test_gram_and_svd_choose_the_same_coordinates_of_a_model() -> None:
+    """One selection over matrices of many shapes; each keeps the rank that holds the energy."""
+    left_out = ("large numbers", "repeated values")  # they alone would be chosen; a cut may go through ties
+    delta = {name: matrix for name, (matrix, _) in MATRICES.items() if name not in left_out}
+    for rank in ("energy:0.9", "energy:0.99"):
+        policies = RankPolicy.parse(rank), ResidualPolicy.parse("prune:0.05")
+        gram, svd = (denoise(delta, *policies, method=method)[0] for method in ("gram", "svd"))
+        for k in (100, 1000, 5000):
+            one, other = select_topk(gram, k), select_topk(svd, k)
+            assert all(torch.equal(one[name], other[name]) for name in delta), (rank, k)
+
+
+TIED: dict[str, tuple[Tensor, int]] = {
+    "within the first values": (with_spectrum(30, 30, [1.0] * 4 + [0.1] * 26), 2),
+    "within the last values": (with_spectrum(30, 30, [1.0] * 4 + [0.1] * 26), 17),
+    "identity": (torch.eye(12), 5),
+    "wide": (with_spectrum(12, 50, [1.0, *[0.5] * 11]), 6),
+    "tall": (with_spectrum(50, 12, [1.0, *[0.5] * 11]), 6),
+    "zero rows": (scattered(with_spectrum(20, 12, [0.5] * 12), 100, 12), 4),
+    "rank-deficient": (torch.tensor([[1.0, 2.0, 2.0], [2.0, 1.0, -2.0]]).repeat(4, 1), 1),
+}
+
+
+@pytest.mark.parametrize("name", TIED)
+def test_a_cut_through_tied_values_leaves_the_same_norm(name: str) -> None:
+    """Which of the tied directions are kept is open; what is left out weighs the same."""
+    matrix, r = TIED[name]
+    values = torch.linalg.svdvals(matrix.double())
+    assert float(values[r - 1] - values[r]) < 1e-6 * float(values[0])
+    expected = float(values[r:].square().sum().sqrt())
+    for method in ("gram", "svd"):
+        low, report = run(matrix, r, method=method)
+        assert report.rank == r
+        assert float((matrix.double() - low.double()).norm()) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("name", ["square", "wide", "tall", "zero rows", "few rows left", "zero rows and columns"])
