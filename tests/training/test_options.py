@@ -15,6 +15,8 @@ from deftx.errors import DeftxError
 from deftx.training.callback import SparseFineTuning
 from deftx.training.encoder import load_tokenizer
 from deftx.training.fit import fit_phase
+from deftx.training.model_folder import FAMILIES
+from deftx.training.modules import MaskedLM
 from deftx.training.profile import PARTS
 
 
@@ -44,12 +46,18 @@ def test_gathering_and_profiling_change_no_bit(folder, settings, trainer, tmp_pa
     [
         ("language", {"masked_logits": False}),
         ("language", {"fused": False}),
+        ("task", {"fused": False}),
     ],
 )
 def test_the_slow_way_gives_the_same_sft(folder, settings, trainer, tmp_path, kind, off):
     """Within 1e-4 of the largest change: float32 sums in another order, over a dozen steps of AdamW."""
     _, fast = run(folder, settings, trainer, tmp_path / "a", kind)
     _, slow = run(folder, settings, replace(trainer, **off), tmp_path / "b", kind)
+    check_close(fast, slow)
+
+
+def check_close(fast, slow):
+    """Within 1e-4 of the largest change, but for two coordinates at the edge of the selection."""
     assert sum(map(len, fast.indices.values())) == sum(map(len, slow.indices.values())) == 200
     largest = max(float(values.abs().max()) for values in slow.values.values())
     shared = 0
@@ -58,7 +66,70 @@ def test_the_slow_way_gives_the_same_sft(folder, settings, trainer, tmp_path, ki
         shared += len(common)
         difference = (slow.values[name][here] - fast.values[name][there]).abs().max() if len(common) else 0.0
         assert float(difference) <= 1e-4 * largest, name
-    assert shared >= 198  # coordinates at the edge of the selection
+    assert shared >= 198
+
+
+def test_a_captured_encoder_changes_no_bit(folders, settings, trainer, tmp_path, monkeypatch):
+    """The graphs that ``torch.compile`` captures, run by torch itself instead of by compiled code."""
+    asked, compiler = [], torch.compile
+
+    def capture(function, **options):
+        asked.append(options)
+        return compiler(function, dynamic=options["dynamic"], backend="eager")
+
+    _, plain = run(folders["bert"], settings, trainer, tmp_path / "a")
+    monkeypatch.setattr(torch, "compile", capture)
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    try:
+        module, again = run(folders["bert"], settings, replace(trainer, compile=True), tmp_path / "b")
+        assert torch._dynamo.utils.counters["frames"]["ok"] > 0
+    finally:
+        torch.compiler.reset()
+    assert same(plain, again)
+    assert asked == [{"dynamic": True, "options": {"fallback_random": True}}] * 2
+    assert module.model.base_model._compiled_call_impl is None
+
+
+WAYS = ("masked_logits", "fused", "checkpointing", "compile")
+
+
+@pytest.mark.parametrize("on", [None, *WAYS])
+def test_a_way_is_taken_where_it_is_switched_on(folder, settings, trainer, tmp_path, monkeypatch, on):
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    seen = {"masked": 0, "rows": 0, "steps": 0, "layers": 0}
+    step = MaskedLM.training_step
+
+    def spy(self, batch, batch_idx):
+        seen["steps"] += 1
+        seen["masked"] += len(batch["targets"])
+        (group,) = self.trainer.optimizers[0].param_groups
+        seen["loop"] = (group["fused"], group["foreach"]) == (False, False)
+        seen["compiled"] = self.model.base_model._compiled_call_impl is not None
+        return step(self, batch, batch_idx)
+
+    def count(name, by):
+        def hook(module, inputs):
+            if torch.is_grad_enabled():  # not in validation
+                seen[name] += by(inputs[0])
+
+        return hook
+
+    monkeypatch.setattr(MaskedLM, "training_step", spy)
+    module, data = build(folder, settings, "language")
+    head = getattr(module.model, FAMILIES[module.model.config.model_type])
+    head.register_forward_pre_hook(count("rows", lambda hidden: hidden[..., 0].numel()))
+    layer = module.model.base_model.encoder.layer[0]
+    layer.intermediate.register_forward_pre_hook(count("layers", lambda hidden: 1))
+    trainer = replace(trainer, **{way: way == on for way in WAYS})
+    fit_phase(module, data, None, settings, trainer, tmp_path, seed=1)
+    taken = {
+        "masked_logits": seen["rows"] == seen["masked"],
+        "fused": not seen["loop"],
+        "checkpointing": seen["layers"] == 2 * seen["steps"],
+        "compile": seen["compiled"],
+    }
+    assert taken == {way: way == on for way in WAYS}
 
 
 def test_the_parts_of_a_step_are_recorded(folder, settings, trainer, tmp_path):
