@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -89,6 +90,21 @@ def test_a_captured_encoder_changes_no_bit(folders, settings, trainer, tmp_path,
     assert same(plain, again)
     assert asked == [{"dynamic": True, "options": {"fallback_random": True}}] * 2
     assert module.model.base_model._compiled_call_impl is None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="needs a C++ compiler")
+def test_a_compiled_encoder_gives_the_same_sft(folders, settings, trainer, tmp_path):
+    """The sparse phase: half the graphs to compile. Kernels fuse, which rounds elsewhere."""
+    _, plain = run(folders["bert"], settings, trainer, tmp_path / "a")
+    module, data = build(folders["bert"], settings, "language")
+    callback = SparseFineTuning("sparse", l1=settings.l1_sparse, selection=plain.indices)
+    torch.compiler.reset()
+    try:
+        fit_phase(module, data, callback, settings, replace(trainer, compile=True), tmp_path / "b", seed=2)
+    finally:
+        torch.compiler.reset()
+    check_close(callback.delta(), plain)
 
 
 WAYS = ("masked_logits", "fused", "checkpointing", "compile")
