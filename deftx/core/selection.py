@@ -36,6 +36,7 @@ class _Keys(NamedTuple):
 
 
 _KEYS32 = _Keys(torch.float32, torch.int32, 31, 0x7F80_0000)
+_SMALLEST_NORMAL = 0x0080_0000  # among the keys of 32 bits
 _KEYS64 = _Keys(torch.float64, torch.int64, 63, 0x7FF0_0000_0000_0000)
 
 
@@ -77,6 +78,7 @@ def select_topk(tensors: Mapping[str, Tensor], k: int) -> dict[str, Tensor]:
         if tensor.dtype == torch.float64:
             keys = _KEYS64
         sizes[name], devices[name] = tensor.numel(), tensor.device
+        del tensor  # here and below: of a mapping that loads on access, no more than one tensor lives at a time
     total = sum(sizes.values())
     if not 0 <= k <= total:
         raise DeftxError(f"cannot select k = {k} coordinates out of {total}: k must lie between 0 and {total}")
@@ -100,13 +102,18 @@ def _flat(tensor: Tensor) -> Tensor:
 
 
 def _keyed(values: Tensor, keys: _Keys) -> Tensor:
+    if keys is _KEYS64 and values.dtype != torch.float64:
+        # beside float64: a float32 denormal is a multiple of 2**-149; converted, a processor may flush it
+        narrow = _keyed(values, _KEYS32)
+        exact = narrow.view(torch.float32).double()
+        values = torch.where(narrow < _SMALLEST_NORMAL, narrow.double() * 2.0**-149, exact)
     return values.to(keys.real).contiguous().view(keys.word) & torch.iinfo(keys.word).max
 
 
 def _reaching(tensors: Mapping[str, Tensor], bound: int, keys: _Keys) -> Iterator[_Block]:
     """The coordinates whose key is at least ``bound``, block by block in canonical order. Refuses NaN."""
-    for name, tensor in tensors.items():
-        flat = _flat(tensor)
+    for name in tensors:
+        flat = _flat(tensors[name])
         size = _BLOCK_CUDA if flat.is_cuda else _BLOCK
         for start in range(0, flat.numel(), size):
             key = _keyed(flat[start : start + size], keys)
@@ -119,6 +126,7 @@ def _reaching(tensors: Mapping[str, Tensor], bound: int, keys: _Keys) -> Iterato
                     "The training behind it diverged; lower the learning rate or use the last good checkpoint"
                 )
             yield _Block(name, start, index.to(torch.int32), key)
+        del flat
 
 
 def _bracket(tensors: Mapping[str, Tensor], sizes: Mapping[str, int], k: int, keys: _Keys) -> tuple[int, int]:
@@ -134,6 +142,7 @@ def _bracket(tensors: Mapping[str, Tensor], sizes: Mapping[str, int], k: int, ke
         picked = (positions[first:last] - start).to(tensor.device)
         sample.append(_keyed(_flat(tensor)[picked], keys).cpu())
         start += sizes[name]
+        del tensor
     drawn = torch.cat(sample)
     expected = _SAMPLE * k / total
     slack = 6 * math.sqrt(expected * (1 - k / total)) + 8
@@ -184,8 +193,8 @@ def _radix(tensors: Mapping[str, Tensor], k: int, keys: _Keys) -> tuple[int, int
         width = min(_DIGIT, low)
         high, low = low, low - width
         histogram = torch.zeros(1 << width, dtype=torch.int64)
-        for tensor in tensors.values():
-            flat = _flat(tensor)
+        for name in tensors:
+            flat = _flat(tensors[name])
             size = _BLOCK_CUDA if flat.is_cuda else _BLOCK
             for start in range(0, flat.numel(), size):
                 key = _keyed(flat[start : start + size], keys)
@@ -193,6 +202,7 @@ def _radix(tensors: Mapping[str, Tensor], k: int, keys: _Keys) -> tuple[int, int
                     key = key[(key >> high) == prefix]
                 digit = (key >> low) & ((1 << width) - 1)
                 histogram += torch.bincount(digit, minlength=1 << width).cpu()
+            del flat
         reached = histogram.flip(0).cumsum(0)  # how many coordinates have this digit or a larger one
         place = int(torch.searchsorted(reached, wanted))
         wanted -= int(reached[place - 1]) if place else 0

@@ -335,6 +335,7 @@ def _encoder(module: Encoder, trainer: TrainerSettings) -> Iterator[None]:
     finally:
         if trainer.compile:
             encoder._compiled_call_impl = None
+            torch.compiler.reset()  # or later fits of this process meet dynamo's limit of graphs and run uncompiled
         if trainer.checkpointing:
             module.model.gradient_checkpointing_disable()
 

@@ -92,7 +92,7 @@ def test_a_captured_encoder_changes_no_bit(folders, settings, trainer, tmp_path,
     assert module.model.base_model._compiled_call_impl is None
 
 
-@pytest.mark.slow
+@pytest.mark.compiler
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="needs a C++ compiler")
 def test_a_compiled_encoder_gives_the_same_sft(folders, settings, trainer, tmp_path):
     """The sparse phase: half the graphs to compile. Kernels fuse, which rounds elsewhere."""
