@@ -6,8 +6,8 @@ leaves a trace in the bits. Composition by addition: Ansell et al. 2022 (arXiv 2
 signs of the terms say how far they stand in each other's way.
 
 Changing a term walks the model once, window by window: the coordinates of one window and the parameter's entries
-there fit into a core's cache, and each thread has windows of its own. Where two terms meet is found by writing the
-places of one into a window and reading it at the other's. Only there is a sum of several terms needed.
+there fit into a core's cache, and each thread has windows of its own. Where two terms meet is found by marking the
+coordinates of one in such a window and reading the marks at the other's. Only there is a sum of several terms needed.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 _SHOWN = 8  # names listed in a message
 _WINDOW = 1 << 17  # entries of a parameter worked on at a time: they and their coordinates fit a core's cache
 _WINDOW_CUDA = 1 << 30
+_MARKED = 1 << 20  # entries marked at a time, a byte each
 
 Item = TypeVar("Item")
 
@@ -350,24 +351,21 @@ def _common(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         return here, place[here]
 
     entries = int(max(a[-1], b[-1])) + 1
-    wide = torch.int32 if b.numel() < 2**31 else torch.int64
-    numbers = torch.arange(1, b.numel() + 1, dtype=wide)
-    found = torch.zeros(a.numel(), dtype=wide)  # for each of a its place in b, from 1
-    ours, theirs = _counts(a, entries, _WINDOW), _counts(b, entries, _WINDOW)
-    # within a window; windows begin at multiples of their size
-    first, second = (torch.split(index & (_WINDOW - 1), counts) for index, counts in ((a, ours), (b, theirs)))
-    windows = zip(first, torch.split(found, ours), second, torch.split(numbers, theirs), strict=True)
-
-    def meet(share: list[_Piece]) -> None:
-        places = torch.zeros(_WINDOW, dtype=wide)
-        for first, found, second, numbers in share:
-            places.index_copy_(0, second, numbers)
-            torch.index_select(places, 0, first, out=found)
-            places.index_fill_(0, second, 0)
-
-    _on_threads(meet, [window for window in windows if window[0].numel() and window[2].numel()])
+    counts = [_counts(index, entries, _MARKED) for index in (a, b)]
+    found = torch.zeros(a.numel(), dtype=torch.uint8)  # 1 where b holds it, too
+    pieces = zip(*map(torch.split, (a, found, b), (counts[0], counts[0], counts[1])), strict=True)
+    marks = torch.zeros(_MARKED, dtype=torch.uint8)
+    for window, (ours, met, theirs) in enumerate(pieces):
+        stamp = (
+            window % 255 + 1
+        )  # tells a window's marks from those of the windows before it, so that few need clearing
+        if stamp == 1:
+            marks.zero_()
+        if ours.numel() and theirs.numel():
+            marks.index_fill_(0, theirs - window * _MARKED, stamp)
+            torch.eq(marks.index_select(0, ours - window * _MARKED), stamp, out=met)
     here = found.nonzero().flatten()
-    return here, found.index_select(0, here).long() - 1
+    return here, torch.searchsorted(b, a.index_select(0, here))
 
 
 def listed(names: list[str]) -> str:

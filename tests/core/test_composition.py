@@ -80,6 +80,7 @@ def test_one_term() -> None:
 def test_windows_and_threads_change_no_bit(monkeypatch, threads: int) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     monkeypatch.setattr("deftx.core.composition._WINDOW", 4)
+    monkeypatch.setattr("deftx.core.composition._MARKED", 4)
     model, terms = make_base(), dict[str, float]()
     composition = Composition(model, base_fingerprint=BASE)
     for name, factor in zip("bdca", (1.0, 0.1, 1.0, -1.0), strict=True):
@@ -113,6 +114,15 @@ def test_many_coordinates_in_many_windows(scale: float) -> None:
     composition.remove("b")
     composition.remove("a")
     assert equal_bits({"w": base}, {"w": start})
+
+
+def test_marks_of_a_window_long_past_do_not_count(monkeypatch) -> None:
+    monkeypatch.setattr("deftx.core.composition._MARKED", 4)
+    last = 4 * 600
+    a, b = torch.arange(1, last, 4), torch.tensor([1, 2, *range(7, last, 4)])
+    facts = {"shapes": {"w": (last,)}, "metadata": {"base_fingerprint": BASE}}
+    first, second = (SparseDelta({"w": i}, {"w": torch.ones(i.numel())}, **facts) for i in (a, b))
+    assert compare(first, second).total.overlap == compare(second, first).total.overlap == 1
 
 
 actions = st.one_of(
