@@ -33,10 +33,17 @@ class Models:
         self.turn = {"ours": 0, "plain": 0}
         self.reset()
 
+    def bare(self) -> None:
+        """Both models at θ⁰."""
+        self.composition.clear()
+        _reload(self.plain, self.base)
+
     def reset(self) -> None:
         """Both models at θ⁰ + φ_T."""
         if "language" in self.composition.terms:
             self.composition.remove("language")
+        if "task" not in self.composition.terms:
+            self.composition.add("task", self.task)
         _reload(self.plain, self.base)
         _add(self.plain, self.dense_task)
 
@@ -81,7 +88,9 @@ def measure(run: Run) -> list[Row]:
     """Seconds to apply, and to switch."""
     run.say("making three SFTs")
     models = Models(run.shape)
-    apply = run.alternate("apply", {"ours": models.apply_ours, "plain": models.apply_plain}, models.reset)
+    sides = {"ours": models.apply_ours, "plain": models.apply_plain}
+    apply = run.alternate("apply", sides, models.bare)
+    beside = run.alternate("apply beside a task SFT", sides, models.reset)
     models.reset()
     models.apply_ours()
     models.apply_plain()
@@ -93,7 +102,12 @@ def measure(run: Run) -> list[Row]:
             apply,
             goals=(Goal("value", 0.1),),
             quoted="0.093 s",
-            note="beside a task SFT; plain: add dense differences",
+            note="to the base; plain: add dense differences",
+        ),
+        timed_row(
+            "apply it beside a task SFT",
+            beside,
+            note=f"whose {run.shape.k_task:,} coordinates it meets in part",
         ),
         timed_row(
             "switch the language SFT",

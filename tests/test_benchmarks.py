@@ -187,8 +187,8 @@ def test_the_command_measures_and_writes(
     main()
     assert "switch the language SFT" in capsys.readouterr().out
     content = json.loads(files["json"].read_text())
-    assert len(content["rows"]) == 5
+    assert len(content["rows"]) == 6
     assert content["machine"]["torch"] == torch.__version__
-    assert files["markdown"].read_text().count("\n| ") == 6
+    assert files["markdown"].read_text().count("\n| ") == 7
     assert set(ROWS) | {"growth"} == set(MODULES)
     assert all((harness.ROOT / "benchmarks" / f"{name}.py").is_file() for name in MODULES)

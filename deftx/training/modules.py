@@ -29,6 +29,7 @@ from deftx.errors import DeftxError, did_you_mean
 from deftx.training.encoder import base_parameters, head_parameters, maskable_parameters, model_inputs
 from deftx.training.model_folder import FAMILIES
 from deftx.training.settings import TrainerSettings, TrainingSettings
+from deftx.training.vocabulary import LARGE, frozen_cross_entropy
 
 TASK_METRICS = ("macro_f1", "accuracy")
 
@@ -234,7 +235,29 @@ class MaskedLM(Encoder):
 
     def loss(self, batch: Mapping[str, Any], *, reduction: str = "mean") -> Tensor:
         """Return the cross entropy of the masked tokens."""
+        if reduction == "sum" and self._keeps_no_logits(batch):
+            decoder = self.model.get_output_embeddings()
+            decoder.forward = lambda features: features  # the head up to its decoder
+            try:
+                features = self(batch)
+            finally:
+                del decoder.forward
+            return frozen_cross_entropy(features, decoder.weight, decoder.bias, batch["targets"])
         return cross_entropy(self(batch).float(), batch["targets"], reduction=reduction)
+
+    def _keeps_no_logits(self, batch: Mapping[str, Any]) -> bool:
+        """Whether this batch's loss is worth, and can be, computed with its gradient."""
+        decoder = self.model.get_output_embeddings()
+        weight = decoder.weight
+        return (
+            self.options.masked_logits
+            and batch["targets"].numel() * weight.shape[0] >= LARGE
+            and torch.is_grad_enabled()
+            and not torch.is_autocast_enabled(weight.device.type)
+            and not weight.requires_grad
+            and weight.dtype == torch.float32
+            and decoder.bias is not None
+        )
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         """Add the batch's masked tokens to ``val/loss``, the mean over all of them."""
