@@ -7,7 +7,7 @@ signs of the terms say how far they stand in each other's way.
 
 Changing a term walks the model once, window by window: the coordinates of one window and the parameter's entries
 there fit into a core's cache, and each thread has windows of its own. Where two terms meet is found by marking the
-coordinates of one in such a window and reading the marks at the other's. Only there is a sum of several terms needed.
+coordinates of one in a window and reading the marks at the other's. Only there is a sum of several terms needed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -30,8 +30,6 @@ _SHOWN = 8  # names listed in a message
 _WINDOW = 1 << 17  # entries of a parameter worked on at a time: they and their coordinates fit a core's cache
 _WINDOW_CUDA = 1 << 30
 _MARKED = 1 << 20  # entries marked at a time, a byte each
-
-Item = TypeVar("Item")
 
 
 class Composition:
@@ -102,11 +100,18 @@ class Composition:
         for key, part in parts.items():
             for other, term in self._terms.items():
                 if key in term.parts:
-                    there = term.parts[key]
-                    places = part.shared[other] = _common(part.index, there.index)
-                    there.shared[name] = places[::-1]
-        term = self._terms[name] = _Term(float(scale), parts)
-        self._walk(parts, _adding(term.scale))
+                    part.shared[other] = _common(part.index, term.parts[key].index)
+        read: list[_Piece] = []
+        try:
+            self._walk(parts, _adding(float(scale), read))
+        except BaseException:  # out of memory, or Ctrl-C: what was written is taken back
+            for piece in read:
+                _restore(*piece)
+            raise
+        self._terms[name] = _Term(float(scale), parts)
+        for key, part in parts.items():
+            for other, (here, there) in part.shared.items():
+                self._terms[other].parts[key].shared[name] = there, here
         for key, part in parts.items():
             for other, (here, places_there) in part.shared.items():
                 part.base[here] = self._terms[other].parts[key].base[places_there]
@@ -119,8 +124,8 @@ class Composition:
             DeftxError: there is no such term.
         """
         term = self._known(name)
-        del self._terms[name]
         self._walk(term.parts, _restore)
+        del self._terms[name]
         self._settle(term.parts)
         for key, part in term.parts.items():
             for other in part.shared:
@@ -158,7 +163,7 @@ class Composition:
         # all parts of one parameter live on one device, also when the model has moved since
         home = next((term.parts[key].base.device for term in self._terms.values() if key in term.parts), flat.device)
         index = index.to(home)
-        return _Part(index, delta.values[key].to(home), torch.empty(index.numel(), device=home))
+        return _Part(index, delta.values[key].to(home), flat.new_empty(index.numel(), device=home))
 
     def _walk(self, parts: Mapping[str, _Part], change: _Change) -> None:
         """Call ``change`` for every window of the parts, on all threads."""
@@ -292,7 +297,8 @@ _Piece = tuple[Tensor, Tensor, Tensor, Tensor]
 _Change = Callable[[Tensor, Tensor, Tensor, Tensor], None]
 
 
-def _adding(scale: float) -> _Change:
+def _adding(scale: float, read: list[_Piece]) -> _Change:
+    """Read the base's values, then change them; ``read`` tells for which pieces that was begun."""
     change = _scaling(scale)
 
     def add(flat: Tensor, index: Tensor, base: Tensor, value: Tensor) -> None:
@@ -300,6 +306,7 @@ def _adding(scale: float) -> _Change:
             torch.index_select(flat, 0, index, out=base)
         else:
             base.copy_(flat.index_select(0, index))
+        read.append((flat, index, base, value))
         change(flat, index, base, value)
 
     return add
@@ -322,17 +329,18 @@ _restore = _scaling(0.0)
 
 def _counts(index: Tensor, entries: int, size: int) -> list[int]:
     """How many of a sorted vector's coordinates lie in each window of ``size`` entries."""
-    starts = torch.arange(0, entries + size, size, device=index.device)
+    starts = torch.arange(0, entries + size, size, dtype=torch.int64, device=index.device)
     return torch.searchsorted(index, starts).diff().tolist()
 
 
-def _on_threads(work: Callable[[list[Item]], None], items: list[Item]) -> None:
+def _on_threads(work: Callable[[list[_Piece]], None], items: list[_Piece]) -> None:
     """``work`` of one share of the items a thread.
 
-    Torch releases Python's lock while it computes, and a window is too small for torch to split it.
+    Torch releases Python's lock while it computes, and of a sparse window there is too little for torch to split. A GPU
+    gains nothing from threads, and inference mode and streams would not hold in them.
     """
     threads = max(1, min(torch.get_num_threads(), len(items)))
-    if threads == 1:
+    if threads == 1 or torch.is_inference_mode_enabled() or any(flat.is_cuda for flat, *_ in items):
         work(items)
         return
     shares = [items[len(items) * part // threads : len(items) * (part + 1) // threads] for part in range(threads)]
@@ -345,20 +353,19 @@ def _common(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     none = torch.empty(0, dtype=torch.int64, device=a.device)
     if not a.numel() or not b.numel():
         return none, none
-    if a.is_cuda:
+    if a.device.type != "cpu":
         place = torch.searchsorted(b, a).clamp_(max=b.numel() - 1)
         here = (b[place] == a).nonzero().flatten()
         return here, place[here]
 
     entries = int(max(a[-1], b[-1])) + 1
     counts = [_counts(index, entries, _MARKED) for index in (a, b)]
-    found = torch.zeros(a.numel(), dtype=torch.uint8)  # 1 where b holds it, too
+    found = torch.zeros(a.numel(), dtype=torch.uint8, device=a.device)  # 1 where b holds it, too
     pieces = zip(*map(torch.split, (a, found, b), (counts[0], counts[0], counts[1])), strict=True)
-    marks = torch.zeros(_MARKED, dtype=torch.uint8)
+    marks = torch.zeros(_MARKED, dtype=torch.uint8, device=a.device)
     for window, (ours, met, theirs) in enumerate(pieces):
-        stamp = (
-            window % 255 + 1
-        )  # tells a window's marks from those of the windows before it, so that few need clearing
+        # another for each window, so that few need clearing
+        stamp = window % 255 + 1
         if stamp == 1:
             marks.zero_()
         if ours.numel() and theirs.numel():

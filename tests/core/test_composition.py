@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from deftx.core import composition as composition_module
 from deftx.core.delta import Composition, SparseDelta, compare
 from deftx.errors import DeftxError
 
@@ -114,6 +115,85 @@ def test_many_coordinates_in_many_windows(scale: float) -> None:
     composition.remove("b")
     composition.remove("a")
     assert equal_bits({"w": base}, {"w": start})
+
+
+@pytest.mark.parametrize("fails_at", [0, 1, 5])
+def test_an_interrupted_add_leaves_the_model_as_it_was(monkeypatch, fails_at: int) -> None:
+    monkeypatch.setattr("deftx.core.composition._WINDOW", 4)
+    model = make_base()
+    composition = Composition(model, base_fingerprint=BASE)
+    composition.add("a", DELTAS["a"])
+    calls, adding = [], composition_module._adding
+
+    def stopping(*arguments):
+        change = adding(*arguments)
+
+        def wrapped(*piece):
+            change(*piece)
+            calls.append(piece)
+            if len(calls) > fails_at:
+                raise KeyboardInterrupt
+
+        return wrapped
+
+    monkeypatch.setattr(composition_module, "_adding", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        composition.add("b", DELTAS["b"])
+    monkeypatch.undo()
+    assert composition.terms == {"a": 1.0}
+    assert equal_bits(model, by_hand({"a": 1.0}))
+    composition.add("b", DELTAS["b"])
+    assert equal_bits(model, by_hand({"a": 1.0, "b": 1.0}))
+    composition.remove("a")
+    assert equal_bits(model, by_hand({"b": 1.0}))
+
+
+def test_an_interrupted_remove_can_be_repeated(monkeypatch) -> None:
+    model = make_base()
+    composition = Composition(model, base_fingerprint=BASE)
+    composition.add("a", DELTAS["a"])
+    composition.add("b", DELTAS["b"])
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setattr(composition_module, "_restore", stop)
+        with pytest.raises(KeyboardInterrupt):
+            composition.remove("a")
+    composition.remove("a")
+    assert composition.terms == {"b": 1.0}
+    assert equal_bits(model, by_hand({"b": 1.0}))
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_in_inference_mode(monkeypatch, mode) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr("deftx.core.composition._WINDOW", 4)
+    model = make_base()
+    with mode():
+        composition = Composition(model, base_fingerprint=BASE)
+        composition.add("a", DELTAS["a"])
+        composition.add("b", DELTAS["b"])
+        composition.remove("a")
+    assert equal_bits(model, by_hand({"b": 1.0}))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("moves", ["to the GPU", "back"])
+def test_a_model_may_move_between_terms(moves: str) -> None:
+    first, second = ("cpu", "cuda") if moves == "to the GPU" else ("cuda", "cpu")
+    model = {name: nn.Parameter(tensor.to(first)) for name, tensor in make_base().items()}
+    composition = Composition(model, base_fingerprint=BASE)
+    composition.add("a", DELTAS["a"])
+    for parameter in model.values():
+        parameter.data = parameter.data.to(second)
+    composition.add("b", DELTAS["b"], 0.5)
+    assert equal_bits({name: p.detach().cpu() for name, p in model.items()}, by_hand({"a": 1.0, "b": 0.5}))
+    composition.remove("a")
+    composition.remove("b")
+    assert equal_bits({name: p.detach().cpu() for name, p in model.items()}, make_base())
 
 
 def test_marks_of_a_window_long_past_do_not_count(monkeypatch) -> None:
