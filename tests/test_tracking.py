@@ -302,6 +302,20 @@ def test_two_runs_in_one_table_are_refused() -> None:
         results_table([SCORES[1], SCORES[1]])
 
 
+def test_steps_are_shown_where_a_phase_was_profiled() -> None:
+    facts = {"tokens_per_second": 1234.4, "padding": 0.25, "peak_memory": 3 << 29}
+    full = {**facts, "profile": {"data": 0.001, "forward": 0.003}}
+    text = io.StringIO()
+    sfts = [{"name": "language ace", "metrics": {**facts, "profile": {}, "full": full}}, {"name": "x", "metrics": {}}]
+    print_steps(sfts, console=Console(file=text, width=40))
+    assert text.getvalue().splitlines()[1:] == [
+        "language ace, full phase: 4.0 ms (data 25%, forward 75%), 1,234 tokens/s, padding 25%, peak memory 1.50 GiB"
+    ]
+    empty = io.StringIO()
+    print_steps(sfts[1:], console=Console(file=empty))
+    assert not empty.getvalue()
+
+
 def test_print_results_says_where_everything_lies() -> None:
     out = io.StringIO()
     long = "/a/[very]/" + "long/" * 40
@@ -328,20 +342,6 @@ def test_print_results_says_where_everything_lies() -> None:
 
 
 # ------------------------------------------------------------------------------------------- Weights & Biases
-
-
-def test_steps_are_shown_where_a_phase_was_profiled() -> None:
-    facts = {"tokens_per_second": 1234.4, "padding": 0.25, "peak_memory": 3 << 29}
-    full = {**facts, "profile": {"data": 0.001, "forward": 0.003}}
-    text = io.StringIO()
-    sfts = [{"name": "language ace", "metrics": {**facts, "profile": {}, "full": full}}, {"name": "x", "metrics": {}}]
-    print_steps(sfts, console=Console(file=text, width=40))
-    assert text.getvalue().splitlines()[1:] == [
-        "language ace, full phase: 4.0 ms (data 25%, forward 75%), 1,234 tokens/s, padding 25%, peak memory 1.50 GiB"
-    ]
-    empty = io.StringIO()
-    print_steps(sfts[1:], console=Console(file=empty))
-    assert not empty.getvalue()
 
 
 def test_settings_are_checked() -> None:

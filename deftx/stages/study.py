@@ -323,6 +323,8 @@ def _run(
         tracker.record(record.metrics, extra={"cache/hits": cache.hits, "cache/computed": cache.computed})
         for sft in dict.fromkeys(bench.products.sfts):
             tracker.artifact(sft.folder, name=sft.name, about={"sha256": sft.key, "role": sft.role})
+    if study.trainer.profile:
+        tracking.print_steps(record.sfts)
     if bench.products.outcomes:
         _show(study, record, run_dir, cache)
     return record
@@ -429,7 +431,6 @@ def _show(study: StudySettings, record: tracking.RunRecord, run_dir: Path, cache
     work = f"{cache.computed} stages computed, {cache.hits} from the cache, {record.seconds or 0:.0f} s"
     if not cache.computed and "imports" in record.times:
         work += f"; imports took {record.times['imports']:.0f} s"
-    tracking.print_steps(record.sfts)
     tracking.print_results(
         [item for item in record.metrics if item.metric == metric],
         title=f"{study.name}, {study.task} ({study.split}) from {'+'.join(study.sources)}",

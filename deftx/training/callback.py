@@ -303,7 +303,10 @@ class SparseFineTuning(pl.Callback):
 
 
 def _start_of(module: Encoder) -> dict[str, Tensor]:
-    """:func:`full_state`, but a frozen copy that the model itself holds, such as its decoder's, is not made twice."""
+    """:func:`full_state`, but a frozen copy that the model itself holds, such as its decoder's, is not made twice.
+
+    Nobody writes into a frozen parameter while a phase runs; a model that moves to a GPU leaves this storage behind.
+    """
     maskable = {id(parameter) for parameter in module.maskable.values()}
     frozen = {
         parameter.shape: parameter.detach()
@@ -314,13 +317,13 @@ def _start_of(module: Encoder) -> dict[str, Tensor]:
     start = {}
     for name, parameter in named.items():
         twin = frozen.get(parameter.shape)
-        shared = twin is not None and twin.device.type == "cpu" and _same_bits(twin, parameter.detach())
-        start[name] = twin if twin is not None and shared else _cpu_copy(parameter)
+        same = twin is not None and _same_bits(twin, parameter.detach())
+        start[name] = twin if twin is not None and same else _cpu_copy(parameter)
     return start
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
-    if a.dtype != b.dtype or a.device != b.device or not (a.is_contiguous() and b.is_contiguous()):
+    if a.dtype != b.dtype or not (a.is_cpu and b.is_cpu and a.is_contiguous() and b.is_contiguous()):
         return False
     return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 

@@ -155,7 +155,7 @@ def fit_phase(
     if parts is not None:
         callbacks.append(parts)
     interval = (settings.eval_every or epoch) * settings.accumulate
-    with _surroundings(trainer), _encoder(module, trainer):
+    with _surroundings(trainer), computing(module, trainer):
         fitter = pl.Trainer(
             accelerator=accelerator,
             devices=trainer.devices,
@@ -321,8 +321,11 @@ class _Progress(pl.Callback):
 
 
 @contextlib.contextmanager
-def _encoder(module: Encoder, trainer: TrainerSettings) -> Iterator[None]:
-    """The encoder compiled, or recomputing its layers in backward, for the length of a fit."""
+def computing(module: Encoder, trainer: TrainerSettings) -> Iterator[None]:
+    """The encoder compiled, or recomputing its layers in backward, for the length of a fit.
+
+    Compiled graphs go when it ends, all of this process.
+    """
     encoder = module.model.base_model
     if trainer.checkpointing:
         module.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

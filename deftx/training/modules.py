@@ -3,7 +3,8 @@
 The base owns what both phases share: which parameters train, AdamW or :class:`~deftx.core.optim.SparseAdamW`, linear
 decay over the exact number of steps, clipping over what is trained (norm in float64), and a watch for NaN that never
 waits for the device. The masked language model computes logits at the masked positions only: with 15 % of the tokens
-masked and a vocabulary of 250k that is most of the step's time and memory.
+masked and a vocabulary of 250k that is most of the step's time and memory. Of a vocabulary that large training keeps no
+logits at all (:mod:`~deftx.training.vocabulary`).
 
 A batch's ``normalizer`` is a share of the *step's* examples or masked tokens, so that a step computed in several
 batches (accumulation) or on several devices has the gradient of the whole.
@@ -237,7 +238,7 @@ class MaskedLM(Encoder):
         """Return the cross entropy of the masked tokens."""
         if reduction == "sum" and self._keeps_no_logits(batch):
             decoder = self.model.get_output_embeddings()
-            decoder.forward = lambda features: features  # the head up to its decoder
+            decoder.forward = lambda features: features  # families name the head's other layers differently
             try:
                 features = self(batch)
             finally:

@@ -15,6 +15,7 @@ PARTS = ("data", "forward", "head", "backward", "optimizer")
 class StepProfile(pl.Callback):
     """Times the parts of every batch: data, forward (the encoder), head (and loss), backward, optimizer.
 
+    ``head`` holds the decoder's share of backward where the loss keeps no logits (:mod:`~deftx.training.vocabulary`),
     ``optimizer`` holds L1, clipping and the step; ``data`` is the wait for the next batch. On a GPU each mark waits for
     the device, which costs a little speed: profiled runs are for looking, not for comparing totals.
     """

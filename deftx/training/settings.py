@@ -94,7 +94,8 @@ class TrainerSettings:
         num_workers: processes that prepare batches; 0 prepares them in the training process.
         progress: show progress bars (on a terminal only).
         deterministic: ask torch for deterministic kernels.
-        masked_logits: language modelling computes logits at the masked positions alone; off: at all of them.
+        masked_logits: language modelling computes logits at the masked positions alone, and of a large vocabulary
+            keeps none; off: at all positions.
         fused: the full phase's AdamW as one kernel; off: torch's loop over operations.
         sparse_gradients: the sparse phase gathers the selected gradients as backward makes them, an embedding's by the
             rows that occurred (CPU); off: dense gradients of every partly trained parameter.

@@ -1,9 +1,10 @@
 """Cross entropy over a large vocabulary whose logits are never kept.
 
 A masked language model's decoder is frozen (docs/method.md), so backward needs nothing of the logits but the gradient
-of the decoder's input and bias, and both are known as soon as the logits are. With p = softmax(z), z = h Wᵀ + b:
-∂/∂h Σ -log p_target = p W − W_target and ∂/∂b = Σ_rows p − onehot(target). They are computed in forward, some rows at a
-time in one buffer; the softmax is normalised after the product with W instead of before.
+of the decoder's input and bias, and both are known as soon as the logits are. With p = softmax(z), z = h Wᵀ + b and
+q = p − onehot(target): ∂/∂h Σ -log p_target = q W and ∂/∂b = Σ_rows q. They are computed in forward, some rows at a
+time in one buffer; the softmax is normalised after the product with W instead of before. In float32 alone: under
+autocast the model's own way is taken.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 LARGE = 1 << 24  # logits from which on it pays; below, autograd's way is as fast
 _BUFFER = 1 << 27  # logits held at a time
@@ -50,14 +52,15 @@ class _FrozenCrossEntropy(torch.autograd.Function):
             aimed = logits.gather(1, target[:, None])
             largest = logits.amax(1, keepdim=True)
             mass = logits.sub_(largest).exp_().sum(1, keepdim=True)
-            total += (mass.log() + largest - aimed).sum()
-            torch.mm(logits, weight, out=from_hidden[rows]).div_(mass).sub_(weight.index_select(0, target))
+            total += (mass.log() + (largest - aimed)).sum()
+            logits.scatter_add_(1, target[:, None], -mass)  # mass times (p - onehot), before sums that would cancel
+            torch.mm(logits, weight, out=from_hidden[rows]).div_(mass)
             from_bias += torch.mv(logits.T, mass.reciprocal().flatten())
-            from_bias.index_add_(0, target, torch.full_like(aimed.flatten(), -1.0))
         ctx.save_for_backward(from_hidden, from_bias)
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         from_hidden, from_bias = ctx.saved_tensors
         return from_hidden * gradients[0], None, from_bias * gradients[0], None

@@ -300,17 +300,21 @@ def test_workers_change_nothing(language, trainer, tmp_path):
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
 
+@pytest.mark.parametrize("phase", ["full", "sparse"])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_gradients_do_not_outlive_their_step(language, trainer, tmp_path, monkeypatch, accumulate):
+def test_gradients_do_not_outlive_their_step(language, trainer, tmp_path, monkeypatch, phase, accumulate):
     module, data, settings = language(max_steps=3, accumulate=accumulate)
+    every = {name: torch.arange(p.numel()) for name, p in module.maskable.items()}
     alive = []
 
     def watch(self, *args):
-        alive.append(sum(p.grad is not None for p in module.trained().values()))
+        gathered = module.gradients.values if module.gradients is not None else {}
+        alive.append(sum(p.grad is not None or p in gathered for p in module.trained().values()))
         return step(self, *args)
 
     step = MaskedLM.training_step
     monkeypatch.setattr(MaskedLM, "training_step", watch)
-    fit_phase(module, data, None, settings, trainer, tmp_path, seed=1)
+    callback = SparseFineTuning(phase, selection=every if phase == "sparse" else None)
+    fit_phase(module, data, callback, settings, trainer, tmp_path, seed=1)
     full = len(module.trained())
     assert alive == [0] * 3 if accumulate == 1 else alive == [0, full] * 3

@@ -221,3 +221,23 @@ def test_l1_holds_the_full_phase_back(folders, settings, trainer, tmp_path):
         fit_phase(module, data, callback, settings, trainer, tmp_path / str(weight), seed=1)
         distances.append(sum(float(delta.abs().sum()) for delta in callback.change().values()))
     assert distances[1] < 0.7 * distances[0]
+
+
+def test_layers_below_the_lowest_selected_one_are_not_walked(folder, settings):
+    """Nothing there requires a gradient, so autograd keeps no graph of them."""
+    module, data = build(folder, settings, "language")
+    last = f"encoder.layer.{module.model.config.num_hidden_layers - 1}."
+    name = next(name for name in module.maskable if name.startswith(last) and name.endswith("query.weight"))
+    callback = SparseFineTuning("sparse", selection={name: torch.tensor([3, 5])})
+    callback.setup(None, module, "fit")
+    module.configure_optimizers()
+    walked = []
+    for layer in module.model.base_model.encoder.layer:
+        layer.register_forward_hook(
+            lambda _, __, out: walked.append((out[0] if type(out) is tuple else out).requires_grad)
+        )
+    data.schedule(batch_size=8, steps=1, seed=1)
+    module.training_step(next(iter(data.train_dataloader())), 0).backward()
+    assert walked == [False] * (len(walked) - 1) + [True]
+    assert list(module.gradients.values) == [module.maskable[name]]
+    assert all(p.grad is None for p in module.maskable.values())
