@@ -2,7 +2,7 @@
 
 One module a row (``--list``), each with the plain side written out in it: same threads, dtype and attention, so that
 what differs is the algorithm. Sides run in turn in this process, medians after a warm-up; peak memory comes from a
-fresh process for each side. ``growth`` is not part of the whole and is asked for by name.
+fresh process for each side. ``growth`` and ``options`` are not part of the whole and are asked for by name.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from benchmarks.harness import Row, Run, machine, markdown, show
 from benchmarks.shapes import SHAPES
 
 ROWS = ("mlm_step", "optimizer", "select", "denoise", "sft_file", "compose", "sweep", "evaluate")
-MODULES = (*ROWS, "growth")
+MODULES = (*ROWS, "growth", "options")
 
 
 def _arguments() -> argparse.Namespace:

@@ -1,4 +1,4 @@
-"""Applying an SFT and switching language SFTs on a model that holds a task SFT.
+"""Applying an SFT, to the base and beside a task SFT, and switching language SFTs beside it.
 
 Plain adds dense differences of state dicts; to switch, it copies the base's parameters back (from memory, not from a
 file) and adds the task's and the next language's differences.
@@ -18,7 +18,7 @@ from deftx.core.delta import Composition
 
 
 class Models:
-    """Two models at θ⁰ + φ_T, one for each side, and two language SFTs."""
+    """Two models, one for each side, at θ⁰ + φ_T until asked otherwise; a task SFT and two language SFTs."""
 
     def __init__(self, shape: Shape) -> None:
         self.base = shapes.noise(shapes.parameter_shapes(shape), 0)

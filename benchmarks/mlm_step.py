@@ -1,6 +1,6 @@
 """One step of masked language modelling, in the full and in the sparse phase.
 
-Ours is what ``fit_phase`` does for each step, without Lightning's loop: logits at the masked positions, fused AdamW or
+Ours is what ``fit_phase`` does for each step, without Lightning's loop: the masked positions' loss, fused AdamW or
 SparseAdamW, clipping over what is trained. Plain is the reference recipe (Ansell et al. 2022, composable-sft):
 ``forward(labels=...)`` of transformers with logits at all positions, ``clip_grad_norm_``, ``torch.optim.AdamW`` as it
 comes; in the sparse phase the gradients are multiplied with a dense mask first (moments and weight decay are zero
@@ -43,6 +43,7 @@ def ours(model: Any, selection: Mapping[str, Tensor] | None = None) -> Step:
 
     def step(batch: Batch) -> Tensor:
         loss = module.training_step(batch, 0)
+        module.optimizer_zero_grad(0, 0, optimizer)  # the other side may share the model and keep its gradients
         loss.backward()
         hooks.on_before_optimizer_step(None, module, optimizer)
         module.configure_gradient_clipping(optimizer)

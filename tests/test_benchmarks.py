@@ -6,19 +6,46 @@ import copy
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import compose, denoise, evaluate, growth, harness, mlm_step, optimizer, select, sft_file, shapes, sweep
+from benchmarks import (
+    compose,
+    denoise,
+    evaluate,
+    growth,
+    harness,
+    mlm_step,
+    optimizer,
+    options,
+    select,
+    sft_file,
+    shapes,
+    sweep,
+)
 from benchmarks.__main__ import MODULES, ROWS, main
+from deftx.training.modules import MaskedLM
 
 TINY = shapes.SHAPES["tiny"]
 
 
 @pytest.mark.parametrize("phase", mlm_step.PHASES)
 @pytest.mark.parametrize("family", ["bert", "xlm-roberta"])
-def test_both_mlm_steps_take_the_same_step(family: str, phase: str) -> None:
+def test_both_mlm_steps_take_the_same_step(family: str, phase: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    gradients: dict[int, torch.Tensor] = {}  # of ours, before the step frees them
+    clip = MaskedLM.configure_gradient_clipping
+
+    def watch(module: MaskedLM, *rest: Any) -> None:
+        clip(module, *rest)
+        gathered = module.gradients.values if module.gradients is not None else {}
+        for parameter in module.trained().values():
+            found = gathered.get(parameter, parameter.grad)
+            if found is not None:
+                gradients[id(parameter)] = found.flatten().clone()
+
+    monkeypatch.setattr(MaskedLM, "configure_gradient_clipping", watch)
     shape = harness.replace(TINY, family=family)
     model, batch = shapes.masked_lm(shape), mlm_step.labelled(shapes.masked_batch(shape))
     selection = shapes.mask(shape, shape.k) if phase == "sparse" else None
@@ -35,8 +62,8 @@ def test_both_mlm_steps_take_the_same_step(family: str, phase: str) -> None:
             continue
         index = chosen.get(id(parameter), torch.arange(parameter.numel()))
         gradient = plain[name].grad.flatten()[index]
-        if parameter.grad is not None:  # the sparse phase gathers and frees it
-            torch.testing.assert_close(parameter.grad.flatten()[index], gradient, rtol=1e-3, atol=1e-7)
+        found = gradients.get(id(parameter), torch.empty(0))  # ours freezes what has no selected coordinate
+        torch.testing.assert_close(found, gradient, rtol=1e-3, atol=1e-7)
         clear = index[gradient.abs() > 1e-6]  # where rounding cannot turn Adam's first step round
         torch.testing.assert_close(parameter.flatten()[clear], plain[name].flatten()[clear], rtol=0, atol=1e-6)
         outside = torch.ones(parameter.numel(), dtype=torch.bool)
@@ -130,6 +157,16 @@ def test_both_evaluations_predict_the_same(tmp_path: Path) -> None:
     assert len(study.ours(1)) == 1
 
 
+def test_options_are_taken_and_buckets_save_padding(tmp_path: Path) -> None:
+    losses = {side: options.prepare(TINY, side, "checkpointing")() for side in ("ours", "plain")}
+    assert torch.equal(losses["ours"], losses["plain"])
+    half, full = (options.prepare(TINY, side, "bf16-mixed")() for side in ("ours", "plain"))
+    assert not torch.equal(half, full)
+    epochs = options.Epochs(tmp_path, harness.replace(TINY, length=64))
+    assert 0 < options.padding(epochs.batches(16)) < 0.5 * options.padding(epochs.batches(0))
+    epochs.run(epochs.batches(16)[:1])
+
+
 def test_a_sweep_trains_its_full_phase_once(tmp_path: Path) -> None:
     counted = sweep.phases(tmp_path, ranks=(1, 2), densities=(0.05, 0.1))
     assert counted["full"] == 1
@@ -190,5 +227,5 @@ def test_the_command_measures_and_writes(
     assert len(content["rows"]) == 6
     assert content["machine"]["torch"] == torch.__version__
     assert files["markdown"].read_text().count("\n| ") == 7
-    assert set(ROWS) | {"growth"} == set(MODULES)
+    assert set(ROWS) | {"growth", "options"} == set(MODULES)
     assert all((harness.ROOT / "benchmarks" / f"{name}.py").is_file() for name in MODULES)

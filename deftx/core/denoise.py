@@ -101,8 +101,9 @@ def decompose(matrix: Tensor, *, method: Method = "gram") -> Decomposition:
     matrix = matrix.detach()
     compact = _Compact.of(matrix)
     if method == "svd":
-        blocks = [block.clone() for _, block in compact.blocks()]
-        whole = torch.cat(blocks) if compact.d else matrix.new_zeros(0, 0).double()
+        whole = matrix.new_zeros(0, compact.d).double()
+        if compact.d:
+            whole = torch.cat([block.clone() for _, block in compact.blocks()])
         _, values, right = torch.linalg.svd(whole, full_matrices=False)
         vectors = right.T.contiguous()
     else:
@@ -343,7 +344,7 @@ def _decompose_named(name: str, matrix: Tensor, method: Method) -> Decomposition
 
 
 def _checked(name: str, matrix: Tensor, decomposition: Decomposition) -> Decomposition:
-    squared = float(torch.linalg.vector_norm(matrix, dtype=torch.float64)) ** 2
+    squared = _squared_norm(matrix)
     energy = float(decomposition.singular_values.square().sum())
     if decomposition.shape != tuple(matrix.shape) or not math.isclose(squared, energy, rel_tol=1e-6):
         raise DeftxError(
@@ -356,6 +357,19 @@ def _checked(name: str, matrix: Tensor, decomposition: Decomposition) -> Decompo
     return Decomposition(
         decomposition.shape, decomposition.rows, decomposition.columns, values, decomposition.side, vectors
     )
+
+
+def _squared_norm(matrix: Tensor) -> float:
+    """Σ of the squared entries in float64, block by block: torch would convert a copy of the whole."""
+    flat = matrix.reshape(-1)
+    size = _BLOCK_CUDA if matrix.is_cuda else _BLOCK
+    room = flat.new_empty(min(size, flat.numel()), dtype=torch.float64)
+    total = room.new_zeros(())
+    for start in range(0, flat.numel(), size):
+        block = flat[start : start + size]
+        piece = room[: block.numel()].copy_(block)
+        total += torch.dot(piece, piece)
+    return float(total)
 
 
 def _truncate(matrix: Tensor, decomposition: Decomposition, r: int, keep: float) -> tuple[Tensor, int]:
