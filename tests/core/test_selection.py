@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -209,22 +210,23 @@ def test_gradients_and_inputs_are_left_alone() -> None:
     assert torch.equal(parameter, before)
 
 
-@pytest.mark.parametrize(
-    "beside",
-    [
-        torch.float32,
-        torch.float64,
-    ],
-    ids=str,
-)
-def test_flushing_denormals_changes_nothing(beside: torch.dtype) -> None:
-    tensors = {"a": torch.arange(50, dtype=torch.int32).view(torch.float32), "b": torch.zeros(3, dtype=beside)}
-    if not torch.set_flush_denormal(True):
+@contextlib.contextmanager
+def flushing(on: bool = True) -> Iterator[None]:
+    """Denormals are zero to this thread, but to none of torch's: a thread inherits that when it begins, and keeps it."""
+    torch.ones(1 << 20).add(1)  # torch's threads have begun now
+    if on and not torch.set_flush_denormal(True):
         pytest.skip("this processor cannot flush denormals")
     try:
-        assert select_topk(tensors, 5)["a"].tolist() == [45, 46, 47, 48, 49]
+        yield
     finally:
         torch.set_flush_denormal(False)
+
+
+@pytest.mark.parametrize("beside", [torch.float32, torch.float64], ids=str)
+def test_flushing_denormals_changes_nothing(beside: torch.dtype) -> None:
+    tensors = {"a": torch.arange(50, dtype=torch.int32).view(torch.float32), "b": torch.zeros(3, dtype=beside)}
+    with flushing():
+        assert select_topk(tensors, 5)["a"].tolist() == [45, 46, 47, 48, 49]
 
 
 class Lazy(Mapping[str, Tensor]):
@@ -294,16 +296,14 @@ def test_memory_mapped_on_any_threads_flushing_or_not(
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        if flush and not torch.set_flush_denormal(True):
-            pytest.skip("this processor cannot flush denormals")
-        for kind, (tensors, order) in cases.items():
-            starts = np.cumsum([0, *(tensor.numel() for tensor in tensors.values())][:-1])
-            for k in (0, 1, 45_000, order.size) if threads == 1 else (45_000,):
-                found = select_topk(tensors, k)
-                places = [index.numpy() + start for index, start in zip(found.values(), starts, strict=True)]
-                assert np.array_equal(np.concatenate(places), np.sort(order[:k])), (kind, k)
+        with flushing(flush):
+            for kind, (tensors, order) in cases.items():
+                starts = np.cumsum([0, *(tensor.numel() for tensor in tensors.values())][:-1])
+                for k in (0, 1, 45_000, order.size) if threads == 1 else (45_000,):
+                    found = select_topk(tensors, k)
+                    places = [index.numpy() + start for index, start in zip(found.values(), starts, strict=True)]
+                    assert np.array_equal(np.concatenate(places), np.sort(order[:k])), (kind, k)
     finally:
-        torch.set_flush_denormal(False)
         torch.set_num_threads(before)
 
 
