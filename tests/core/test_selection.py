@@ -212,7 +212,7 @@ def test_gradients_and_inputs_are_left_alone() -> None:
 
 @contextlib.contextmanager
 def flushing(on: bool = True) -> Iterator[None]:
-    """Denormals are zero to this thread, but to none of torch's: a thread inherits that when it begins, and keeps it."""
+    """Denormals are zero to this thread, but to none of torch's: a thread inherits that when it begins."""
     torch.ones(1 << 20).add(1)  # torch's threads have begun now
     if on and not torch.set_flush_denormal(True):
         pytest.skip("this processor cannot flush denormals")
