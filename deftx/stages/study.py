@@ -301,6 +301,7 @@ def _run(
     record = tracking.RunRecord(
         study=study.name,
         job=f"{job}-{run_dir.name}",
+        job_type=job,
         settings=knobs,
         seed=study.seed,
     )
@@ -338,10 +339,11 @@ def _fill(record: tracking.RunRecord, bench: Bench) -> None:
     record.peak_memory["gpu"] = _peak_gpu_memory() if loaded else None
     record.metrics = scores(products.outcomes, list(study.targets), study.task_spec.metric, study.split)
     record.stages = [event._asdict() for event in bench.cache.events]
-    record.sfts = [
-        {"name": sft.name, "sha256": sft.key, "metrics": {k: v for k, v in sft.metrics.items() if k != "history"}}
-        for sft in dict.fromkeys(products.sfts)
-    ]
+    record.sfts = [_about(sft) for sft in dict.fromkeys(products.sfts)]
+    record.languages = {
+        code: {"name": language.name, "family": language.family, "script": language.script}
+        for code, language in study.targets.items()
+    }
     record.data = dict(products.reports)
     record.fingerprints = dict(products.tests)
     if products.base is not None:
@@ -375,6 +377,21 @@ def _fill(record: tracking.RunRecord, bench: Bench) -> None:
         )
     for event in bench.cache.events:
         record.times[event.kind] = round(record.times.get(event.kind, 0.0) + event.seconds, 3)
+
+
+def _about(sft: SFT) -> dict[str, Any]:
+    """An SFT as ``result.json`` tells of it; its curve is in ``curves/``."""
+    facts = sft.facts
+    return {
+        "name": sft.name,
+        "role": sft.role,
+        "method": facts.get("method"),
+        "languages": facts.get("languages"),
+        "k": facts.get("k"),
+        "bytes": (sft.folder / "sft.safetensors").stat().st_size,
+        "sha256": sft.key,
+        "metrics": {name: value for name, value in sft.metrics.items() if name != "history"},
+    }
 
 
 def _peak_gpu_memory() -> int | None:

@@ -25,6 +25,7 @@ from deftx.tracking.results import (
     write_predictions,
     write_result,
 )
+from deftx.tracking.sweeps import SWEEP, SweepJob, SweepRecord, read_sweep, write_sweep
 from deftx.tracking.tables import print_results, print_steps, print_sweep, results_table
 from deftx.tracking.tracker import LoggerSettings, Tracker
 
@@ -33,9 +34,12 @@ __all__ = [
     "DIAGNOSTICS",
     "PREDICTIONS",
     "RESULT",
+    "SWEEP",
     "LoggerSettings",
     "Metric",
     "RunRecord",
+    "SweepJob",
+    "SweepRecord",
     "Tracker",
     "clock_imports",
     "mean_scores",
@@ -44,9 +48,11 @@ __all__ = [
     "print_sweep",
     "provenance",
     "read_result",
+    "read_sweep",
     "recording",
     "results_table",
     "write_diagnostics",
     "write_predictions",
     "write_result",
+    "write_sweep",
 ]

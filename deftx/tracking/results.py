@@ -41,11 +41,14 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+OLDEST_READ = 1
 RESULT = "result.json"
 METRICS = "metrics.csv"
 PREDICTIONS = "predictions.parquet"
 DIAGNOSTICS = "diagnostics.parquet"
+
+JOB_TYPES = ("run", "stage", "sft-language", "sft-task", "eval")
 
 CONDITIONS = {
     "no_language_sft": "no language SFTs",
@@ -94,9 +97,14 @@ class RunRecord:
         status: ``running``, ``done`` or ``failed``.
         metrics: every score.
         fingerprints: name -> fingerprint: ``base`` (as in ``sft.json``), ``base files``, the rows evaluated.
-        sfts: one mapping for each SFT: ``name``, ``sha256``, ``metrics`` of its sparse phase (score, steps,
-            seconds, tokens per second, padding, peak memory, parts of a step where ``trainer.profile`` asked for them)
-            and, under ``full``, of its full phase.
+        job_type: ``run``, ``stage`` (part of a study that a sweep's jobs share), ``sft-language``, ``sft-task`` or
+            ``eval``.
+        sfts: one mapping for each SFT: ``name``, ``role`` (``language`` or ``task``), ``method``, ``languages``, ``k``,
+            ``bytes`` of its file, ``sha256``, ``metrics`` of its sparse phase (score, steps, seconds, tokens a second,
+            padding, peak memory, parts of a step where ``trainer.profile`` asked for them) and, under ``full``, of its
+            full phase.
+        languages: code -> what is known of a target: ``name``, ``family``, ``script``, and of its unlabelled text
+            ``fertility`` (pieces a word), ``type_token_ratio``, ``words_per_sentence``, where it was computed.
         data: name -> what was read, dropped (and why) and kept.
         stages: one mapping for each stage: ``kind``, ``label``, ``key``, ``outcome``, ``seconds``.
         times: name -> seconds: of each kind of stage, and ``imports``, what loading Python modules took since the
@@ -116,7 +124,9 @@ class RunRecord:
     status: str = "running"
     metrics: list[Metric] = field(default_factory=list)
     fingerprints: dict[str, str] = field(default_factory=dict)
+    job_type: str = "run"
     sfts: list[Mapping[str, Any]] = field(default_factory=list)
+    languages: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     stages: list[Mapping[str, Any]] = field(default_factory=list)
     times: dict[str, float] = field(default_factory=dict)
@@ -172,9 +182,9 @@ def write_result(run_dir: str | os.PathLike[str], record: RunRecord) -> Path:
     table.writerow([item.name for item in dataclasses.fields(Metric)])
     table.writerows(dataclasses.astuple(metric) for metric in record.metrics)
     folder = Path(run_dir)
-    _write(folder / METRICS, lambda path: path.write_text(rows.getvalue(), encoding="utf-8"))
+    write_file(folder / METRICS, lambda path: path.write_text(rows.getvalue(), encoding="utf-8"))
     text = json.dumps(plain(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    return _write(folder / RESULT, lambda path: path.write_text(text, encoding="utf-8", errors="replace"))
+    return write_file(folder / RESULT, lambda path: path.write_text(text, encoding="utf-8", errors="replace"))
 
 
 def read_result(path: str | os.PathLike[str]) -> RunRecord:
@@ -188,8 +198,13 @@ def read_result(path: str | os.PathLike[str]) -> RunRecord:
     try:
         content = json.loads(place.read_bytes())
         version = content.pop("schema_version")
-        if version != SCHEMA_VERSION:
-            raise DeftxError(f"{place} has schema version {version}; this deftx reads {SCHEMA_VERSION}")
+        if not OLDEST_READ <= version <= SCHEMA_VERSION:
+            raise DeftxError(
+                f"{place} has schema version {version}; this deftx reads {OLDEST_READ} to {SCHEMA_VERSION}"
+            )
+        if version == 1:
+            # Its name began with it: sft-language-2026-11-21_...
+            content["job_type"] = next((name for name in JOB_TYPES if content["job"].startswith(name)), "run")
         content["metrics"] = [Metric(**metric) for metric in content["metrics"]]
         return RunRecord(**content)
     except OSError as error:
@@ -233,7 +248,7 @@ def write_predictions(run_dir: str | os.PathLike[str], frame: pd.DataFrame) -> P
     missing = [name for name in ("language", "condition", "id", "label") if name not in frame.columns]
     if missing:
         raise ValueError(f"predictions lack the columns {missing}; they have {list(frame.columns)}")
-    return _write(Path(run_dir) / PREDICTIONS, lambda path: frame.to_parquet(path, index=False))
+    return write_file(Path(run_dir) / PREDICTIONS, lambda path: frame.to_parquet(path, index=False))
 
 
 def write_diagnostics(run_dir: str | os.PathLike[str], frame: pd.DataFrame) -> Path:
@@ -243,10 +258,15 @@ def write_diagnostics(run_dir: str | os.PathLike[str], frame: pd.DataFrame) -> P
     Raises:
         DeftxError: the directory cannot be written.
     """
-    return _write(Path(run_dir) / DIAGNOSTICS, lambda path: frame.to_parquet(path, index=False))
+    return write_file(Path(run_dir) / DIAGNOSTICS, lambda path: frame.to_parquet(path, index=False))
 
 
-def _write(path: Path, fill: Callable[[Path], Any]) -> Path:
+def write_file(path: Path, fill: Callable[[Path], Any]) -> Path:
+    """Let ``fill`` write a temporary sibling, sync it and rename it: readers see the old file or the new one.
+
+    Raises:
+        DeftxError: the folder cannot be written.
+    """
     temporary = path.with_name(f".{path.stem}.{os.urandom(4).hex()}{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
