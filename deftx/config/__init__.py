@@ -9,6 +9,7 @@ from deftx.config.check import Command, check_command
 from deftx.config.commands import OWN, READS
 from deftx.config.resolve import (
     eval_settings,
+    launcher_settings,
     pretrain_settings,
     resolve_command,
     sft_settings,
@@ -37,6 +38,7 @@ __all__ = [
     "hydra_session",
     "language_settings",
     "launch",
+    "launcher_settings",
     "pretrain_settings",
     "resolve_command",
     "run_directory",

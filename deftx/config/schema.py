@@ -15,6 +15,7 @@ from omegaconf import MISSING, OmegaConf
 
 from deftx.data.settings import CorpusSettings, DataSettings, LanguageSettings
 from deftx.data.synthetic import SyntheticSettings
+from deftx.launch.settings import LauncherSettings
 from deftx.stages.settings import ModelSettings
 from deftx.tracking import LoggerSettings
 from deftx.training.settings import TrainerSettings, TrainingSettings
@@ -107,6 +108,16 @@ class PathsConfig:
 
 
 @dataclass
+class SearchConfig:
+    """The search group: what is searched for, and where (:mod:`deftx.sweeps.search`). No space, no search."""
+
+    space: dict[str, Any] = field(default_factory=dict)
+    objective: str = "source_validation"
+    trials: int = 20
+    sampler_seed: int = 0
+
+
+@dataclass
 class RunConfig:
     """Schema of ``conf/run.yaml``."""
 
@@ -115,12 +126,16 @@ class RunConfig:
     k: int | None = None
     density: float | None = None
     value_dtype: str = "float32"
+    mask: str = "magnitude"
+    second_phase: bool = True
     seed: int = 0
     compare: list[str] = field(default_factory=list)
     controls: list[str] = field(default_factory=list)
     split: str = "test"
     missing_text: str = "error"
     study: str = "study"
+    only: list[str] = field(default_factory=list)
+    ablate: str = "nothing"
     model: ModelSettings = field(default_factory=ModelSettings)
     method: MethodConfig = field(default_factory=MethodConfig)
     denoise: DenoiseConfig = field(default_factory=DenoiseConfig)
@@ -135,6 +150,8 @@ class RunConfig:
     synthetic: SyntheticSettings = field(default_factory=SyntheticSettings)
     trainer: TrainerSettings = field(default_factory=TrainerSettings)
     logger: LoggerSettings = field(default_factory=LoggerSettings)
+    launcher: LauncherSettings = field(default_factory=LauncherSettings)
+    search: SearchConfig = field(default_factory=SearchConfig)
     paths: PathsConfig = field(default_factory=PathsConfig)
     # Knobs of single commands; empty elsewhere (resolve_command refuses them there).
     kind: str | None = None

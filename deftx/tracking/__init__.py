@@ -14,6 +14,7 @@ from deftx.tracking.imports import clock_imports
 from deftx.tracking.results import (
     CONDITIONS,
     DIAGNOSTICS,
+    METRICS,
     PREDICTIONS,
     RESULT,
     Metric,
@@ -32,6 +33,7 @@ from deftx.tracking.tracker import LoggerSettings, Tracker
 __all__ = [
     "CONDITIONS",
     "DIAGNOSTICS",
+    "METRICS",
     "PREDICTIONS",
     "RESULT",
     "SWEEP",
