@@ -30,7 +30,7 @@ COMMANDS = {
     "pretrain": "train a small multilingual encoder from raw text, for work without a hub",
 }
 
-OPEN_MAPPINGS = ("language_sft.", "data.revisions.")
+OPEN_MAPPINGS = ("language_sft.", "data.revisions.", "search.space.", "launcher.additional.")
 
 HELP = """\
 deftx {version}: composable sparse fine-tuning with SVD denoising, for cross-lingual transfer
@@ -124,6 +124,8 @@ def _command(name: str, arguments: list[str]) -> int:
         command = check_command(
             name, overrides, multirun=known.multirun, validate=lambda config: _job_problems(name, config)
         )
+        if command.configs[0].search.space:
+            _check_search(overrides, command)
     if command.multirun and any(config.trainer.devices > 1 for config in command.configs):
         raise DeftxError("trainer.devices: a job of a sweep has one device; several would each repeat the sweep")
     if command.multirun or known.dry_run:
@@ -181,10 +183,12 @@ def _single(name: str, overrides: Sequence[str], config_dir: str | None) -> int:
 
 
 def _sweep(name: str, command: Command, known: argparse.Namespace) -> int:
-    """Run a sweep, or say what it or a single run would compute."""
-    from deftx.config import launcher_settings, study_settings
-    from deftx.sweeps import Sweep, dry_run, run_sweep
+    """Run a sweep or a search, or say what a sweep or a single run would compute."""
+    from deftx.config import launcher_settings, search_settings, study_settings
+    from deftx.sweeps import Sweep, dry_run, run_search, run_sweep
 
+    if known.dry_run and name != "run":
+        raise DeftxError(f"--dry-run belongs to deftx run, not to deftx {name}")
     sweep = Sweep(
         name,
         command.overrides,
@@ -194,8 +198,29 @@ def _sweep(name: str, command: Command, known: argparse.Namespace) -> int:
         [study_settings(config) for config in command.configs] if name == "run" else [],
     )
     if known.dry_run:
-        if name != "run":
-            raise DeftxError(f"--dry-run belongs to deftx run, not to deftx {name}")
         dry_run(sweep)
         return 0
+    if command.configs[0].search.space:
+        return run_search(sweep, search_settings(command.configs[0]))
     return run_sweep(sweep)
+
+
+def _check_search(overrides: list[str], command: Command) -> None:
+    """Validate every value a search may propose, before its first trial.
+
+    Raises:
+        DeftxError: One message with every problem.
+    """
+    from deftx.config import check_command, search_settings
+
+    settings = search_settings(command.configs[0])
+    problems = settings.problems()
+    if len(command.configs) > 1:
+        problems.append("a search proposes its own values: it cannot be swept; give search.space.KNOB=[...] instead")
+    for proposal in settings.examples() if not problems else []:
+        try:
+            check_command("run", [*overrides, *proposal], multirun=True, validate=lambda c: _job_problems("run", c))
+        except DeftxError as error:
+            problems += str(error).splitlines()
+    if problems:
+        raise DeftxError("\n".join(dict.fromkeys(problems)))

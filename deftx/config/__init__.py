@@ -12,10 +12,12 @@ from deftx.config.resolve import (
     launcher_settings,
     pretrain_settings,
     resolve_command,
+    search_settings,
     sft_settings,
     study_settings,
     written_folders,
 )
+from deftx.config.search import OBJECTIVES, SearchSettings, override
 from deftx.config.session import (
     conf_dir,
     defaults_of,
@@ -27,9 +29,11 @@ from deftx.config.session import (
 )
 
 __all__ = [
+    "OBJECTIVES",
     "OWN",
     "READS",
     "Command",
+    "SearchSettings",
     "check_command",
     "conf_dir",
     "defaults_of",
@@ -39,9 +43,11 @@ __all__ = [
     "language_settings",
     "launch",
     "launcher_settings",
+    "override",
     "pretrain_settings",
     "resolve_command",
     "run_directory",
+    "search_settings",
     "sft_settings",
     "study_settings",
     "written_folders",

@@ -99,7 +99,8 @@ def _composed(name: str, items: Sequence[Override], parser: OverridesParser, mul
     """
     single = [item for item in items if not item.is_sweep_override()]
     base = compose(name, overrides=_lines(single), return_hydra_config=True)
-    multirun = multirun or base.hydra.mode == RunMode.MULTIRUN
+    # A search is many jobs, too, though it has one set of overrides to begin with.
+    multirun = multirun or base.hydra.mode == RunMode.MULTIRUN or bool(base.search.space)
     if not multirun:
         sweeps = [item for item in items if item.is_sweep_override()]
         if sweeps:

@@ -13,6 +13,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from deftx.config.schema import RunConfig, SFTConfig, SizeConfig
+from deftx.config.search import SearchSettings
 from deftx.config.session import language_settings, plain, unknown
 from deftx.core.settings import VALUE_DTYPES, RankPolicy, ResidualPolicy
 from deftx.data.settings import CorpusSettings, DataSettings, LanguageSettings
@@ -258,6 +259,11 @@ def resolve_command(name: str, cfg: DictConfig) -> tuple[StudySettings | None, l
 def launcher_settings(cfg: DictConfig) -> LauncherSettings:
     """Where the jobs of a sweep run."""
     return plain(cfg.launcher, LauncherSettings)
+
+
+def search_settings(cfg: DictConfig) -> SearchSettings:
+    """What is searched for; an empty space is no search."""
+    return plain(cfg.search, SearchSettings)
 
 
 def written_folders(cfg: DictConfig) -> dict[str, Path]:

@@ -13,6 +13,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
+from deftx.config.search import SearchSettings
 from deftx.data.settings import CorpusSettings, DataSettings, LanguageSettings
 from deftx.data.synthetic import SyntheticSettings
 from deftx.launch.settings import LauncherSettings
@@ -108,16 +109,6 @@ class PathsConfig:
 
 
 @dataclass
-class SearchConfig:
-    """The search group: what is searched for, and where (:mod:`deftx.sweeps.search`). No space, no search."""
-
-    space: dict[str, Any] = field(default_factory=dict)
-    objective: str = "source_validation"
-    trials: int = 20
-    sampler_seed: int = 0
-
-
-@dataclass
 class RunConfig:
     """Schema of ``conf/run.yaml``."""
 
@@ -151,7 +142,7 @@ class RunConfig:
     trainer: TrainerSettings = field(default_factory=TrainerSettings)
     logger: LoggerSettings = field(default_factory=LoggerSettings)
     launcher: LauncherSettings = field(default_factory=LauncherSettings)
-    search: SearchConfig = field(default_factory=SearchConfig)
+    search: SearchSettings = field(default_factory=SearchSettings)
     paths: PathsConfig = field(default_factory=PathsConfig)
     # Knobs of single commands; empty elsewhere (resolve_command refuses them there).
     kind: str | None = None

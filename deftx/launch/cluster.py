@@ -2,10 +2,14 @@
 
 Jobs of one batch are one array. A job that meets its time limit or is preempted is put back into the queue and goes on
 where it stopped: finished stages are in the cache, an unfinished phase resumes from its last checkpoint.
+
+How a job ended is asked of ``sacct``; where the cluster keeps no accounts, of ``squeue``: without either, submitit
+would wait for a killed job for ever.
 """
 
 from __future__ import annotations
 
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -55,7 +59,7 @@ def run_all(
             batch, waiting = waiting[: limit - len(jobs)], waiting[limit - len(jobs) :]
             if batch:
                 jobs |= dict(zip(batch, _submit(executor, work, [tasks[number] for number in batch]), strict=True))
-            over = [number for number, job in jobs.items() if job.done()]
+            over = [number for number, job in jobs.items() if job.done(force_check=True)]
             for number in over:
                 ended(number, _answer(jobs.pop(number)))
             if not over:
@@ -70,6 +74,10 @@ def _executor(settings: LauncherSettings, folder: Path) -> Any:
         import submitit
     except ImportError as error:
         raise DeftxError("launcher=submitit needs submitit: pip install 'deftx[slurm]'") from error
+    if settings.cluster == "slurm":
+        _without_accounts()
+    # Read again and again until a job's result file is there; by default it blocks 15 s for each job that left none.
+    submitit.Job._results_timeout_s = 2
     try:
         executor = submitit.AutoExecutor(
             folder=folder, cluster=settings.cluster, slurm_max_num_timeout=settings.requeues
@@ -100,12 +108,41 @@ def _executor(settings: LauncherSettings, folder: Path) -> Any:
     return executor
 
 
+def _without_accounts() -> None:
+    """Where ``sacct`` does not answer, look jobs up in the queue, which knows them for some minutes after their end."""
+    from submitit.slurm.slurm import SlurmInfoWatcher, SlurmJob
+
+    try:
+        asked = subprocess.run(["sacct", "-X", "-n", "-j", "1"], capture_output=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        asked = None
+    if asked is not None and asked.returncode == 0:
+        return
+
+    class QueueWatcher(SlurmInfoWatcher):
+        """Asks ``squeue`` for the states of jobs."""
+
+        def _make_command(self) -> list[str] | None:
+            known = sorted({name.split("_")[0] for name in self._registered - self._finished})
+            if not known:
+                return None
+            return ["squeue", "-r", "-a", "-h", "-t", "all", "-o", "%i|%T|%N", "-j", ",".join(known)]
+
+        def read_info(self, string: bytes | str) -> dict[str, dict[str, str]]:
+            """States by job id, from lines ``id|state|nodes``."""
+            text = string if isinstance(string, str) else string.decode()
+            rows = [line.split("|") for line in text.splitlines() if line.count("|") == 2]
+            return {name: {"JobID": name, "State": state, "NodeList": nodes} for name, state, nodes in rows}
+
+    SlurmJob.watcher = QueueWatcher(delay_s=30)
+
+
 def _submit(executor: Any, work: Callable[[T], R], tasks: Sequence[T]) -> list[Any]:
     from submitit.core.utils import FailedJobError
 
     try:
         return list(executor.map_array(Requeued(work), tasks))
-    except (FailedJobError, OSError) as error:
+    except (FailedJobError, OSError) as error:  # what sbatch said: a partition, an option or a limit it refuses
         raise DeftxError(f"the jobs were not accepted: {error}") from error
 
 

@@ -6,6 +6,6 @@ several of the others need are made first, in waves, then the jobs run where the
 What fails is named at the end and stops nothing else; ``sweep.json`` in the sweep's folder always says how far it got.
 """
 
-from deftx.sweeps.run import Sweep, dry_run, run_sweep
+from deftx.sweeps.run import Sweep, dry_run, run_search, run_sweep
 
-__all__ = ["Sweep", "dry_run", "run_sweep"]
+__all__ = ["Sweep", "dry_run", "run_search", "run_sweep"]

@@ -10,11 +10,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from deftx.cache import StageCache
+from deftx.config import OBJECTIVES, SearchSettings
 from deftx.errors import DeftxError
 from deftx.jobs import End, Task, work
 from deftx.launch import LauncherSettings, Lost, run_all
 from deftx.stages.plan import Planner, StudyPlan
 from deftx.stages.settings import StudySettings
+from deftx.sweeps.search import search
 from deftx.sweeps.show import job_line, print_plan, print_summary, swept
 from deftx.sweeps.waves import Part, shared_parts
 from deftx.tracking import RESULT, SweepJob, SweepRecord, mean_scores, read_result, write_sweep
@@ -99,6 +101,58 @@ def run_sweep(sweep: Sweep) -> int:
             job.status = "waiting" if job.status == "running" else job.status
         write_sweep(sweep.folder, record)
         print_summary(record.jobs, sweep.scores, _shown(sweep.folder))
+    return 1 if any(job.status == "failed" for job in record.jobs) else 0
+
+
+def run_search(sweep: Sweep, settings: SearchSettings) -> int:
+    """Search over knobs, then run what was best.
+
+    Args:
+        sweep: Of one job: what every trial has in common.
+        settings: What is searched for.
+
+    Returns:
+        The exit status of the best trial's run.
+
+    Raises:
+        DeftxError: As :func:`run_sweep`; or every trial failed.
+    """
+    _make(sweep.folder)
+    study, common = sweep.studies[0], list(sweep.overrides[0])
+    # Nothing of a trial is evaluated on a target: it makes the SFTs it is judged by, and no more.
+    judged = ["sft:task"]
+    if OBJECTIVES[settings.objective][0] == "language":
+        judged = [f"sft:language:{code}" for code in study.targets]
+    record = SweepRecord(study.name, sweep.command, [])
+    write_sweep(sweep.folder, record)
+
+    def run(proposals: Sequence[Sequence[str]]) -> list[End | Lost]:
+        first = len(record.stages)
+        trials = [
+            SweepJob(first + n, [*common, *texts, f"only=[{','.join(judged)}]"], list(texts), f"trials/{first + n}")
+            for n, texts in enumerate(proposals)
+        ]
+        record.stages += trials
+        ends: dict[int, End | Lost] = {}
+        with _states(sweep, record, trials, quiet=True) as ended:
+
+            def keep(number: int, end: End | Lost) -> None:
+                ends[number] = end
+                ended(number, end)
+
+            tasks = [sweep.task(trial.overrides, sweep.folder / trial.folder) for trial in trials]
+            run_all(sweep.launcher, work, tasks, keep, sweep.folder)
+        return [ends[number] for number in range(len(trials))]
+
+    at_once = 1 if sweep.launcher.name == "basic" else sweep.launcher.workers or 1
+    try:
+        best = search(settings, sweep.folder, run, at_once=at_once)
+        record.jobs.append(SweepJob(0, [*common, *best], best, "best"))
+        _run_jobs(sweep, record)
+    finally:
+        record.finished = datetime.now(UTC).isoformat(timespec="seconds")
+        write_sweep(sweep.folder, record)
+    print_summary(record.jobs, sweep.scores, _shown(sweep.folder))
     return 1 if any(job.status == "failed" for job in record.jobs) else 0
 
 
@@ -196,7 +250,9 @@ def _run_jobs(sweep: Sweep, record: SweepRecord) -> None:
 
 
 @contextlib.contextmanager
-def _states(sweep: Sweep, record: SweepRecord, jobs: Sequence[SweepJob]) -> Iterator[Callable[[int, End | Lost], None]]:
+def _states(
+    sweep: Sweep, record: SweepRecord, jobs: Sequence[SweepJob], *, quiet: bool = False
+) -> Iterator[Callable[[int, End | Lost], None]]:
     """Mark jobs as running, and note in ``sweep.json`` how each ends."""
     for job in jobs:
         job.status = "running"
@@ -214,7 +270,8 @@ def _states(sweep: Sweep, record: SweepRecord, jobs: Sequence[SweepJob]) -> Iter
             if job in record.jobs:
                 sweep.scores[job.number] = end.scores
         write_sweep(sweep.folder, record)
-        print(job_line(count, len(jobs), job), flush=True)
+        if not quiet:
+            print(job_line(count, len(jobs), job), flush=True)
 
     yield ended
 
