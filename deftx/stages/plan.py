@@ -23,6 +23,7 @@ from deftx.stages.inputs import Base, Corpus, TaskRows, base_model, corpus, data
 from deftx.stages.knobs import flat_knobs
 from deftx.stages.parts import part
 from deftx.stages.preflight import described, expected_shapes
+from deftx.stages.profile import profile_stage
 from deftx.stages.recipes import Recipe
 from deftx.stages.settings import SFTSettings, StudySettings
 from deftx.stages.sft import SFT_FOLDER, Plan, Trainer, sft_sha
@@ -254,6 +255,10 @@ class _Walk:
     def cells(self) -> list[str]:
         """Note every stage; return the keys of the evaluations."""
         study, texts = self.study, self.inputs.texts
+        for code in study.targets:
+            if code in texts:
+                stage = profile_stage(code, texts[code], self.inputs.base)
+                self._note("", stage, not _pending(stage) and self.trainer.cache.peek(stage) is not None)
         on: dict[str, SFT] = {}
         if study.source_sft is not None:
             for code, language in study.sources.items():

@@ -28,6 +28,7 @@ from deftx.stages.knobs import SFT_KNOBS, flat_knobs, given_knobs
 from deftx.stages.parts import split
 from deftx.stages.plan import run_stage
 from deftx.stages.preflight import NEEDS, Needs, refuse_used
+from deftx.stages.profile import profile
 from deftx.stages.settings import SFTSettings, StudySettings
 from deftx.stages.sft import Trainer
 from deftx.stages.sources import open_sft, open_task_sft
@@ -49,6 +50,7 @@ class Products:
     reports: dict[str, Any] = field(default_factory=dict)
     tests: dict[str, str] = field(default_factory=dict)
     drawn: bool = False
+    profiles: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass
@@ -90,6 +92,11 @@ class Bench:
                 products.skipped.append(code)
         self._refuse_mixed_forms()
         products.base = base_model(study, data, self.cache)
+        products.profiles = {
+            code: profile(code, text, products.base, self.cache)
+            for code, text in self.texts.items()
+            if code in study.targets
+        }
         return Trainer(study, products.base, self.cache, self.loggers)
 
     def _refuse_mixed_forms(self) -> None:
@@ -415,6 +422,7 @@ def _fill(record: tracking.RunRecord, bench: Bench) -> None:
     record.sfts = [_about(sft) for sft in dict.fromkeys(products.sfts)]
     record.languages = {
         code: {"name": language.name, "family": language.family, "script": language.script}
+        | products.profiles.get(code, {})
         for code, language in study.targets.items()
     }
     record.data = dict(products.reports)
