@@ -20,7 +20,7 @@ ROOMS = {
     # The two that know Hydra; the rooms' light settings are what config registers.
     "config": {"stages", "training", "data", "core", "tracking"},
     "help": {"config"},
-    "cli": {"stages", "config", "help", "tracking"},  # tracking: a sweep's table
+    "cli": {"stages", "config", "help", "tracking", "cache"},  # tracking: a sweep's table; cache: deftx cache
 }
 
 

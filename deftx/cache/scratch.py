@@ -179,6 +179,13 @@ def claim_scratch(root: Path, stage: Stage, *, locked: bool, leased: bool) -> Sc
     return Scratch(path, root, name, None)
 
 
+def forget_claims(root: Path, folder: str) -> None:
+    """Remove the claims on a scratch folder that has gone, where nobody holds them."""
+    for claim in _claims(root, folder.partition(".")[0]):
+        if claim.folder == folder and not (claim.process is not None and claim.process.here and not claim.free):
+            claim.file.unlink(missing_ok=True)
+
+
 def _suffix() -> str:
     return f"{owner()}.{os.getpid()}.{os.urandom(4).hex()}"
 
