@@ -6,6 +6,7 @@ Each command is a thin layer over ``maintenance``; what it prints goes to stdout
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import sys
@@ -285,7 +286,10 @@ def _info(cache: StageCache, options: argparse.Namespace) -> int:
     inputs = manifest.get("inputs") or {}
     _section(
         "inputs",
-        [(name, f"{value[:16]}  {origins.get(value, '(not an entry here)')}") for name, value in inputs.items()],
+        [
+            (name, f"{value[:16]}  {origins.get(value, '(no entry here: files, or pruned)')}")
+            for name, value in inputs.items()
+        ],
     )
     ours = {entry.key, *(record["sha256"] for name, record in manifest["files"].items() if name.endswith(_SFT))}
     users = [item for item in entries if ours & set((item.manifest.get("inputs") or {}).values())]
@@ -312,7 +316,7 @@ def _origins(entries: Sequence[Entry]) -> dict[str, str]:
 def _flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
     if isinstance(value, dict) and value:
         return [line for key in value for line in _flat(value[key], f"{prefix}.{key}" if prefix else str(key))]
-    return [(prefix, "" if value is None else str(value))] if prefix else []
+    return [(prefix, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))] if prefix else []
 
 
 def _section(title: str, lines: Sequence[tuple[str, str]]) -> None:

@@ -98,14 +98,18 @@ class StageCache:
         if not os.path.lexists(folder):
             return None
         note_use(self.root, folder)  # before it is read, so that nothing prunes it meanwhile
-        try:
-            entry = load(folder)
-            if entry.key != stage.key:
-                raise DamageError(f"it belongs to the key {entry.key}")
-            self._verifier.check(entry)
-        except DamageError as damage:
-            set_aside(self.root, folder, str(damage))
-            return None
+        for again in (False, True):  # what was pruned and published anew while we read is looked at once more
+            try:
+                entry = load(folder)
+                if entry.key != stage.key:
+                    raise DamageError(f"it belongs to the key {entry.key}")
+                self._verifier.check(entry)
+            except DamageError as damage:
+                if again:
+                    set_aside(self.root, folder, str(damage))
+                    return None
+            else:
+                break
         with contextlib.suppress(OSError):  # when it was used last; a cache that only may be read does not tell
             os.utime(folder / MANIFEST)
         return entry
