@@ -22,7 +22,7 @@ from deftx.cache.keys import Stage, loose
 from deftx.cache.locks import Turn, lock_mode, turn
 from deftx.cache.processes import note_use
 from deftx.cache.scratch import Scratch, claim_scratch, remove_leftovers, temporary_name
-from deftx.cache.verify import DamageError, Verifier, entry_folders, load, set_aside
+from deftx.cache.verify import DamageError, Verifier, entry_folders, identity, load, set_aside
 from deftx.errors import DeftxError
 
 __all__ = ["StageCache"]
@@ -98,18 +98,21 @@ class StageCache:
         if not os.path.lexists(folder):
             return None
         note_use(self.root, folder)  # before it is read, so that nothing prunes it meanwhile
-        for again in (False, True):  # what was pruned and published anew while we read is looked at once more
+        while True:
+            seen = identity(folder)
             try:
                 entry = load(folder)
                 if entry.key != stage.key:
                     raise DamageError(f"it belongs to the key {entry.key}")
                 self._verifier.check(entry)
             except DamageError as damage:
-                if again:
-                    set_aside(self.root, folder, str(damage))
+                if seen is None:
+                    return None  # pruned, or set aside by another process
+                if seen == identity(folder):
+                    set_aside(self.root, folder, str(damage), seen)
                     return None
-            else:
-                break
+                continue  # it was pruned, and perhaps published anew, while we read
+            break
         with contextlib.suppress(OSError):  # when it was used last; a cache that only may be read does not tell
             os.utime(folder / MANIFEST)
         return entry

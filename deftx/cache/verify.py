@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -15,7 +16,7 @@ from deftx.cache.files import file_sha256, settled
 from deftx.cache.keys import RESERVED
 from deftx.errors import DeftxError
 
-__all__ = ["DAMAGED", "DamageError", "Verifier", "entry_folders", "load", "set_aside"]
+__all__ = ["DAMAGED", "DamageError", "Verifier", "entry_folders", "identity", "load", "set_aside"]
 
 log = logging.getLogger(__name__)
 
@@ -96,8 +97,23 @@ class Verifier:
                 raise DamageError(f"the sha256 of {name} differs")
 
 
-def set_aside(root: Path, folder: Path, reason: str) -> Path | None:
+def identity(folder: Path) -> tuple[int, int, int] | None:
+    """What tells an entry's folder from another that takes its place later; None when there is none."""
+    try:
+        stat = os.lstat(folder)
+    except OSError:
+        return None
+    return stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns
+
+
+def set_aside(root: Path, folder: Path, reason: str, judged: tuple[int, int, int] | None = None) -> Path | None:
     """Move a damaged entry to ``damaged/`` with a warning; None when it has gone meanwhile.
+
+    Args:
+        root: the cache's folder.
+        folder: the entry.
+        reason: why it is damaged.
+        judged: its :func:`identity` when it was found damaged; another entry in its place is left there.
 
     Raises:
         DeftxError: it cannot be moved.
@@ -107,6 +123,11 @@ def set_aside(root: Path, folder: Path, reason: str) -> Path | None:
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         folder.rename(place)
+        moved = identity(place)
+        if judged is not None and moved is not None and moved[:2] != judged[:2]:  # renaming changes the third
+            with contextlib.suppress(OSError):
+                place.rename(folder)
+                return None
     except FileNotFoundError:
         return None
     except OSError as error:
