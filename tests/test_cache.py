@@ -477,12 +477,15 @@ def test_publishing_twice_keeps_the_first(tmp_path: Path, caplog: pytest.LogCapt
     ]
 
 
-def test_losing_the_scratch_to_a_faster_process_is_no_failure(tmp_path: Path) -> None:
-    def compute(workspace: Workspace) -> None:
-        StageCache(tmp_path, lock="none").get_or_compute(stage(), write_two)
-        (workspace.scratch / "last.ckpt").write_text("the folder is gone")
-
-    assert StageCache(tmp_path).get_or_compute(stage(), compute).size == 257
+def test_what_took_a_damaged_entry_s_place_meanwhile_is_left_there(tmp_path: Path) -> None:
+    cache = StageCache(tmp_path)
+    entry = cache.get_or_compute(stage(), write_two)
+    judged = deftx.cache.verify.identity(entry.path)
+    entry.path.rename(tmp_path / "gone")  # pruned, and published anew by another process
+    StageCache(tmp_path).get_or_compute(stage(), write_two)
+    assert deftx.cache.verify.set_aside(tmp_path, entry.path, "damaged", judged) is None
+    assert cache.find(stage()) is not None
+    assert names(tmp_path / "damaged") == []
 
 
 def test_publishing_over_a_damaged_entry_replaces_it(tmp_path: Path) -> None:
