@@ -28,6 +28,7 @@ COMMANDS = {
     "sft": "train one language or task SFT",
     "eval": "compose given SFTs and evaluate them on target languages",
     "pretrain": "train a small multilingual encoder from raw text, for work without a hub",
+    "cache": "list, explain, verify and prune the results of stages: ls | info KEY | verify | prune",
 }
 
 OPEN_MAPPINGS = ("language_sft.", "data.revisions.", "search.space.", "launcher.additional.")
@@ -94,6 +95,10 @@ def _dispatch(arguments: list[str]) -> int:
     name, rest = arguments[0], arguments[1:]
     if name not in COMMANDS:
         raise DeftxError(f"unknown command {name!r}{did_you_mean(name, COMMANDS)}; available: {', '.join(COMMANDS)}")
+    if name == "cache":
+        from deftx.cache.commands import run as cache_command
+
+        return cache_command(rest)
     return _command(name, rest)
 
 

@@ -19,7 +19,8 @@ from typing import Any
 import pytest
 
 import deftx.cache.files
-import deftx.cache.store
+import deftx.cache.processes
+import deftx.cache.verify
 from deftx.cache import Entry, Stage, StageCache, Workspace, canonical_json, file_sha256, fingerprint_files
 from deftx.errors import DeftxError
 
@@ -236,7 +237,7 @@ def test_unchanged_files_are_hashed_once_per_process(tmp_path: Path, monkeypatch
     StageCache(tmp_path).get_or_compute(stage(), write_two)
     cache = StageCache(tmp_path)
     reads: list[Path] = []
-    monkeypatch.setattr(deftx.cache.store, "file_sha256", lambda path: (reads.append(path), file_sha256(path))[1])
+    monkeypatch.setattr(deftx.cache.verify, "file_sha256", lambda path: (reads.append(path), file_sha256(path))[1])
     assert cache.find(stage())
     assert cache.find(stage())
     assert len(reads) == 4, "files written a moment ago must be read again"
@@ -463,8 +464,7 @@ def test_publishing_twice_keeps_the_first(tmp_path: Path, caplog: pytest.LogCapt
     """Without any lock: another process publishes the same key while this one computes."""
 
     def compute(workspace: Workspace) -> None:
-        (tmp_path / "locks" / f"full-{stage().key[:16]}.lock").unlink()
-        StageCache(tmp_path).get_or_compute(stage(), write_two)
+        StageCache(tmp_path, lock="none").get_or_compute(stage(), write_two)
         workspace.scratch.mkdir(exist_ok=True)
         (workspace.out / "a.bin").write_bytes(b"different")
 
@@ -477,13 +477,15 @@ def test_publishing_twice_keeps_the_first(tmp_path: Path, caplog: pytest.LogCapt
     ]
 
 
-def test_losing_the_scratch_to_a_faster_process_is_no_failure(tmp_path: Path) -> None:
-    def compute(workspace: Workspace) -> None:
-        (tmp_path / "locks" / f"full-{stage().key[:16]}.lock").unlink()
-        StageCache(tmp_path).get_or_compute(stage(), write_two)
-        (workspace.scratch / "last.ckpt").write_text("the folder is gone")
-
-    assert StageCache(tmp_path).get_or_compute(stage(), compute).size == 257
+def test_what_took_a_damaged_entry_s_place_meanwhile_is_left_there(tmp_path: Path) -> None:
+    cache = StageCache(tmp_path)
+    entry = cache.get_or_compute(stage(), write_two)
+    judged = deftx.cache.verify.identity(entry.path)
+    entry.path.rename(tmp_path / "gone")  # pruned, and published anew by another process
+    StageCache(tmp_path).get_or_compute(stage(), write_two)
+    assert deftx.cache.verify.set_aside(tmp_path, entry.path, "damaged", judged) is None
+    assert cache.find(stage()) is not None
+    assert names(tmp_path / "damaged") == []
 
 
 def test_publishing_over_a_damaged_entry_replaces_it(tmp_path: Path) -> None:
@@ -575,7 +577,7 @@ def test_a_killed_process_leaves_its_scratch_and_no_entry(tmp_path: Path) -> Non
 def test_leftovers_of_the_living_and_of_other_hosts_stay(tmp_path: Path) -> None:
     folder = tmp_path / "full"
     kept = [
-        folder / f".{stage().key[:16]}.{deftx.cache.store._owner()}.{os.getpid()}.00.tmp",
+        folder / f".{stage().key[:16]}.{deftx.cache.processes.owner()}.{os.getpid()}.00.tmp",
         folder / f".{stage().key[:16]}.otherhst.999999.00.tmp",
     ]
     for path in kept:

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from deftx import __version__
-from deftx.cli import COMMANDS, main
+from deftx.cli import COMMANDS, JOBS, main
 from deftx.config import OWN, READS, conf_dir
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -34,7 +34,7 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str], arguments: 
     assert all(f"  {name} " in out for name in COMMANDS)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", JOBS)
 def test_each_command_shows_its_knobs(capsys: pytest.CaptureFixture[str], command: str) -> None:
     status, out, _ = run(capsys, command, "--help")
     assert status == 0

@@ -23,7 +23,7 @@ ROOMS = {
     "jobs": {"config", "stages", "tracking"},
     "sweeps": {"jobs", "launch", "stages", "cache", "config", "tracking"},
     "help": {"config"},
-    "cli": {"stages", "config", "help", "tracking", "jobs", "sweeps"},
+    "cli": {"stages", "config", "help", "cache", "tracking", "jobs", "sweeps"},
 }
 
 

@@ -8,13 +8,14 @@ alone, and the lock a computing process holds only saves others the work. Every 
 is set aside, not deleted.
 
 On disk: ``<root>/<kind>/<first 16 digits of the key>/{manifest.json, files}``, and beside the kinds
-``scratch/`` (checkpoints of unfinished stages), ``damaged/``, ``locks/`` and ``fingerprints.json`` (memo of
-file hashes).
+``scratch/`` (checkpoints of unfinished stages), ``damaged/``, ``locks/`` (and who uses what) and
+``fingerprints.json`` (memo of file hashes). A manifest's modification time is when its entry was used last.
 """
 
+from deftx.cache.entry import Entry, Event, Workspace
 from deftx.cache.files import file_sha256, fingerprint_files
 from deftx.cache.keys import Stage, canonical_json
-from deftx.cache.store import Entry, Event, StageCache, Workspace
+from deftx.cache.store import StageCache
 
 __all__ = [
     "Entry",

@@ -13,7 +13,16 @@ from typing import Any
 
 from deftx.errors import DeftxError
 
-__all__ = ["file_sha256", "fingerprint_files", "settled", "sync_and_hash", "sync_directory", "write_synced"]
+__all__ = [
+    "age_text",
+    "file_sha256",
+    "fingerprint_files",
+    "settled",
+    "size_text",
+    "sync_and_hash",
+    "sync_directory",
+    "write_synced",
+]
 
 _RACY_NS = 2_000_000_000
 
@@ -121,3 +130,20 @@ def sync_directory(path: Path) -> None:
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def size_text(size: float) -> str:
+    """A size for people: ``512 B``, ``3.4 MiB``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+def age_text(seconds: float) -> str:
+    """A span for people: ``12 s``, ``5 min``, ``7 h``, ``31 d``."""
+    for limit, length, unit in ((120, 1, "s"), (7200, 60, "min"), (172800, 3600, "h")):
+        if seconds < limit:
+            return f"{max(0.0, seconds) / length:.0f} {unit}"
+    return f"{seconds / 86400:.0f} d"

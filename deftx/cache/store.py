@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
-import hashlib
 import json
 import logging
 import os
@@ -13,102 +12,27 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from deftx.cache.files import file_sha256, fingerprint_files, settled, sync_and_hash, sync_directory, write_synced
-from deftx.cache.keys import RESERVED, Stage, loose
+from deftx.cache.entry import FORMAT_VERSION, MANIFEST, Entry, Event, Workspace
+from deftx.cache.files import fingerprint_files, sync_and_hash, sync_directory, write_synced
+from deftx.cache.keys import Stage, loose
+from deftx.cache.locks import Turn, lock_mode, turn
+from deftx.cache.processes import note_use
+from deftx.cache.scratch import Scratch, claim_scratch, remove_leftovers, temporary_name
+from deftx.cache.verify import DamageError, Verifier, entry_folders, identity, load, set_aside
 from deftx.errors import DeftxError
 
-__all__ = ["Entry", "Event", "StageCache", "Workspace"]
+__all__ = ["StageCache"]
 
 log = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
 FINGERPRINTS = "fingerprints.json"
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _UNWRITABLE = _FULL | {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG}
 _LEAST_FREE = 1 << 20
-
-
-class _DamageError(Exception):
-    """An entry is not what its manifest says; the text is the reason."""
-
-
-class Event(NamedTuple):
-    """One request to the cache.
-
-    ``outcome`` is ``cached`` or ``computed``; ``seconds`` is its own wall time, that of stages it asked for left out.
-    """
-
-    kind: str
-    label: str
-    key: str
-    outcome: str
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Workspace:
-    """Where a stage writes while it computes.
-
-    Attributes:
-        out: a new empty folder; what lies in it when the computation returns is published, all or nothing.
-        scratch: a folder of this key alone, for checkpoints; it survives failures and interruptions (a later
-            attempt finds it as it was) and is removed after publishing.
-        notes: plain values the stage wants in the manifest, such as counts.
-    """
-
-    out: Path
-    scratch: Path
-    notes: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A published result: its folder and its manifest."""
-
-    path: Path
-    manifest: Mapping[str, Any]
-
-    @property
-    def key(self) -> str:
-        """The stage's full key."""
-        return str(self.manifest["key"])
-
-    @property
-    def kind(self) -> str:
-        """The stage's kind."""
-        return str(self.manifest["kind"])
-
-    @property
-    def label(self) -> str:
-        """The label of the stage that was computed."""
-        return str(self.manifest["label"])
-
-    @property
-    def notes(self) -> Mapping[str, Any]:
-        """What the stage noted while it computed."""
-        notes: Mapping[str, Any] = self.manifest["notes"]
-        return notes
-
-    @property
-    def size(self) -> int:
-        """Bytes of all files, the manifest not counted."""
-        return sum(record["size"] for record in self.manifest["files"].values())
-
-    def file(self, name: str) -> Path:
-        """Return the path of a file that the manifest lists.
-
-        Raises:
-            DeftxError: there is no such file; the message lists those there are.
-        """
-        if name not in self.manifest["files"]:
-            raise DeftxError(f"{self.path} has no file {name!r}; it has {', '.join(self.manifest['files'])}")
-        return self.path / name
 
 
 class StageCache:
@@ -119,6 +43,10 @@ class StageCache:
         provenance: what the manifests should say about where results come from (versions, threads, machine
             kind); a function is asked once, when something is first about to be computed, so that a run that
             finds everything here need not load what it takes to answer.
+        lock: ``auto``, ``file``, ``soft`` or ``none`` (:mod:`deftx.cache.locks`); None asks ``DEFTX_LOCK``.
+
+    Raises:
+        DeftxError: there is no such lock.
 
     Attributes:
         events: one :class:`Event` for each request, in order.
@@ -129,12 +57,14 @@ class StageCache:
         root: str | os.PathLike[str],
         *,
         provenance: Mapping[str, Any] | Callable[[], Mapping[str, Any]] | None = None,
+        lock: str | None = None,
     ) -> None:
         self.root = Path(root).expanduser().absolute()
         self._provenance = provenance or {"python": platform.python_version(), "machine": platform.machine()}
         self.events: list[Event] = []
         self._inner_seconds = 0.0  # spent by stages that the one being computed asked for
-        self._verified: dict[tuple[int, ...], str] = {}
+        self._verifier = Verifier()
+        self._lock = lock_mode(lock)
 
     @property
     def hits(self) -> int:
@@ -167,14 +97,24 @@ class StageCache:
         folder = self._folder(stage)
         if not os.path.lexists(folder):
             return None
-        try:
-            entry = self._load(folder)
-            if entry.key != stage.key:
-                raise _DamageError(f"it belongs to the key {entry.key}")
-            self._check(entry)
-        except _DamageError as damage:
-            self._set_aside(folder, str(damage))
-            return None
+        note_use(self.root, folder)  # before it is read, so that nothing prunes it meanwhile
+        while True:
+            seen = identity(folder)
+            try:
+                entry = load(folder)
+                if entry.key != stage.key:
+                    raise DamageError(f"it belongs to the key {entry.key}")
+                self._verifier.check(entry)
+            except DamageError as damage:
+                if seen is None:
+                    return None  # pruned, or set aside by another process
+                if seen == identity(folder):
+                    set_aside(self.root, folder, str(damage), seen)
+                    return None
+                continue  # it was pruned, and perhaps published anew, while we read
+            break
+        with contextlib.suppress(OSError):  # when it was used last; a cache that only may be read does not tell
+            os.utime(folder / MANIFEST)
         return entry
 
     def peek(self, stage: Stage) -> Entry | None:
@@ -188,26 +128,21 @@ class StageCache:
     def verify(self, entry: Entry) -> str | None:
         """Return why an entry is damaged, or None when every file has its size and sha256; moves nothing."""
         try:
-            self._check(entry)
-        except _DamageError as damage:
+            self._verifier.check(entry)
+        except DamageError as damage:
             return str(damage)
         return None
 
     def entries(self) -> Iterator[Entry]:
         """Yield the published results by kind and key, checksums not verified, unreadable ones logged."""
-        kinds = sorted(self.root.iterdir()) if self.root.is_dir() else []
-        for kind in kinds:
-            if kind.name in RESERVED or kind.name.startswith(".") or not kind.is_dir():
-                continue
-            for folder in sorted(kind.iterdir()):
-                if folder.name.startswith(".") or not folder.is_dir():
-                    continue
-                try:
-                    entry = self._load(folder)
-                except (_DamageError, DeftxError) as problem:
+        for folder in entry_folders(self.root):
+            try:
+                entry = load(folder)
+            except (DamageError, DeftxError) as problem:
+                if folder.is_dir():  # else it was pruned or set aside a moment ago
                     log.warning("%s is left out: %s", folder, problem)
-                else:
-                    yield entry
+            else:
+                yield entry
 
     def fingerprint(self, paths: Sequence[str | os.PathLike[str]], root: str | os.PathLike[str] | None = None) -> str:
         """Return :func:`fingerprint_files` with this cache's memo, so that unchanged files are read once."""
@@ -233,25 +168,26 @@ class StageCache:
         """
         started = time.perf_counter()
         around, self._inner_seconds = self._inner_seconds, 0.0
-        outcome = "cached"
+        outcome, waited = "cached", 0.0
         try:
             entry = self.find(stage)
-            if entry is None:
-                with self._lock(stage):
-                    entry = self.find(stage)
+            while entry is None:
+                with self._turn(stage) as taken:
+                    waited += taken.waited
+                    entry = taken.found or self.find(stage)
                     if entry is None:
                         outcome = "computed"
                         if provenance is None:
                             asked = time.perf_counter()
                             provenance = self.provenance
                             self._inner_seconds += time.perf_counter() - asked  # not this stage's work
-                        entry = self._compute(stage, compute, provenance)
+                        entry = self._compute(stage, compute, provenance, taken)
         finally:
             total = time.perf_counter() - started
             seconds = total - self._inner_seconds
             self._inner_seconds = around + total
         log.info("%s: %s in %.1f s", stage, outcome, seconds)
-        self.events.append(Event(stage.kind, stage.label, stage.key, outcome, seconds))
+        self.events.append(Event(stage.kind, stage.label, stage.key, outcome, seconds, waited))
         return entry
 
     # ---------------------------------------------------------------------------------------------- computing
@@ -259,16 +195,30 @@ class StageCache:
     def _folder(self, stage: Stage) -> Path:
         return self.root / stage.kind / stage.key[:16]
 
-    def _compute(self, stage: Stage, compute: Callable[[Workspace], None], provenance: Mapping[str, Any]) -> Entry:
+    def _turn(self, stage: Stage) -> contextlib.AbstractContextManager[Turn[Entry]]:
+        return turn(
+            self.root,
+            f"{stage.kind}-{stage.key[:16]}",
+            str(stage),
+            self._lock,
+            published=lambda: self.find(stage) if self.has(stage) else None,
+            explain=self._explain,
+        )
+
+    def _compute(
+        self, stage: Stage, compute: Callable[[Workspace], None], provenance: Mapping[str, Any], taken: Turn[Entry]
+    ) -> Entry | None:
+        """Compute and publish; None when another process took over from us, whose result is to be waited for."""
         folder = self._folder(stage)
-        scratch = self.root / "scratch" / f"{stage.kind}-{folder.name}"
-        out = folder.parent / f".{folder.name}.{_owner()}.{os.getpid()}.{os.urandom(4).hex()}.tmp"
+        out = temporary_name(folder)
+        scratch: Scratch | None = None
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            scratch.mkdir(parents=True, exist_ok=True)
-            _remove_leftovers(folder)
+            remove_leftovers(folder)
+            note_use(self.root, folder)
+            scratch = claim_scratch(self.root, stage, locked=taken.locked, leased=taken.leased)
             out.mkdir()
-            workspace = Workspace(out, scratch)
+            workspace = Workspace(out, scratch.path)
             started = time.perf_counter()
             compute(workspace)
             seconds = time.perf_counter() - started
@@ -276,15 +226,22 @@ class StageCache:
         except BaseException as error:
             problem = self._explain(error)
             shutil.rmtree(out, ignore_errors=True)
+            lost = scratch is not None and scratch.lost
+            if scratch is not None:
+                scratch.release()
             # Another process may have published meanwhile, and removed the scratch folder we worked in.
             published = self.find(stage) if isinstance(error, Exception) and folder.is_dir() else None
             if published is None:
+                if lost and isinstance(error, Exception):
+                    log.warning("%s: another process took it over, and this one failed (%s)", stage, error)
+                    return None
                 if problem is not None:
                     raise problem from error
                 raise
             log.info("%s: another process published it first", stage)
             entry = published
-        shutil.rmtree(scratch, ignore_errors=True)
+        if scratch is not None:
+            scratch.discard()
         return entry
 
     def _publish(self, stage: Stage, workspace: Workspace, seconds: float, provenance: Mapping[str, Any]) -> Entry:
@@ -358,85 +315,6 @@ class StageCache:
             "cache, and run the command again."
         )
 
-    @contextlib.contextmanager
-    def _lock(self, stage: Stage) -> Iterator[None]:
-        import filelock
-
-        lock = filelock.FileLock(self.root / "locks" / f"{stage.kind}-{stage.key[:16]}.lock")
-        try:
-            Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
-            try:
-                lock.acquire(timeout=0.2)
-            except filelock.Timeout:
-                log.warning("%s: another process is computing it; waiting for its result", stage)
-                lock.acquire(poll_interval=0.2)
-        except (OSError, NotImplementedError) as error:
-            if problem := self._explain(error):
-                raise problem from error
-            log.debug("no lock for %s (%s); going on without", stage, error)
-        try:
-            yield
-        finally:
-            lock.release()
-
-    # ---------------------------------------------------------------------------------------------- verifying
-
-    def _load(self, folder: Path) -> Entry:
-        path = folder / MANIFEST
-        try:
-            manifest = json.loads(path.read_bytes())
-            version = manifest["format_version"]
-            if isinstance(version, int) and version > FORMAT_VERSION:
-                raise DeftxError(
-                    f"{folder} was written in cache format {version}, this deftx reads up to "
-                    f"{FORMAT_VERSION}: update deftx or choose another folder for the cache"
-                )
-            entry = Entry(folder, manifest)
-            sound = all(isinstance(text, str) for text in (manifest["key"], manifest["kind"], manifest["label"]))
-            sound &= isinstance(manifest["notes"], dict) and isinstance(entry.size, int)
-            for name, record in manifest["files"].items():
-                sound &= isinstance(record["sha256"], str) and ".." not in Path(name).parts
-                sound &= not Path(name).is_absolute()
-        except PermissionError as error:
-            raise DeftxError(f"cannot read the cache entry {folder}: {error.strerror}") from error
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise _DamageError(f"{MANIFEST} is missing or broken ({type(error).__name__})") from error
-        if not sound:
-            raise _DamageError(f"{MANIFEST} does not have the form of one")
-        return entry
-
-    def _check(self, entry: Entry) -> None:
-        for name, record in entry.manifest["files"].items():
-            path, now = entry.path / name, time.time_ns()
-            try:
-                stat = path.stat()
-                if stat.st_size != record["size"]:
-                    raise _DamageError(f"{name} has {stat.st_size} bytes, not {record['size']}")
-                mark = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
-                digest = self._verified.get(mark) or file_sha256(path)
-                if settled(stat, now):
-                    self._verified[mark] = digest
-            except PermissionError as error:
-                raise DeftxError(f"cannot read {path}: {error.strerror}") from error
-            except OSError as error:
-                raise _DamageError(f"{name} cannot be read ({error.strerror})") from error
-            if digest != record["sha256"]:
-                raise _DamageError(f"the sha256 of {name} differs")
-
-    def _set_aside(self, folder: Path, reason: str) -> None:
-        stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
-        place = self.root / "damaged" / f"{folder.parent.name}-{folder.name}-{stamp}-{os.urandom(2).hex()}"
-        try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            folder.rename(place)
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            raise DeftxError(
-                f"the cache entry {folder} is damaged ({reason}) and cannot be moved aside: {error.strerror}"
-            ) from error
-        log.warning("the cache entry %s is damaged (%s); it was set aside as %s", folder, reason, place)
-
 
 def _contains(name: Any, root: Path) -> bool:
     """Whether the path is one of the root's parents (the root itself could not be made)."""
@@ -448,23 +326,3 @@ def _free_bytes(path: Path) -> int:
         with contextlib.suppress(OSError):
             return shutil.disk_usage(folder).free
     return _LEAST_FREE
-
-
-@functools.cache
-def _owner() -> str:
-    """Eight digits for this host and process-id namespace, within which a process id means something."""
-    try:
-        namespace = str(Path("/proc/self/ns/pid").readlink())
-    except OSError:
-        namespace = ""
-    return hashlib.sha256(f"{platform.node()} {namespace}".encode()).hexdigest()[:8]
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Remove temporary folders of this key whose process, on this host, is dead."""
-    for path in folder.parent.glob(f".{folder.name}.{_owner()}.*.tmp"):
-        with contextlib.suppress(ValueError, PermissionError, OverflowError):
-            try:
-                os.kill(int(path.name.split(".")[3]), 0)
-            except ProcessLookupError:
-                shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,229 @@
+"""One process computes a stage, the others wait for its result. A lock only saves work; no result depends on one.
+
+Two locks of ``filelock`` are held together. The kernel's (``FileLock``) is free the moment its process dies, but may
+not reach over hosts. The lease (``SoftFileLease``) does: a file that its holder renews, and that passes on when it was
+not renewed for :data:`LEASE_SECONDS`. ``DEFTX_LOCK`` (or ``StageCache(lock=...)``) chooses one, or none. A lock that
+the file system refuses is gone without.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from deftx.cache.processes import LOCKS
+from deftx.cache.scratch import claim_in_force
+from deftx.errors import DeftxError, did_you_mean
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
+
+__all__ = ["LEASE_SECONDS", "MODES", "Turn", "is_locked", "lock_mode", "turn"]
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+MODES = ("auto", "file", "soft", "none")
+VARIABLE = "DEFTX_LOCK"
+LEASE_SECONDS = 60.0
+"""How long a lease outlives its last renewal; all processes of one cache must agree on it."""
+_POLL = (0.05, 2.0)
+_REMIND_EVERY = 600.0
+
+
+def lock_mode(given: str | None = None) -> str:
+    """The lock that is asked for: ``given``, else ``DEFTX_LOCK``, else ``auto``.
+
+    Raises:
+        DeftxError: it is none of :data:`MODES`.
+    """
+    mode = given or os.environ.get(VARIABLE) or "auto"
+    if mode not in MODES:
+        raise DeftxError(f"{VARIABLE}={mode}: available are {', '.join(MODES)}{did_you_mean(mode, MODES)}")
+    return mode
+
+
+class Turn(Generic[T]):
+    """This process's turn at a stage.
+
+    Attributes:
+        found: what another process published meanwhile; None when it is for us to compute.
+        locked: whether some lock is held.
+        leased: whether the lease is, which other hosts see.
+        waited: seconds until the turn came.
+    """
+
+    def __init__(self) -> None:
+        self.found: T | None = None
+        self.locked = False
+        self.leased = False
+        self.waited = 0.0
+
+
+@contextlib.contextmanager
+def turn(
+    root: Path,
+    name: str,
+    label: str,
+    mode: str,
+    *,
+    published: Callable[[], T | None],
+    explain: Callable[[BaseException], DeftxError | None],
+) -> Iterator[Turn[T]]:
+    """Wait until no other process computes a stage, or until it published.
+
+    Args:
+        root: the cache's folder.
+        name: ``<kind>-<digits>`` of the stage.
+        label: how messages name it.
+        mode: one of :data:`MODES`.
+        published: gives the result once it is there; asked while waiting.
+        explain: gives the user's view of an error that no lock can mend (a full disk).
+    """
+    taken: Turn[T] = Turn()
+    started = time.perf_counter()
+    with contextlib.ExitStack() as stack:
+        for lock in _locks(root, name, mode):
+            try:
+                lock_path = Path(lock.lock_file)
+                lock_path.parent.mkdir(parents=True, exist_ok=True)
+                taken.found = _wait(lock, root, name, label, published)
+            except (OSError, NotImplementedError) as error:
+                if problem := explain(error):
+                    raise problem from error
+                log.debug("no %s for %s (%s); going on without", type(lock).__name__, label, error)
+                continue
+            if taken.found is not None:
+                break
+            stack.callback(_let_go, lock)
+            taken.locked = True
+            taken.leased |= _is_lease(lock)
+        taken.waited = time.perf_counter() - started
+        yield taken
+
+
+def is_locked(root: Path, name: str) -> bool:
+    """Whether a living process holds a lock of the stage, or claims its scratch."""
+    claim = claim_in_force(root, name)
+    if claim is not None and not claim.free and (claim.process is None or claim.process.here):
+        return True
+    from filelock import Timeout
+
+    for lock in _locks(root, name, "auto"):
+        if not os.path.lexists(lock.lock_file):
+            continue
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            return True
+        except (OSError, NotImplementedError, ValueError):
+            continue
+        _let_go(lock)
+    return False
+
+
+def _locks(root: Path, name: str, mode: str) -> list[BaseFileLock]:
+    """The locks of a mode, in the order in which every process takes them."""
+    import filelock
+
+    found: list[BaseFileLock] = []
+    if mode in ("auto", "file"):
+        found.append(filelock.FileLock(root / LOCKS / f"{name}.lock"))
+    if mode in ("auto", "soft"):
+        found.append(
+            filelock.SoftFileLease(
+                root / LOCKS / f"{name}.lease", lease_duration=LEASE_SECONDS, heartbeat_interval=LEASE_SECONDS / 4
+            )
+        )
+    return found
+
+
+def _is_lease(lock: BaseFileLock) -> bool:
+    return lock.lock_file.endswith(".lease")
+
+
+def _let_go(lock: BaseFileLock) -> None:
+    # What was computed is published: a lock file that has gone, or cannot be removed, is no failure.
+    with contextlib.suppress(OSError):
+        lock.release()
+
+
+def _wait(lock: BaseFileLock, root: Path, name: str, label: str, published: Callable[[], T | None]) -> T | None:
+    """Take the lock, or return what was published while it could not be had."""
+    from filelock import LeaseSettingsMismatch, Timeout
+
+    pause, told = _POLL[0], 0.0
+    watch = _Watch(lock, root, name) if _is_lease(lock) else None
+    started = time.monotonic()
+    while True:
+        try:
+            lock.acquire(timeout=0)
+        except (Timeout, LeaseSettingsMismatch):
+            pass
+        else:
+            return None
+        if (found := published()) is not None:
+            return found
+        now = time.monotonic()
+        if now - started > 0.2 and (not told or now - told > _REMIND_EVERY):
+            log.warning("%s: %s computes it; waiting for its result", label, _who(root, name))
+            told = now
+        if watch is not None:
+            watch.look()
+        time.sleep(pause)
+        pause = min(_POLL[1], 1.5 * pause)
+
+
+def _who(root: Path, name: str) -> str:
+    """Who computes a stage and since when, as far as its claim tells."""
+    claim = claim_in_force(root, name)
+    if claim is None or claim.process is None or claim.free:
+        return "another process"
+    try:
+        since = datetime.fromisoformat(claim.since)
+    except ValueError:
+        return str(claim.process)
+    minutes = (datetime.now(UTC) - since).total_seconds() / 60
+    return f"{claim.process} (since {since.astimezone():%H:%M:%S}, {max(0.0, minutes):.0f} min)"
+
+
+class _Watch:
+    """Takes away a dead holder's lease where ``filelock`` cannot.
+
+    It hands leases over by exchanging two names, which NFS and SMB refuse: a dead holder's lease would stay forever.
+    """
+
+    def __init__(self, lock: BaseFileLock, root: Path, name: str) -> None:
+        self.lock, self.root, self.name = lock, root, name
+        self.mark: tuple[int, int, int] | None = None
+        self.since = time.monotonic()
+
+    def look(self) -> None:
+        mark = self._mark()
+        if mark != self.mark:
+            self.mark, self.since = mark, time.monotonic()
+            return
+        if mark is None or not (self._dead() or time.monotonic() - self.since > 1.5 * LEASE_SECONDS):
+            return
+        if self._mark() == mark:
+            log.warning("%s: the lease of a process that has gone is taken away", self.name)
+            with contextlib.suppress(OSError):
+                Path(self.lock.lock_file).unlink()
+
+    def _dead(self) -> bool:
+        claim = claim_in_force(self.root, self.name)
+        holder = getattr(self.lock, "pid", None)
+        return claim is not None and claim.process is not None and claim.process.pid == holder and claim.process.dead
+
+    def _mark(self) -> tuple[int, int, int] | None:
+        try:
+            stat = os.lstat(self.lock.lock_file)
+        except OSError:
+            return None
+        return stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns

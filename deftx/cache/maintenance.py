@@ -1,0 +1,249 @@
+"""Looking after a cache: what is in it, what is damaged or left over, and removing what is not needed.
+
+Nothing here removes what a running process reads or computes. An entry goes by one rename to a hidden name, so that a
+reader finds all of it or nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from deftx.cache.entry import MANIFEST, Entry
+from deftx.cache.keys import RESERVED
+from deftx.cache.locks import is_locked
+from deftx.cache.processes import Process, in_use
+from deftx.cache.scratch import SCRATCH, claim_in_force, forget_claims, leftover_process, temporary_name
+from deftx.cache.verify import DAMAGED, DamageError, Verifier, entry_folders, load
+from deftx.errors import DeftxError
+
+__all__ = ["Filter", "Residue", "check_all", "find_entry", "last_used", "prunable", "remove", "residues", "size_of"]
+
+DAY = 86400.0
+_TOKENS = "tokens"
+
+
+def last_used(entry: Entry) -> float:
+    """When the entry was read last (seconds since 1970): the modification time of its manifest."""
+    try:
+        return (entry.path / MANIFEST).stat().st_mtime
+    except OSError:
+        return time.time()
+
+
+def find_entry(entries: Sequence[Entry], text: str) -> Entry:
+    """The one entry whose key starts with ``text``, which may be ``kind/digits`` too.
+
+    Raises:
+        DeftxError: there is none, or more than one.
+    """
+    kind, _, digits = text.lower().rpartition("/")
+    found = [entry for entry in entries if entry.key.startswith(digits) and kind in ("", entry.kind)]
+    if not digits or not found:
+        raise DeftxError(f"no entry has a key that starts with {text!r}; deftx cache ls lists all {len(entries)}")
+    if len(found) > 1:
+        names = ", ".join(f"{entry.kind}/{entry.key[:16]} ({entry.label})" for entry in found[:8])
+        more = f" and {len(found) - 8} more" if len(found) > 8 else ""
+        raise DeftxError(f"{len(found)} keys start with {text!r}: {names}{more}; give more digits")
+    return found[0]
+
+
+def check_all(
+    folders: Sequence[Path], progress: Callable[[int], None] | None = None
+) -> Iterator[tuple[Path, str | None]]:
+    """Verify entries one by one: (folder, why it is damaged, or None).
+
+    Args:
+        folders: as :func:`deftx.cache.verify.entry_folders` yields them.
+        progress: told the bytes of each entry once it was read.
+    """
+    verifier = Verifier()
+    for folder in folders:
+        reason, size = None, 0
+        try:
+            entry = load(folder)
+            size = entry.size
+            if folder != folder.parent / entry.key[:16] or entry.kind != folder.parent.name:
+                raise DamageError(f"it belongs to the key {entry.key} of {entry.kind}")
+            verifier.check(entry)
+        except (DamageError, DeftxError) as problem:
+            reason = str(problem)
+        if progress is not None:
+            progress(size)
+        if reason is None or folder.is_dir():  # else it was pruned or set aside a moment ago
+            yield folder, reason
+
+
+@dataclass(frozen=True)
+class Filter:
+    """Which entries are meant; what is None does not matter.
+
+    Attributes:
+        older_than: seconds since the last use, at least.
+        larger_than: bytes, at least.
+        kinds: kinds of stages; empty for all.
+    """
+
+    older_than: float | None = None
+    larger_than: int | None = None
+    kinds: tuple[str, ...] = ()
+
+    @property
+    def given(self) -> bool:
+        """Whether anything is asked for."""
+        return self != Filter()
+
+    def takes(self, entry: Entry, now: float) -> bool:
+        """Whether the entry is meant."""
+        return (
+            (self.older_than is None or now - last_used(entry) >= self.older_than)
+            and (self.larger_than is None or entry.size >= self.larger_than)
+            and (not self.kinds or entry.kind in self.kinds)
+        )
+
+
+def prunable(root: Path, entries: Sequence[Entry], wanted: Filter) -> tuple[list[Entry], list[tuple[Entry, str]]]:
+    """Entries that may go, and those that are kept although they are meant, with the reason."""
+    used, now = in_use(root), time.time()
+    go: list[Entry] = []
+    kept: list[tuple[Entry, str]] = []
+    for entry in entries:
+        if wanted.takes(entry, now):
+            reason = _reason_to_keep(root, entry, used)
+            kept += [] if reason is None else [(entry, reason)]
+            go += [entry] if reason is None else []
+    return go, kept
+
+
+def _reason_to_keep(root: Path, entry: Entry, used: dict[str, Process]) -> str | None:
+    name = entry.path.relative_to(root).as_posix()
+    if name in used:
+        return f"{used[name]} uses it"
+    if is_locked(root, name.replace("/", "-")):
+        return "it is being computed"
+    return None
+
+
+def remove(root: Path, entry: Entry) -> bool:
+    """Remove an entry, unless a process has taken it up meanwhile or it is gone already.
+
+    Raises:
+        DeftxError: it cannot be removed.
+    """
+    hidden = temporary_name(entry.path)
+    try:
+        entry.path.rename(hidden)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise DeftxError(f"cannot remove {entry.path}: {error.strerror}") from error
+    if _reason_to_keep(root, entry, in_use(root)) is not None:
+        with contextlib.suppress(OSError):  # it was recomputed already: the same result
+            hidden.rename(entry.path)
+            return False
+    shutil.rmtree(hidden, ignore_errors=True)
+    return True
+
+
+@dataclass(frozen=True)
+class Residue:
+    """Something in the cache that is no result.
+
+    Attributes:
+        path: the folder or file.
+        sort: ``damaged`` (an entry that was set aside), ``checkpoints`` (of a stage that has not finished),
+            ``temporary`` (a result that was being written, or removed) or ``tokens`` (tokenised text, made again
+            when it is needed).
+        size: bytes.
+        changed: when something in it was written last (seconds since 1970).
+        running: the process it belongs to, if that lives.
+    """
+
+    path: Path
+    sort: str
+    size: int
+    changed: float
+    running: Process | None = None
+
+    def remove(self, root: Path) -> bool:
+        """Remove it; False when it is gone already or cannot be removed whole."""
+        if self.path.is_dir() and not self.path.is_symlink():
+            shutil.rmtree(self.path, ignore_errors=True)
+            if self.sort == "checkpoints":
+                forget_claims(root, self.path.name)
+        else:
+            with contextlib.suppress(OSError):
+                self.path.unlink()
+        return not os.path.lexists(self.path)
+
+
+def residues(root: Path) -> list[Residue]:
+    """All that is no result: damaged entries, checkpoints, temporary folders, tokenised text."""
+    living = set(in_use(root).values())
+    found = [_residue(path, "damaged", None) for path in _children(root / DAMAGED)]
+    for path in _children(root / SCRATCH):
+        if path.name == _TOKENS:
+            found += [_residue(file, _TOKENS, None) for file in _children(path)]
+        elif path.is_dir():
+            found.append(_residue(path, "checkpoints", _writer(root, path, living)))
+    for kind in _children(root):
+        if kind.name not in RESERVED and kind.is_dir():
+            for path in _children(kind):
+                if path.name.startswith(".") and (process := leftover_process(path.name)):
+                    found.append(_residue(path, "temporary", _alive(process, living)))
+    return found
+
+
+def _writer(root: Path, path: Path, living: set[Process]) -> Process | None:
+    """The living process that may write to a scratch folder."""
+    name = re.sub(r"\..*", "", path.name)
+    claim = claim_in_force(root, name)
+    if claim is not None and claim.folder == path.name and claim.process is not None:
+        return None if claim.released else _alive(claim.process, living)
+    process = leftover_process(f".{path.name}")
+    return _alive(process, living) if process else None
+
+
+def _alive(process: Process, living: set[Process]) -> Process | None:
+    """The process if it lives; one of another host does when it renews its list of used entries."""
+    if process.here:
+        return None if process.dead else process
+    return next((other for other in living if other[:2] == process[:2]), None)
+
+
+def _residue(path: Path, sort: str, running: Process | None) -> Residue:
+    size, changed = _measure(path)
+    return Residue(path, sort, size, changed, running)
+
+
+def _children(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError:
+        return []
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files below a folder."""
+    return _measure(path)[0]
+
+
+def _measure(path: Path) -> tuple[int, float]:
+    size, changed = 0, 0.0
+    for item in [path, *(path.rglob("*") if path.is_dir() else [])]:
+        with contextlib.suppress(OSError):
+            stat = item.lstat()
+            size += 0 if item.is_dir() else stat.st_size
+            changed = max(changed, stat.st_mtime)
+    return size, changed
+
+
+def all_folders(root: Path, kinds: Sequence[str] = ()) -> list[Path]:
+    """Folders of the published results of some kinds, or of all."""
+    return [folder for folder in entry_folders(root) if not kinds or folder.parent.name in kinds]

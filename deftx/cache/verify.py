@@ -1,0 +1,138 @@
+"""Reading an entry back: its manifest's form, every file's size and sha256, and setting aside what is damaged."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+from deftx.cache.entry import FORMAT_VERSION, MANIFEST, Entry
+from deftx.cache.files import file_sha256, settled
+from deftx.cache.keys import RESERVED
+from deftx.errors import DeftxError
+
+__all__ = ["DAMAGED", "DamageError", "Verifier", "entry_folders", "identity", "load", "set_aside"]
+
+log = logging.getLogger(__name__)
+
+DAMAGED = "damaged"
+
+
+class DamageError(Exception):
+    """An entry is not what its manifest says; the text is the reason."""
+
+
+def entry_folders(root: Path) -> Iterator[Path]:
+    """Yield the folders of published results by kind and key; none of them is read."""
+    for kind in sorted(root.iterdir()) if root.is_dir() else []:
+        if kind.name in RESERVED or kind.name.startswith(".") or not kind.is_dir():
+            continue
+        yield from (path for path in sorted(kind.iterdir()) if not path.name.startswith(".") and path.is_dir())
+
+
+def load(folder: Path) -> Entry:
+    """Read an entry's manifest; its files are not looked at.
+
+    Raises:
+        DamageError: the manifest is missing or has not the form of one.
+        DeftxError: it cannot be read, or was written by a newer format.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_bytes())
+        version = manifest["format_version"]
+        if isinstance(version, int) and version > FORMAT_VERSION:
+            raise DeftxError(
+                f"{folder} was written in cache format {version}, this deftx reads up to "
+                f"{FORMAT_VERSION}: update deftx or choose another folder for the cache"
+            )
+        entry = Entry(folder, manifest)
+        sound = all(isinstance(text, str) for text in (manifest["key"], manifest["kind"], manifest["label"]))
+        sound &= isinstance(manifest["notes"], dict) and isinstance(entry.size, int)
+        for name, record in manifest["files"].items():
+            sound &= isinstance(record["sha256"], str) and ".." not in Path(name).parts
+            sound &= not Path(name).is_absolute()
+    except PermissionError as error:
+        raise DeftxError(f"cannot read the cache entry {folder}: {error.strerror}") from error
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise DamageError(f"{MANIFEST} is missing or broken ({type(error).__name__})") from error
+    if not sound:
+        raise DamageError(f"{MANIFEST} does not have the form of one")
+    return entry
+
+
+class Verifier:
+    """Checks entries; a file that did not change since is hashed once per process."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, ...], str] = {}
+
+    def check(self, entry: Entry) -> None:
+        """Compare every file with the manifest.
+
+        Raises:
+            DamageError: a file is missing, or has another size or sha256.
+            DeftxError: a file may not be read.
+        """
+        for name, record in entry.manifest["files"].items():
+            path, now = entry.path / name, time.time_ns()
+            try:
+                stat = path.stat()
+                if stat.st_size != record["size"]:
+                    raise DamageError(f"{name} has {stat.st_size} bytes, not {record['size']}")
+                mark = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+                digest = self._known.get(mark) or file_sha256(path)
+                if settled(stat, now):
+                    self._known[mark] = digest
+            except PermissionError as error:
+                raise DeftxError(f"cannot read {path}: {error.strerror}") from error
+            except OSError as error:
+                raise DamageError(f"{name} cannot be read ({error.strerror})") from error
+            if digest != record["sha256"]:
+                raise DamageError(f"the sha256 of {name} differs")
+
+
+def identity(folder: Path) -> tuple[int, int, int] | None:
+    """What tells an entry's folder from another that takes its place later; None when there is none."""
+    try:
+        stat = os.lstat(folder)
+    except OSError:
+        return None
+    return stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns
+
+
+def set_aside(root: Path, folder: Path, reason: str, judged: tuple[int, int, int] | None = None) -> Path | None:
+    """Move a damaged entry to ``damaged/`` with a warning; None when it has gone meanwhile.
+
+    Args:
+        root: the cache's folder.
+        folder: the entry.
+        reason: why it is damaged.
+        judged: its :func:`identity` when it was found damaged; another entry in its place is left there.
+
+    Raises:
+        DeftxError: it cannot be moved.
+    """
+    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
+    place = root / DAMAGED / f"{folder.parent.name}-{folder.name}-{stamp}-{os.urandom(2).hex()}"
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        folder.rename(place)
+        moved = identity(place)
+        if judged is not None and moved is not None and moved[:2] != judged[:2]:  # renaming changes the third
+            with contextlib.suppress(OSError):
+                place.rename(folder)
+                return None
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise DeftxError(
+            f"the cache entry {folder} is damaged ({reason}) and cannot be moved aside: {error.strerror}"
+        ) from error
+    log.warning("the cache entry %s is damaged (%s); it was set aside as %s", folder, reason, place)
+    return place

@@ -1,0 +1,565 @@
+"""Every field of every settings class, and whose keys change with it: no more and no less than its results.
+
+The keys are those of ``run_study`` itself: its stages are asked for as ever, but what would train writes a file that
+says which key it has, so that whatever is built on it depends on that key alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from hydra import compose
+from safetensors.numpy import save_file
+
+import deftx.stages.study
+from deftx.cache import Entry, Stage, StageCache, Workspace
+from deftx.config import hydra_session
+from deftx.config.resolve import study_settings
+from deftx.data.settings import CorpusSettings, DataSettings, LanguageSettings
+from deftx.data.synthetic import SyntheticSettings
+from deftx.stages.evaluate import Cell, Evaluator
+from deftx.stages.settings import ModelSettings, SFTSettings, StudySettings
+from deftx.stages.sft import Plan, Recipe, Trainer
+from deftx.tracking import LoggerSettings
+from deftx.training.model_folder import bert_facts
+from deftx.training.settings import PretrainSettings, TrainerSettings, TrainingSettings
+
+PHASES = ("full", "decompose", "select", "sparse")
+ROLES = ("lang", "source", "task")
+EVALUATE = {"evaluate"}
+NOTHING: set[str] = set()
+
+
+def sft(role: str, stages: tuple[str, ...] = PHASES) -> set[str]:
+    """Some stages of one role's SFT, and all that is built on it."""
+    own = {f"{stage} {role}" for stage in stages}
+    # φ_T is trained on θ⁰ + φ_S: its base is an input, whatever phase of φ_S changed.
+    return own | (sft("task") if role == "source" else EVALUATE)
+
+
+SFTS = sft("lang") | sft("source")
+BASE = {"pretrain"} | SFTS
+TEXT = {"corpus"} | SFTS
+ROWS = {"task"} | sft("task")
+
+SMALL = [
+    "budget=smoke",
+    "language=[qba]",
+    "controls=[]",
+    "trainer=cpu",
+    "logger=csv",
+    *(f"synthetic.{name}" for name in ("lines_high=60", "lines_low=60", "train=24", "valid=12", "test=12")),
+    *(f"model.pretrain.{name}" for name in ("hidden=16", "heads=2", "intermediate=32", "vocab_size=300")),
+]
+
+
+@functools.cache
+def composed(*overrides: str) -> StudySettings:
+    with hydra_session():
+        return study_settings(compose("run", overrides=list(overrides)))
+
+
+PLACES = {"lang": "language_sft", "source": "source_sft", "task": "task_sft"}
+PLAIN = {*PLACES, "model.pretrain", "trainer", "corpus", "synthetic", "logger", "seed"}
+
+
+def settings_of(*overrides: str) -> StudySettings:
+    """Resolved settings; single fields are set directly, which spares composing a configuration for each."""
+    own = {text for text in overrides if text not in SMALL}
+    plain = [
+        text
+        for text in overrides
+        if text in own and text.startswith(tuple(f"{name}{end}" for name in PLAIN for end in ".="))
+    ]
+    plain = [text for text in plain if not text.startswith(("task=", "task.source=", "source="))]
+    study = composed(*(text for text in overrides if text not in plain))
+    for text in plain:
+        path, _, value = text.partition("=")
+        names = path.split(".")
+        study = replaced(study, [PLACES.get(names[0], names[0]), *names[1:]], yaml.safe_load(value))
+    return study
+
+
+def replaced(settings: Any, path: list[str], value: Any) -> Any:
+    """A copy with one field, however deep, changed; values as ``deftx.config`` resolves them."""
+    name = path[0]
+    assert name in {field.name for field in dataclasses.fields(settings)}
+    if len(path) > 1:
+        return dataclasses.replace(settings, **{name: replaced(getattr(settings, name), path[1:], value)})
+    if name in ("k", "density") and isinstance(settings, SFTSettings):  # one or the other
+        return dataclasses.replace(settings, **{"k": None, "density": None, name: value})
+    value = tuple(value) if name == "exclude" else str(value) if name == "rank" else value
+    assert getattr(settings, name) != value, f"{name} is {value} already"
+    return dataclasses.replace(settings, **{name: value})
+
+
+def role_of(study: StudySettings, recipe: Recipe) -> str:
+    if recipe.kind == "task":
+        return "task"
+    return "lang" if recipe.language in study.targets else "source"
+
+
+class Recorder(StageCache):
+    """A cache that notes the keys of a study, and trains nothing."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.keys: dict[str, set[str]] = defaultdict(set)
+
+    def get_or_compute(self, stage: Stage, compute: Callable[[Workspace], None], **rest: Any) -> Entry:
+        if stage.kind not in PHASES:
+            self.keys[stage.kind].add(stage.key)
+        stub = {"pretrain": _model, "sparse": _sft}.get(stage.kind)
+        return super().get_or_compute(stage, compute if stub is None else lambda work: stub(work, stage), **rest)
+
+
+def weights(folder: Path, text: str) -> None:
+    """A file that can be opened and holds nothing but a text."""
+    save_file({"pooler.dense.bias": np.zeros(1, np.float32)}, folder / "model.safetensors", metadata={"text": text})
+
+
+def _model(work: Workspace, stage: Stage) -> None:
+    shape = PretrainSettings(**stage.settings["pretrain"])
+    (work.out / "model").mkdir()
+    (work.out / "model" / "config.json").write_text(json.dumps(bert_facts(shape, shape.vocab_size)))
+    weights(work.out / "model", stage.key)
+
+
+def _sft(work: Workspace, stage: Stage) -> None:
+    (work.out / "sft").mkdir()
+    (work.out / "sft" / "sft.safetensors").write_text(stage.key)
+    (work.out / "sft" / "sft.json").write_text('{"metadata": {"head_drawn": []}}')
+    (work.out / "metrics.json").write_text("{}")
+
+
+Keys = Callable[..., dict[str, set[str]]]
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Keys]:
+    """The keys of a study's stages, by kind and role."""
+    root = tmp_path_factory.mktemp("cache")
+    known: dict[tuple[str, ...], dict[str, set[str]]] = {}
+    plan, state = Trainer.plan, {}
+
+    def record_plan(self: Trainer, recipe: Recipe) -> Plan:
+        made = plan(self, recipe)
+        for stage in (made.full, made.decompose, made.select, made.sparse):
+            if stage is not None:
+                state["cache"].keys[f"{stage.kind} {role_of(self.study, recipe)}"].add(stage.key)
+        return made
+
+    def record_cell(self: Evaluator, cell: Cell, rows: Any) -> None:
+        state["cache"].keys["evaluate"].add(self.stage(cell, rows).key)
+
+    def body_alone(study: StudySettings, run_dir: Path, job: str, knobs: Any, body: Callable[[Any], None]) -> None:
+        body(deftx.stages.study.Bench(study, state["cache"], lambda _: []))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "plan", record_plan)
+        patch.setattr(Evaluator, "evaluate", record_cell)
+        patch.setattr(deftx.stages.study, "_run", body_alone)
+
+        def of(*overrides: str) -> dict[str, set[str]]:
+            if overrides not in known:
+                state["cache"] = Recorder(root)
+                deftx.stages.study.run_study(settings_of(*overrides), root)
+                known[overrides] = dict(state["cache"].keys)
+            return known[overrides]
+
+        yield of
+
+
+def changed(before: dict[str, set[str]], after: dict[str, set[str]]) -> set[str]:
+    """Kinds some of whose results cannot be used any more; further results beside the old ones change nothing."""
+    return {kind for kind in after if before.get(kind, set()) - after[kind]}
+
+
+# ------------------------------------------------------------------------------------------------------ the tables
+
+Row = tuple[list[str], set[str]]
+"""Overrides, and whose keys change."""
+
+
+def each_role(field: str, value: str, stages: dict[str, tuple[str, ...]]) -> list[Row]:
+    return [([f"{role}.{field}={value}"], sft(role, stages[role]) if stages[role] else NOTHING) for role in ROLES]
+
+
+def training(field: str, value: str, stages: tuple[str, ...] = PHASES, only: tuple[str, ...] = ROLES) -> list[Row]:
+    return each_role(f"training.{field}", value, {role: stages if role in only else () for role in ROLES})
+
+
+def choice(field: str, value: str, *stages: str) -> list[Row]:
+    return each_role(field, value, dict.fromkeys(ROLES, stages))
+
+
+def one(text: str, kinds: set[str]) -> list[Row]:
+    return [([text], kinds)]
+
+
+TRAINING = {
+    "learning_rate": training("learning_rate", "0.0007"),
+    "weight_decay": training("weight_decay", "0.1"),
+    "batch_size": training("batch_size", "5"),
+    "accumulate": training("accumulate", "2"),
+    "max_length": training("max_length", "17"),
+    "epochs": training("epochs", "9"),
+    "min_steps": training("min_steps", "1"),
+    "max_steps": training("max_steps", "77"),
+    "eval_every": training("eval_every", "3"),
+    "clip_norm": training("clip_norm", "0.5"),
+    "l1_full": training("l1_full", "0.5"),
+    "l1_sparse": training("l1_sparse", "0.5", ("sparse",)),
+    "mlm_probability": training("mlm_probability", "0.3", only=("lang", "source")),
+    "warmup_steps": training("warmup_steps", "1"),
+    "length_buckets": training("length_buckets", "4", only=("task",)),
+    "log_every": training("log_every", "3", ()),
+}
+
+SFT_FIELDS = {
+    "rank": choice("rank", "3", "select", "sparse"),
+    "residual": choice("residual", "drop", "select", "sparse"),
+    "k": choice("k", "17", "select", "sparse"),
+    "density": choice("density", "0.5", "select", "sparse"),
+    "exclude": choice("exclude", "['embeddings.*']", "decompose", "select", "sparse"),
+    "value_dtype": choice("value_dtype", "float16", "sparse"),
+    "training": [],  # TRAINING
+}
+
+TRAINER = {
+    "accelerator": one("trainer.accelerator=auto", NOTHING),
+    "devices": one("trainer.devices=2", NOTHING),
+    "precision": one("trainer.precision=bf16-mixed", BASE),
+    "threads": one("trainer.threads=3", NOTHING),
+    "num_workers": one("trainer.num_workers=2", NOTHING),
+    "progress": one("trainer.progress=false", NOTHING),
+    "deterministic": one("trainer.deterministic=false", NOTHING),
+    "masked_logits": one("trainer.masked_logits=false", NOTHING),
+    "fused": one("trainer.fused=false", NOTHING),
+    "sparse_gradients": one("trainer.sparse_gradients=false", NOTHING),
+    "compile": one("trainer.compile=true", NOTHING),
+    "checkpointing": one("trainer.checkpointing=true", NOTHING),
+    "profile": one("trainer.profile=true", NOTHING),
+}
+
+CORPUS = {
+    "valid_fraction": one("corpus.valid_fraction=0.3", TEXT),
+    "max_lines": one("corpus.max_lines=50", TEXT),
+    "min_words": one("corpus.min_words=2", TEXT),
+    "deduplicate": one("corpus.deduplicate=false", TEXT),
+    "leak_threshold": one("corpus.leak_threshold=0.9", TEXT),
+}
+
+PRETRAIN = {
+    name: one(f"model.pretrain.{name}={value}", BASE)
+    for name, value in {
+        "layers": 1,
+        "hidden": 32,
+        "heads": 4,
+        "intermediate": 48,
+        "vocab_size": 310,
+        "positions": 256,
+        "dropout": 0.2,
+        "steps": 5,
+        "batch_size": 4,
+        "max_length": 20,
+        "learning_rate": 0.01,
+        "warmup": 0.2,
+        "weight_decay": 0.2,
+        "eval_every": 2,
+        "valid_fraction": 0.2,
+        "mlm_probability": 0.3,
+        "lowercase": "true",
+    }.items()
+}
+
+MODEL = {
+    "name": one("model.name=another", NOTHING),
+    "path": [],  # test_the_same_model_elsewhere
+    "hub": one("model.hub=owner/name", NOTHING),  # not read where a model is pretrained here
+    "revision": one("model.revision=abc", NOTHING),
+    "pretrain": [],  # PRETRAIN
+    "languages": one("model.languages=[qaa,qab]", BASE),
+    "vocabulary": one("model.vocabulary=[]", BASE),
+    "seed": one("model.seed=1", BASE),
+}
+
+# Another family is another everything, as far as its files differ; that it is another is what matters here.
+SYNTHETIC = {
+    "seed": "1",
+    "source": None,  # test_another_source_of_the_family
+    "high_resource": "[qac,qab]",
+    "targets": "[qbb,qba,qbc]",
+    "lines_high": "70",
+    "lines_low": "70",
+    "clauses": "2",
+    "train": "30",
+    "valid": "15",
+    "test": "15",
+    "topics": "2",
+    "nouns_per_topic": "5",
+    "verbs": "4",
+    "synonyms": "4",
+    "interjections": "3",
+    "cognates": "0.3",
+    "evaluative_cognates": "0.3",
+    "false_friends": "0.5",
+    "purity": "0.9",
+    "interjection_rate": "0.7",
+}
+
+LANGUAGE = {
+    "code": [],  # test_another_target: a code is which language it is
+    "name": one("language.qba.name=Other", NOTHING),
+    "family": one("language.qba.family=Other", NOTHING),
+    "script": one("language.qba.script=Arab", NOTHING),
+    # Where a language is found in the data sets: what is found there is an input, by its content.
+    "nusax": one("language.qba.nusax=other", NOTHING),
+    "nusax_hub": one("language.qba.nusax_hub=other", NOTHING),
+    "americasnli": one("language.qba.americasnli=oth", NOTHING),
+    "xnli": one("language.qba.xnli=ot", NOTHING),
+    "wikipedia": one("language.qba.wikipedia=ot", NOTHING),
+    "text": [(["language.qba.text=[unlabelled/qbb.txt]"], sft("lang") | {"corpus"})],
+    "local_text": [
+        (["language.qba.text=[]", "language.qba.local_text=[unlabelled/qbb.txt]"], sft("lang") | {"corpus"}),
+        (["language.qba.text=[]"], NOTHING),  # unlabelled/qba.txt is found anyway
+        (["language.qba.local_text=[nothing/*.txt]"], NOTHING),
+    ],
+}
+
+LOGGER = {
+    "wandb": one("logger.wandb=online", NOTHING),
+    "project": one("logger.project=other", NOTHING),
+    "entity": one("logger.entity=other", NOTHING),
+    "group": one("logger.group=other", NOTHING),
+    "name": one("logger.name=other", NOTHING),
+    "tags": one("logger.tags=[a]", NOTHING),
+    "dir": one("logger.dir=other", NOTHING),
+    "artifacts": one("logger.artifacts=true", NOTHING),
+    "curves": one("logger.curves=false", NOTHING),
+}
+
+STUDY = {
+    "name": one("study=other", NOTHING),
+    "seed": one("seed=1", TEXT | ROWS),
+    "methods": one("compare=[ltsft]", NOTHING),
+    "model": [],  # MODEL
+    "task": [],  # tests/stages/test_plan.py: tasks that learn from the same rows share their SFT
+    "train": [],  # the same
+    "split": [],  # OWN_FILES
+    "source": [],  # test_another_source_of_the_family
+    "more_sources": [],  # OWN_FILES
+    "targets": one("language=[qba,qbb]", NOTHING),
+    "pretrain_languages": [],  # MODEL: languages, vocabulary
+    "language_sft": [],  # SFT_FIELDS
+    "source_sft": one(
+        "source=none", {"corpus", "full task", "decompose task", "select task", "sparse task", "evaluate"}
+    ),
+    "task_sft": [],  # SFT_FIELDS
+    "corpus": [],  # CORPUS
+    "data": [],  # DATA
+    "synthetic": [],  # SYNTHETIC
+    "controls": one("controls=[no_language_sft,source_sft]", NOTHING),
+    "missing_text": one("missing_text=skip", NOTHING),
+    "trainer": [],  # TRAINER
+    "logger": [],  # LOGGER
+    "cache_root": one("paths.cache=/elsewhere", NOTHING),
+}
+
+# Of files of the user's own: ROOT is the data folder, OTHER a folder with the same names and other contents, COPY one
+# with the same contents.
+OWN = [
+    "task=tsv",
+    "task.source=qaa",
+    "model=minilm",
+    "model.path=MODEL",
+    "data.root=ROOT",
+    "data.train=ROOT/sentiment/qaa/train.tsv",
+    "data.valid=ROOT/sentiment/qaa/valid.tsv",
+    "data.test='ROOT/sentiment/{language}/test.tsv'",
+    "data.labels=[negative,neutral,positive]",
+    "budget=smoke",
+    "sparsity=share",
+    "language=[qba]",
+    "controls=[]",
+]
+DATA = {
+    "root": [(["data.root=COPY"], NOTHING), (["data.root=OTHER"], TEXT)],
+    "nusax": one("data.nusax=COPY", NOTHING),
+    "smsa": one("data.smsa=COPY", NOTHING),
+    "americasnli": one("data.americasnli=COPY", NOTHING),
+    "multinli": one("data.multinli=COPY", NOTHING),
+    "xnli": one("data.xnli=COPY", NOTHING),
+    "wikipedia": one("data.wikipedia=COPY", NOTHING),
+    "train": [
+        (["data.train=COPY/sentiment/qaa/train.tsv"], NOTHING),
+        (["data.train=OTHER/sentiment/qaa/train.tsv"], ROWS),
+    ],
+    "valid": [
+        (["data.valid=COPY/sentiment/qaa/valid.tsv"], NOTHING),
+        (["data.valid=OTHER/sentiment/qaa/valid.tsv"], ROWS),
+    ],
+    "test": [
+        (["data.test='COPY/sentiment/{language}/test.tsv'"], NOTHING),
+        # Test sentences are kept out of text and rows.
+        (["data.test='OTHER/sentiment/{language}/test.tsv'"], TEXT | ROWS),
+    ],
+    "labels": one("data.labels=[positive,neutral,negative]", ROWS),
+    "valid_fraction": one("data.valid_fraction=0.2", ROWS),
+    "leak_threshold": one("data.leak_threshold=0.9", ROWS),
+    "protect": one("data.protect=[]", NOTHING),  # none of those sets is in the folder; their sentences are the input
+    "revisions": one("++data.revisions.nusax=abc", NOTHING),
+    "cache_dir": one("data.cache_dir=/elsewhere", NOTHING),
+}
+
+CLASSES: dict[type, dict[str, Any]] = {
+    TrainingSettings: TRAINING,
+    SFTSettings: SFT_FIELDS,
+    TrainerSettings: TRAINER,
+    CorpusSettings: CORPUS,
+    PretrainSettings: PRETRAIN,
+    ModelSettings: MODEL,
+    SyntheticSettings: SYNTHETIC,
+    LanguageSettings: LANGUAGE,
+    LoggerSettings: LOGGER,
+    StudySettings: STUDY,
+    DataSettings: DATA,
+}
+
+
+def rows(*tables: dict[str, list[Row]]) -> list[Any]:
+    return [pytest.param(*row, id=" ".join(row[0])) for table in tables for found in table.values() for row in found]
+
+
+# ------------------------------------------------------------------------------------------------------- the tests
+
+
+@pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
+def test_every_field_is_classified(kind: type) -> None:
+    """A new field fails here until the table says whose keys change with it."""
+    assert set(CLASSES[kind]) == {field.name for field in dataclasses.fields(kind)}
+
+
+def test_every_class_of_settings_is_there() -> None:
+    reachable, queue = set(), [StudySettings]
+    known = {kind.__name__: kind for kind in CLASSES}
+    while queue:
+        kind = queue.pop()
+        reachable.add(kind)
+        for field in dataclasses.fields(kind):
+            for name in set(str(field.type).replace("|", " ").replace("[", " ").replace("]", " ").split()):
+                if name.endswith("Settings"):
+                    assert name in known, f"{kind.__name__}.{field.name}"
+                    queue += [known[name]] if known[name] not in reachable else []
+    assert reachable == set(CLASSES)
+
+
+def test_the_study_has_every_kind_of_stage(keys: Keys) -> None:
+    assert set(keys(*SMALL)) == {"family", "pretrain", "corpus", "task", *EVALUATE} | {
+        f"{stage} {role}" for stage in PHASES for role in ROLES
+    }
+    assert keys(*SMALL) == keys(*SMALL, "study=study"), "keys repeat"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    rows(TRAINING, SFT_FIELDS, TRAINER, CORPUS, PRETRAIN, MODEL, LANGUAGE, LOGGER, STUDY),
+)
+def test_a_field_changes_the_keys_of_what_it_changes(keys: Keys, overrides: list[str], expected: set[str]) -> None:
+    assert changed(keys(*SMALL), keys(*SMALL, *overrides)) == expected
+
+
+@pytest.mark.parametrize(("field", "value"), [(name, value) for name, value in SYNTHETIC.items() if value is not None])
+def test_the_generated_family_is_one_of_its_settings(keys: Keys, field: str, value: str) -> None:
+    assert "family" in changed(keys(*SMALL), keys(*SMALL, f"synthetic.{field}={value}"))
+
+
+def test_another_source_of_the_family(keys: Keys) -> None:
+    other = ["synthetic.source=qab", "synthetic.high_resource=[qaa,qac]", "task.source=qab"]
+    assert {"family", "task"} | sft("source") <= changed(keys(*SMALL), keys(*SMALL, *other))
+
+
+def test_another_target_shares_what_is_not_its_own(keys: Keys) -> None:
+    one, other = keys(*SMALL), keys(*SMALL, "language=[qbb]")
+    assert {kind for kind in one if not one[kind] & other[kind]} == {f"{stage} lang" for stage in PHASES} | EVALUATE
+
+
+# ----------------------------------------------------------------------------------------- files of the user's own
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
+    """Overrides with the names of folders filled in."""
+    from deftx.data.synthetic import generate_family
+
+    top = tmp_path_factory.mktemp("own")
+    sizes = {"lines_high": 60, "lines_low": 60, "train": 24, "valid": 12, "test": 12}
+    generate_family(top / "ROOT", SyntheticSettings(**sizes))
+    generate_family(top / "OTHER", SyntheticSettings(seed=5, **sizes))
+    shutil.copytree(top / "ROOT", top / "COPY")
+    (top / "MODEL").mkdir()
+    (top / "MODEL" / "config.json").write_text(json.dumps(bert_facts(PretrainSettings(hidden=16, intermediate=32), 90)))
+    weights(top / "MODEL", "weights")
+    (top / "MODEL" / "tokenizer.json").write_text("{}")
+
+    def fill(texts: list[str]) -> list[str]:
+        for name in ("ROOT", "OTHER", "COPY", "MODEL"):
+            texts = [text.replace(name, str(top / name)) for text in texts]
+        return texts
+
+    return fill
+
+
+OWN_FILES: dict[str, list[Row]] = {
+    "split": one("split=dev", EVALUATE),
+    "more_sources": [],
+}
+
+
+@pytest.mark.parametrize(("overrides", "expected"), rows(DATA, OWN_FILES))
+def test_files_are_known_by_content_and_not_by_place(
+    keys: Keys, own: Callable[..., list[str]], overrides: list[str], expected: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deftx.training.model_folder.check_model_folder", lambda folder: None)
+    before = keys(*own(OWN))
+    assert set(before) == {"corpus", "task", *EVALUATE} | {f"{stage} {role}" for stage in PHASES for role in ROLES}
+    assert changed(before, keys(*own([*OWN, *overrides]))) == expected
+
+
+@pytest.mark.parametrize(
+    ("file", "expected"),
+    [
+        ("config.json", SFTS),
+        ("model.safetensors", SFTS),
+        ("tokenizer.json", SFTS),
+        ("README.md", NOTHING),
+        ("", NOTHING),  # only the place
+    ],
+)
+def test_the_same_model_elsewhere(
+    keys: Keys,
+    own: Callable[..., list[str]],
+    tmp_path: Path,
+    file: str,
+    expected: set[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("deftx.training.model_folder.check_model_folder", lambda folder: None)
+    (place,) = own(["MODEL"])
+    elsewhere = Path(shutil.copytree(place, tmp_path / "elsewhere"))
+    if file == "model.safetensors":
+        weights(elsewhere, "other")
+    elif file:
+        with (elsewhere / file).open("a") as stream:
+            stream.write(" ")
+    assert changed(keys(*own(OWN)), keys(*own(OWN), f"model.path={elsewhere}")) == expected
