@@ -5,13 +5,9 @@ from __future__ import annotations
 import importlib
 import io
 import json
-import logging
 import os
-import struct
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +18,8 @@ from rich.console import Console
 
 from deftx.errors import DeftxError
 from deftx.tracking import (
-    LoggerSettings,
     Metric,
     RunRecord,
-    Tracker,
     clock_imports,
     print_results,
     print_steps,
