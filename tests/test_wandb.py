@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +18,7 @@ import pytest
 from offline_runs import config, history, of, records, summary
 
 from deftx.errors import DeftxError
-from deftx.tracking import LoggerSettings, Metric, RunRecord, Tracker, names, recording, summarise
+from deftx.tracking import LoggerSettings, Metric, RunRecord, Tracker, names, read_result, recording, summarise
 from deftx.tracking.artifacts import artifact_name, result_name, sft_name
 
 SCORES = [
@@ -450,6 +452,54 @@ def test_online_without_an_account_goes_offline(
     assert capfd.readouterr() == ("", ""), "the console stays quiet"
 
 
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from test_wandb import diagnostics, record
+from deftx.tracking import LoggerSettings, Tracker, recording
+
+def core():
+    for place in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            name, parent = place.read_text().rpartition(")")[::2]
+        except OSError:
+            continue
+        if "(wandb-core" in name and parent.split()[1] == str(os.getpid()):
+            return int(place.parent.name)
+
+made = record()
+with Tracker(LoggerSettings(), "run", study="s") as tracker, recording("run", made):
+    os.kill(core(), signal.SIGKILL)
+    tracker.log_curve("full", {{"loss": 1.0}}, 1)
+    tracker.finish_run(made, diagnostics(), {{}})
+with Tracker(LoggerSettings(), "next", study="s") as tracker:
+    tracker.finish_run(made, diagnostics(), {{}})
+    print(tracker.mode)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds W&B's process in /proc")
+def test_a_killed_wandb_costs_no_result_and_the_next_job_has_another(quiet_home: Path, tmp_path: Path) -> None:
+    code = KILLED.format(tests=str(Path(__file__).parent))
+    environment = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
+    environment["PYTHONPATH"] = str(Path(__file__).parent.parent)
+    ended = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=60,
+        env=environment,
+        check=False,
+    )
+    assert (ended.returncode, ended.stdout) == (0, "offline\n"), ended.stderr
+    assert read_result(tmp_path / "run").status == "done"
+    assert ended.stderr.count("\n") == 1, ended.stderr
+    assert "result.json is complete without it" in ended.stderr
+    assert summary(records(tmp_path / "next"))["status"] == "done"
+
+
 def test_trouble_with_wandb_costs_no_result(
     quiet_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -465,3 +515,39 @@ def test_trouble_with_wandb_costs_no_result(
     assert "no core" in caplog.text
     with pytest.raises(DeftxError, match="cannot write"), Tracker(LoggerSettings(), "/dev/null/x", study="s"):
         pass
+
+
+def test_a_wandb_folder_that_cannot_be_written_costs_no_result(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "wandb").write_text("in the way")
+    made = record()
+    with Tracker(LoggerSettings(), tmp_path, study="s") as tracker, recording(tmp_path, made):
+        assert tracker.mode == "off"
+        tracker.finish_run(made, diagnostics(), {})
+    assert read_result(tmp_path).status == "done"
+    assert "File exists" in caplog.text
+
+
+@pytest.mark.parametrize("broken", ["draw_mask_density", "draw_spectra", "summarise", "results_rows", "sft_artifact"])
+def test_a_part_that_fails_leaves_the_others(
+    quiet_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise ImportError("no matplotlib")
+
+    monkeypatch.setattr(f"deftx.tracking.tracker.{broken}", fail)
+    made = record()
+    with Tracker(LoggerSettings(), tmp_path, study="s") as tracker, recording(tmp_path, made):
+        tracker.finish_run(made, diagnostics(), sft_folders(tmp_path, made))
+    found = records(tmp_path)
+    there = {
+        "draw_mask_density": f"{names.MASK_DENSITY}|path" in summary(found),
+        "draw_spectra": f"{names.SPECTRA}|path" in summary(found),
+        "summarise": "cache/hits" in summary(found),
+        "results_rows": "results|nrows" in summary(found),
+        "sft_artifact": any(item.type == "sft" for item in of("artifact", found)),
+    }
+    assert [name for name, present in there.items() if not present] == [broken]
+    assert summary(found)["status"] == "done"
+    assert any(item.type == "result" for item in of("artifact", found))

@@ -119,6 +119,8 @@ class Tracker:
         self.mode = "off"
         self._environment: dict[str, str | None] = {}
         self._curves: set[str] = set()
+        self._told: set[str] = set()
+        self._lost = False
         self._handed: tuple[RunRecord, pd.DataFrame | None, Mapping[str, Path]] | None = None
 
     @property
@@ -151,10 +153,12 @@ class Tracker:
             if self.run is not None:
                 with self._forgiving("finishing the run"):
                     self.run.summary[names.STATUS] = "done" if kind is None else "failed"
-                if self._handed is not None:
+                if self._handed is not None and not self._lost:
                     self._log(*self._handed, failed=kind is not None)
                 with self._forgiving("finishing the run"):
                     self.run.finish(exit_code=0 if kind is None else 1)
+                if self._lost:
+                    self._leave_service()
         finally:
             self.run = None
             self._restore_environment()
@@ -206,7 +210,7 @@ class Tracker:
 
     def log_curve(self, stage: str, values: Mapping[str, float], step: int) -> None:
         """Log points of a stage's curves at an optimizer step."""
-        if self.run is not None:
+        if self.run is not None and not self._lost:
             with self._forgiving("logging curves"):
                 points = {names.curve(stage, key): value for key, value in values.items()}
                 self.run.log({**points, names.curve(stage, "step"): step})
@@ -241,7 +245,7 @@ class Tracker:
         """Artifacts: SFTs as inputs or outputs, a composing job's result as output."""
         known: list[str] = []
         whole = self.settings.artifacts
-        for about in record.sfts:
+        for about in (sft for sft in record.sfts if sft["sha256"] in sfts):
             with self._forgiving(f"logging the artifact of {about['name']}"), self._staging():
                 artifact = sft_artifact(about, sfts[about["sha256"]], whole=whole)
                 declare(self.run, artifact, used=is_input(record, about["role"]))
@@ -253,7 +257,7 @@ class Tracker:
     def _can_write(self) -> bool:
         # wandb itself would fall back to the system's temporary folder, and lose the run there.
         place = self.folder / "wandb"
-        with self._forgiving(f"W&B is off, cannot write {place}"):
+        with self._forgiving(f"writing {place}"):
             place.mkdir(exist_ok=True)
             with tempfile.TemporaryFile(dir=place) as probe:
                 probe.write(bytes(1 << 16))
@@ -285,6 +289,7 @@ class Tracker:
                     console="off",
                     disable_code=True,
                     save_code=False,
+                    x_save_requirements=False,  # result.json names the versions that count; listing all takes 0.2 s
                     init_timeout=30,
                 ),
             )
@@ -294,11 +299,24 @@ class Tracker:
 
     @contextlib.contextmanager
     def _forgiving(self, doing: str) -> Iterator[None]:
-        """Turn what wandb raises into a warning: the run's own files hold everything."""
+        """Turn what wandb raises into a warning, one for each reason: the run's own files hold everything."""
         try:
             yield
         except Exception as error:  # noqa: BLE001  # wandb and matplotlib raise many kinds, bare Exception among them
-            log.warning("%s: %s (result.json is complete without it)", doing, error or type(error).__name__)
+            # W&B's own process has died: whatever follows would fail as well.
+            self._lost |= isinstance(error, ConnectionError) or type(error).__name__ == "MailboxClosedError"
+            reason = f"{type(error).__name__}: {error}"
+            if reason not in self._told:
+                log.warning("W&B: %s failed (%s); result.json is complete without it", doing, reason)
+            self._told.add(reason)
+
+    def _leave_service(self) -> None:
+        """Forget W&B's dead process: a sweep's next job starts another, and nothing is said of it at the end."""
+        import wandb
+
+        with contextlib.suppress(Exception, SystemExit):
+            wandb.teardown()
+        os.environ.pop("WANDB_SERVICE", None)
 
     @contextlib.contextmanager
     def _staging(self) -> Iterator[None]:
