@@ -91,6 +91,10 @@ def _dispatch(arguments: list[str]) -> int:
         print(f"deftx {__version__}")
         return 0
     name, rest = arguments[0], arguments[1:]
+    if name == "dashboard":
+        from deftx.dashboard import main as dashboard
+
+        return dashboard(rest)
     if name not in COMMANDS:
         raise DeftxError(f"unknown command {name!r}{did_you_mean(name, COMMANDS)}; available: {', '.join(COMMANDS)}")
     return _command(name, rest)

@@ -20,7 +20,8 @@ ROOMS = {
     # The two that know Hydra; the rooms' light settings are what config registers.
     "config": {"stages", "training", "data", "core", "tracking"},
     "help": {"config"},
-    "cli": {"stages", "config", "help", "tracking"},  # tracking: a sweep's table
+    "dashboard": {"tracking"},
+    "cli": {"stages", "config", "help", "dashboard", "tracking"},  # tracking: a sweep's table
 }
 
 
@@ -81,6 +82,7 @@ def test_core_needs_torch_and_safetensors_only() -> None:
         "deftx.cache",
         "deftx.tracking",
         "deftx.core.folder",
+        "deftx.dashboard",
         "deftx.stages.settings",
         "deftx.data.settings",
         "deftx.training.model_folder",
