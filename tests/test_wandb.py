@@ -529,6 +529,14 @@ def test_a_wandb_folder_that_cannot_be_written_costs_no_result(
     assert "File exists" in caplog.text
 
 
+def test_pictures_can_be_left_out(quiet_home: Path, tmp_path: Path) -> None:
+    with Tracker(LoggerSettings(pictures=False), tmp_path, study="s") as tracker:
+        tracker.finish_run(record(), diagnostics())
+    found = summary(records(tmp_path))
+    assert not any(name.startswith("media/") for name in found)
+    assert found["energy/mean"] == pytest.approx(0.8)
+
+
 @pytest.mark.parametrize("broken", ["draw_mask_density", "draw_spectra", "summarise", "results_rows", "sft_artifact"])
 def test_a_part_that_fails_leaves_the_others(
     quiet_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str

@@ -1,10 +1,10 @@
 """SFTs and results as W&B artifacts, with lineage: language and task SFT -> result.
 
-A job that composes SFTs declares each as an input and its result as an output; a job that trains declares what it made
-as an output. W&B tells versions apart by the digest of their files, so that however many jobs declare one SFT, and in
-whatever order their offline runs are synced, it stays one version: the first to arrive has created it, all others use
-it. An SFT's files say everything that identifies it (``sft.json`` holds its settings and the sha256 of its tensors), so
-lineage needs no large file. Tensors, predictions and diagnostics travel only with ``logger.artifacts=true``.
+A job that composes SFTs declares each as an input and its result as an output; a job that trains them declares them as
+outputs. W&B tells versions apart by the digest of their files, so that however many jobs declare one SFT, and in
+whatever order their offline runs are synced, it stays one version. An SFT's ``sft.json`` says everything that
+identifies it, the sha256 of its tensors too, so lineage needs no large file: tensors, predictions and diagnostics
+travel only with ``logger.artifacts=true``.
 """
 
 from __future__ import annotations
