@@ -266,6 +266,8 @@ def test_wandb_summary_has_stable_names(offline: dict[str, Any]) -> None:
         ({"metrics": [replace(SCORES[2], split="dev")]}, "score/macro_f1/ace/dev", "score/macro_f1/ace"),
         ({"settings": {**SETTINGS, "method": "ltsft"}}, "score/macro_f1/mean", "energy/mean"),
         ({"sfts": []}, "macro_f1/ace/ltsft", "energy/mean"),
+        ({"job_type": "stage", "metrics": [], "sfts": record().sfts[2:3]}, "energy/language", "energy/task"),
+        ({"job_type": "sft-task", "metrics": [], "sfts": record().sfts[::2]}, "energy/task", "energy/language"),
     ],
 )
 def test_summary_of_other_jobs(changes: dict[str, Any], present: str, absent: str) -> None:

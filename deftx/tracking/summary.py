@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from deftx.tracking import names
+from deftx.tracking.artifacts import is_input
 from deftx.tracking.results import CONDITIONS, Metric, RunRecord, finite
 
 if TYPE_CHECKING:
@@ -47,15 +48,21 @@ def results_rows(metrics: Iterable[Metric]) -> tuple[list[str | int], list[Itera
 
 
 def own_sfts(record: RunRecord, diagnostics: pd.DataFrame) -> tuple[dict[str, Mapping[str, Any]], pd.DataFrame]:
-    """SFTs that the job's own composed models consist of, by name, and the diagnostics' rows of their pairs."""
+    """SFTs that the job's own composed models consist of, by name, and the diagnostics' rows of their pairs.
+
+    Of a job that composes nothing: the SFTs it made.
+    """
     method, targets = record.settings.get("method"), set(record.settings.get("language") or [])
-    own = {
-        str(sft["name"]): sft
-        for sft in record.sfts
+
+    def is_own(sft: Mapping[str, Any]) -> bool:
+        if not record.metrics:
+            return not is_input(record, sft["role"])
         # Given SFTs are composed as they are, whatever trained them and on whatever language.
-        if record.job_type == "eval"
-        or (sft["method"] == method and (sft["role"] == "task" or set(sft["languages"] or []) & targets))
-    }
+        if record.job_type == "eval":
+            return True
+        return sft["method"] == method and (sft["role"] == "task" or bool(set(sft["languages"] or []) & targets))
+
+    own = {str(sft["name"]): sft for sft in record.sfts if is_own(sft)}
     pairs = diagnostics[diagnostics["what"] == "pair"]
     pairs = pairs[pairs["sft"].isin(own) & pairs["other"].isin(own)]
     if len(pairs):
