@@ -6,14 +6,12 @@ only a command whose configuration passed imports torch. ``sys.argv`` is never c
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from deftx import __version__
 from deftx.errors import DeftxError, did_you_mean
@@ -23,6 +21,8 @@ if TYPE_CHECKING:
 
     from omegaconf import DictConfig
 
+    from deftx.config import Command
+
 COMMANDS = {
     "run": "everything a study needs, stage by stage, from the cache where it can; -m sweeps",
     "sft": "train one language or task SFT",
@@ -30,7 +30,7 @@ COMMANDS = {
     "pretrain": "train a small multilingual encoder from raw text, for work without a hub",
 }
 
-OPEN_MAPPINGS = ("language_sft.", "data.revisions.")
+OPEN_MAPPINGS = ("language_sft.", "data.revisions.", "search.space.", "launcher.additional.")
 
 HELP = """\
 deftx {version}: composable sparse fine-tuning with SVD denoising, for cross-lingual transfer
@@ -45,6 +45,7 @@ first steps
   deftx run --help                               the knobs, groups and experiments
   deftx run --cfg job                            the whole configuration, printed
   deftx run -m experiment=demo rank=8,16,none    a sweep
+  deftx run experiment=rank_x_sparsity --dry-run what it would compute, and about how long
 
 options
   -h, --help     this page; after a command, its knobs
@@ -127,9 +128,13 @@ def _command(name: str, arguments: list[str]) -> int:
         command = check_command(
             name, overrides, multirun=known.multirun, validate=lambda config: _job_problems(name, config)
         )
+        if command.configs[0].search.space:
+            _check_search(overrides, command)
     if command.multirun and any(config.trainer.devices > 1 for config in command.configs):
         raise DeftxError("trainer.devices: a job of a sweep has one device; several would each repeat the sweep")
-    return _launch(name, overrides, command.multirun, known.config_dir)
+    if command.multirun or known.dry_run:
+        return _sweep(name, command, known)
+    return _single(name, command.overrides[0], known.config_dir)
 
 
 def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -137,11 +142,12 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     import argparse
 
     def refuse(text: str) -> None:
-        raise DeftxError(f"{text}; the options are -m, --cfg job, --resolve and --config-dir FOLDER")
+        raise DeftxError(f"{text}; the options are -m, --dry-run, --cfg job, --resolve and --config-dir FOLDER")
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.error = refuse  # type: ignore[assignment,method-assign]
     parser.add_argument("-m", "--multirun", action="store_true")
+    parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--cfg", choices=["job"])
     parser.add_argument("--resolve", action="store_true")
     parser.add_argument("--config-dir", "-cd")
@@ -170,88 +176,55 @@ def _job_problems(name: str, config: DictConfig) -> list[str]:
     return problems
 
 
-def _launch(name: str, overrides: list[str], multirun: bool, config_dir: str | None) -> int:
-    """Let Hydra run the job or the sweep; 0 when every job finished."""
+def _single(name: str, overrides: Sequence[str], config_dir: str | None) -> int:
     from deftx.config import launch
+    from deftx.jobs import JOBS
 
-    ends = launch(name, JOBS[name], overrides, multirun=multirun, config_dir=config_dir)
-    failed = [end.error for _, end in ends if end.error]
-    if multirun:
-        _print_sweep(ends)
-    for text in failed:
-        print(_message(DeftxError(text)), file=sys.stderr)
-    return 1 if failed else 0
+    end = launch(name, JOBS[name], overrides, config_dir=config_dir)
+    if end.error:
+        print(_message(DeftxError(end.error)), file=sys.stderr)
+    return 1 if end.error else 0
 
 
-def _print_sweep(ends: Sequence[tuple[Sequence[str], End]]) -> None:
-    """One line a job: what was swept and the mean score of each condition."""
-    from deftx.tracking import print_sweep
+def _sweep(name: str, command: Command, known: argparse.Namespace) -> int:
+    """Run a sweep or a search, or say what a sweep or a single run would compute."""
+    from deftx.config import launcher_settings, search_settings, study_settings
+    from deftx.sweeps import Sweep, dry_run, run_search, run_sweep
 
-    every = {text for overrides, _ in ends for text in overrides}
-    swept = {text for text in every if not all(text in overrides for overrides, _ in ends)}
-    rows = [
-        # Hydra escapes what its grammar would read otherwise: rank=energy\:0.9.
-        (" ".join(text for text in overrides if text in swept).replace("\\", "") or "-", end.scores, end.error)
-        for overrides, end in ends
-    ]
-    finished = sum(end.error is None for _, end in ends)
-    print_sweep(rows, title=f"sweep: {finished} of {len(ends)} jobs finished")
+    if known.dry_run and name != "run":
+        raise DeftxError(f"--dry-run belongs to deftx run, not to deftx {name}")
+    sweep = Sweep(
+        name,
+        command.overrides,
+        Path(command.folder).absolute(),
+        launcher_settings(command.configs[0]),
+        known.config_dir,
+        [study_settings(config) for config in command.configs] if name == "run" else [],
+    )
+    if known.dry_run:
+        dry_run(sweep)
+        return 0
+    if command.configs[0].search.space:
+        return run_search(sweep, search_settings(command.configs[0]))
+    return run_sweep(sweep)
 
 
-@dataclass(frozen=True)
-class End:
-    """How a job ended: the message of a failure, or the mean over targets of each condition's score."""
+def _check_search(overrides: list[str], command: Command) -> None:
+    """Validate every value a search may propose, before its first trial.
 
-    error: str | None = None
-    scores: Mapping[str, float] = field(default_factory=dict)
+    Raises:
+        DeftxError: One message with every problem.
+    """
+    from deftx.config import check_command, search_settings
 
-
-def _job(body: Callable[[DictConfig], Mapping[str, float] | None]) -> Callable[[DictConfig], End]:
-    """Wrap a job so that a user's mistake becomes its message and never stops the other jobs of a sweep."""
-
-    def run(config: DictConfig) -> End:
-        logging.captureWarnings(True)
+    settings = search_settings(command.configs[0])
+    problems = settings.problems()
+    if len(command.configs) > 1:
+        problems.append("a search proposes its own values: it cannot be swept; give search.space.KNOB=[...] instead")
+    for proposal in settings.examples() if not problems else []:
         try:
-            return End(scores=body(config) or {})
+            check_command("run", [*overrides, *proposal], multirun=True, validate=lambda c: _job_problems("run", c))
         except DeftxError as error:
-            return End(error=str(error))
-
-    return run
-
-
-def _run(config: DictConfig) -> Mapping[str, float]:
-    from deftx.config import run_directory, study_settings
-    from deftx.stages.study import run_study
-    from deftx.tracking import mean_scores
-
-    return mean_scores(run_study(study_settings(config), run_directory()))
-
-
-def _sft(config: DictConfig) -> None:
-    from deftx.config import run_directory, sft_settings
-    from deftx.stages.study import run_sft
-
-    run_sft(*sft_settings(config), run_directory())
-
-
-def _eval(config: DictConfig) -> Mapping[str, float]:
-    from deftx.config import eval_settings, run_directory
-    from deftx.stages.study import run_eval
-    from deftx.tracking import mean_scores
-
-    return mean_scores(run_eval(*eval_settings(config), run_directory()))
-
-
-def _pretrain(config: DictConfig) -> None:
-    from deftx.config import pretrain_settings
-    from deftx.stages.study import run_pretrain
-
-    run_pretrain(*pretrain_settings(config))
-
-
-JOBS: dict[str, Callable[..., Any]] = {
-    "run": _job(_run),
-    "sft": _job(_sft),
-    "eval": _job(_eval),
-    "pretrain": _job(_pretrain),
-}
+            problems += str(error).splitlines()
+    if problems:
+        raise DeftxError("\n".join(dict.fromkeys(problems)))

@@ -18,10 +18,13 @@ ROOMS = {
     "training": {"core"},
     "stages": {"training", "data", "core", "cache", "tracking"},
     # The two that know Hydra; the rooms' light settings are what config registers.
-    "config": {"stages", "training", "data", "core", "tracking"},
+    "config": {"stages", "training", "data", "core", "tracking", "launch"},
+    "launch": set(),
+    "jobs": {"config", "stages", "tracking"},
+    "sweeps": {"jobs", "launch", "stages", "cache", "config", "tracking"},
     "help": {"config"},
     "dashboard": {"tracking"},
-    "cli": {"stages", "config", "help", "dashboard", "tracking"},  # tracking: a sweep's table
+    "cli": {"stages", "config", "help", "dashboard", "tracking", "jobs", "sweeps"},
 }
 
 

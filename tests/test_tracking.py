@@ -6,6 +6,7 @@ import importlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -195,9 +196,33 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, caplog: pytest.LogCaptu
     (tmp_path / "file").write_text("")
     with pytest.raises(DeftxError, match=r"cannot write .*Not a directory.*another output folder"):
         write_result(tmp_path / "file" / "run", RunRecord("s", "j"))
-    with pytest.raises(RuntimeError, match="boom"), recording(tmp_path / "file" / "run", RunRecord("s", "j")):
-        raise RuntimeError("boom")
+    with (
+        pytest.raises(DeftxError, match="cannot write"),
+        recording(tmp_path / "file" / "run", RunRecord("s", "j")),
+    ):
+        pytest.fail("nothing runs whose result has no place")
+
+    def lost() -> None:
+        with recording(tmp_path / "lost", RunRecord("s", "j")):
+            shutil.rmtree(tmp_path / "lost")
+            (tmp_path / "lost").write_text("")
+            raise RuntimeError("boom")
+
+    with pytest.raises(RuntimeError, match="boom"):
+        lost()
     assert "cannot write" in caplog.text
+
+
+def test_a_killed_run_leaves_a_record_that_says_so(tmp_path: Path) -> None:
+    with recording(tmp_path, RunRecord("s", "j")):
+        assert read_result(tmp_path).status == "running"
+    assert read_result(tmp_path).status == "done"
+    with (
+        pytest.raises(DeftxError, match="finished run; nothing is overwritten"),
+        recording(tmp_path, RunRecord("s", "k")),
+    ):
+        pytest.fail("a finished run is not written over")
+    assert read_result(tmp_path).job == "j"
 
 
 def test_a_full_disk_leaves_the_old_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,12 +9,15 @@ from deftx.config.check import Command, check_command
 from deftx.config.commands import OWN, READS
 from deftx.config.resolve import (
     eval_settings,
+    launcher_settings,
     pretrain_settings,
     resolve_command,
+    search_settings,
     sft_settings,
     study_settings,
     written_folders,
 )
+from deftx.config.search import OBJECTIVES, SearchSettings, override
 from deftx.config.session import (
     conf_dir,
     defaults_of,
@@ -26,9 +29,11 @@ from deftx.config.session import (
 )
 
 __all__ = [
+    "OBJECTIVES",
     "OWN",
     "READS",
     "Command",
+    "SearchSettings",
     "check_command",
     "conf_dir",
     "defaults_of",
@@ -37,9 +42,12 @@ __all__ = [
     "hydra_session",
     "language_settings",
     "launch",
+    "launcher_settings",
+    "override",
     "pretrain_settings",
     "resolve_command",
     "run_directory",
+    "search_settings",
     "sft_settings",
     "study_settings",
     "written_folders",

@@ -25,7 +25,10 @@ COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, AssertionError, ValueE
 # Keys that take several values in one run.
 LISTS = ("language", "compare", "controls")
 # Groups without a node of their own in the configuration.
-GROUPS = ("experiment",)
+GROUPS = ("experiment", "ablate")
+# Hydra's own ways to run a sweep, and its settings that concern the sweep rather than a job.
+_NOT_OURS = ("hydra/launcher", "hydra/sweeper", "hydra.launcher", "hydra.sweep.subdir")
+_OF_SWEEPS = ("hydra.sweep", "hydra.mode")
 
 
 @dataclass
@@ -33,12 +36,16 @@ class Command:
     """A command that passed: what Hydra is asked to run.
 
     Attributes:
-        multirun: Whether Hydra's sweeper runs it.
+        multirun: Whether it is a sweep.
         configs: The composed configuration of each job; one unless it is a sweep.
+        overrides: The overrides of each job.
+        folder: Where a sweep lands.
     """
 
     multirun: bool
     configs: list[DictConfig]
+    overrides: list[list[str]]
+    folder: str = ""
 
 
 def check_command(
@@ -92,7 +99,8 @@ def _composed(name: str, items: Sequence[Override], parser: OverridesParser, mul
     """
     single = [item for item in items if not item.is_sweep_override()]
     base = compose(name, overrides=_lines(single), return_hydra_config=True)
-    multirun = multirun or base.hydra.mode == RunMode.MULTIRUN
+    # A search is many jobs, too, though it has one set of overrides to begin with.
+    multirun = multirun or base.hydra.mode == RunMode.MULTIRUN or bool(base.search.space)
     if not multirun:
         sweeps = [item for item in items if item.is_sweep_override()]
         if sweeps:
@@ -105,13 +113,25 @@ def _composed(name: str, items: Sequence[Override], parser: OverridesParser, mul
             )
         with open_dict(base):
             del base["hydra"]
-        return Command(False, [base])
-    params = dict(base.hydra.sweeper.get("params") or {})
+        return Command(False, [base], [_lines(single)])
+    # What is given on the command line stands in place of the experiment's own grid, key by key.
+    given = {item.key_or_group for item in items}
+    params = {key: value for key, value in (base.hydra.sweeper.get("params") or {}).items() if key not in given}
     every = parser.parse_overrides([f"{key}={value}" for key, value in params.items()]) + list(items)
     wrong = [text for item in every for text in _group_problems(item)]
     if wrong:
         raise DeftxError("\n".join(wrong))
-    return Command(True, [compose(name, overrides=job) for job in BasicSweeper.split_arguments(every, None)[0]])
+    refused = [item.input_line for item in items if item.key_or_group.startswith(_NOT_OURS)]
+    if refused:
+        raise DeftxError("\n".join(f"{text}: deftx starts the jobs itself; choose launcher=..." for text in refused))
+    jobs = BasicSweeper.split_arguments([item for item in every if not _is_hydra(item)], None)[0]
+    kept = [item.input_line or "" for item in items if _is_hydra(item) and not item.key_or_group.startswith(_OF_SWEEPS)]
+    return Command(
+        True,
+        [compose(name, overrides=job) for job in jobs],
+        [[*job, *kept] for job in jobs],
+        str(base.hydra.sweep.dir),
+    )
 
 
 def _lines(items: Sequence[Override]) -> list[str]:
@@ -130,6 +150,10 @@ def _values(item: Override) -> list[str]:
 
 def _is_group(item: Override) -> bool:
     return bool(group_options(item.key_or_group)) and not item.key_or_group.startswith("hydra")
+
+
+def _is_hydra(item: Override) -> bool:
+    return item.key_or_group.split(".")[0].split("/")[0] == "hydra"
 
 
 def _group_problems(item: Override) -> list[str]:

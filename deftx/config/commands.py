@@ -12,15 +12,27 @@ OWN = {
 }
 """Knobs of one command alone."""
 
-_POLICIES = ("rank", "residual", "k", "density", "value_dtype", "method", "denoise", "sparsity")
+_POLICIES = (
+    "rank",
+    "residual",
+    "k",
+    "density",
+    "value_dtype",
+    "mask",
+    "second_phase",
+    "ablate",
+    "method",
+    "denoise",
+    "sparsity",
+)
 _TRAINING = (*_POLICIES, "seed", "missing_text", "source", "budget", "lang", "corpus")
-_STUDY = ("study", "task", "language", "logger", "paths")
+_STUDY = ("study", "task", "language", "logger", "launcher", "paths")
 _BASE = ("model", "trainer", "data", "synthetic")
 READS = {
-    "run": (*_TRAINING, *_STUDY, *_BASE, "compare", "controls", "split"),
+    "run": (*_TRAINING, *_STUDY, *_BASE, "compare", "controls", "split", "only", "search"),
     "sft": (*_TRAINING, *_STUDY, *_BASE),
     "eval": (*_STUDY, *_BASE, "split"),
-    "pretrain": (*_BASE, "paths"),
+    "pretrain": (*_BASE, "launcher", "paths"),
 }
 """Top-level keys and groups of ``conf/run.yaml`` by command."""
 

@@ -13,12 +13,15 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from deftx.config.schema import RunConfig, SFTConfig, SizeConfig
+from deftx.config.search import SearchSettings
 from deftx.config.session import language_settings, plain, unknown
 from deftx.core.settings import VALUE_DTYPES, RankPolicy, ResidualPolicy
 from deftx.data.settings import CorpusSettings, DataSettings, LanguageSettings
 from deftx.data.synthetic import SyntheticSettings
 from deftx.errors import DeftxError, collected
-from deftx.stages.settings import CONTROLS, METHODS, ModelSettings, SFTSettings, StudySettings
+from deftx.launch.settings import LauncherSettings
+from deftx.stages.parts import check_parts
+from deftx.stages.settings import CONTROLS, MASKS, METHODS, ModelSettings, SFTSettings, StudySettings
 from deftx.tracking import LoggerSettings
 from deftx.training.settings import TrainerSettings, TrainingSettings
 
@@ -54,6 +57,11 @@ def _sft(name: str, own: SFTConfig, cfg: RunConfig, default: SizeConfig, problem
         problems.append(f"{name}: density={density}: must lie in (0, 1]")
     if own.value_dtype not in VALUE_DTYPES:
         problems.append(f"{name}: {unknown('value_dtype', own.value_dtype, VALUE_DTYPES)}")
+    mask, second_phase = (cfg.mask, cfg.second_phase) if name != "source" else (MASKS[0], True)
+    if mask not in MASKS:
+        problems.append(f"{name}: {unknown('mask', mask, MASKS)}")
+    if mask == "random" and second_phase:
+        rank = None  # nothing of the full phase is looked at
     training = plain(own.training, TrainingSettings)
     problems.extend(f"{name}.training.{text}" for text in training.problems())
     if len(problems) > before:
@@ -66,6 +74,8 @@ def _sft(name: str, own: SFTConfig, cfg: RunConfig, default: SizeConfig, problem
         exclude=() if rank is None else tuple(sorted(own.exclude)),
         value_dtype=own.value_dtype,
         training=training,
+        mask=mask,
+        second_phase=second_phase,
     )
 
 
@@ -102,6 +112,10 @@ def resolve(cfg: DictConfig, command: str = "run") -> tuple[StudySettings | None
         problems.append("split=dev: the generated family has test sets only")
     if config.missing_text not in ("error", "skip"):
         problems.append(f"missing_text={config.missing_text!r}: must be error or skip")
+    with collected(problems):
+        check_parts(config.only)
+    with collected(problems):
+        plain(config.launcher, LauncherSettings).check()
     if not 0 <= config.seed < 2**32:
         problems.append(f"seed={config.seed}: must lie in [0, 2**32)")
     if not re.fullmatch(r"[\w.-]*\w[\w.-]*", config.study):
@@ -138,6 +152,8 @@ def resolve(cfg: DictConfig, command: str = "run") -> tuple[StudySettings | None
     if language_sft is not None and task_sft is not None and language_sft.rank is None and task_sft.rank is None:
         # Nothing is denoised, whatever the method is called: that is LT-SFT, and tables have to say so.
         methods = list(dict.fromkeys("ltsft" if name == "deftx" else name for name in methods))
+        if language_sft.method == "random_mask":
+            methods = ["random_mask"]
     corpus, data = plain(config.corpus, CorpusSettings), plain(config.data, DataSettings)
     synthetic, trainer = plain(config.synthetic, SyntheticSettings), plain(config.trainer, TrainerSettings)
     logger = plain(config.logger, LoggerSettings)
@@ -177,6 +193,7 @@ def resolve(cfg: DictConfig, command: str = "run") -> tuple[StudySettings | None
             trainer=trainer,
             logger=logger,
             cache_root=str(Path(config.paths.cache).expanduser()),
+            only=tuple(config.only),
         ),
         problems,
     )
@@ -237,6 +254,16 @@ def resolve_command(name: str, cfg: DictConfig) -> tuple[StudySettings | None, l
     if name == "pretrain" and not cfg.model.pretrain:
         problems.append("model.pretrain is needed: use model=tiny and override its shape")
     return (None if problems else settings), problems
+
+
+def launcher_settings(cfg: DictConfig) -> LauncherSettings:
+    """Where the jobs of a sweep run."""
+    return plain(cfg.launcher, LauncherSettings)
+
+
+def search_settings(cfg: DictConfig) -> SearchSettings:
+    """What is searched for; an empty space is no search."""
+    return plain(cfg.search, SearchSettings)
 
 
 def written_folders(cfg: DictConfig) -> dict[str, Path]:

@@ -13,8 +13,10 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
+from deftx.config.search import SearchSettings
 from deftx.data.settings import CorpusSettings, DataSettings, LanguageSettings
 from deftx.data.synthetic import SyntheticSettings
+from deftx.launch.settings import LauncherSettings
 from deftx.stages.settings import ModelSettings
 from deftx.tracking import LoggerSettings
 from deftx.training.settings import TrainerSettings, TrainingSettings
@@ -115,12 +117,16 @@ class RunConfig:
     k: int | None = None
     density: float | None = None
     value_dtype: str = "float32"
+    mask: str = "magnitude"
+    second_phase: bool = True
     seed: int = 0
     compare: list[str] = field(default_factory=list)
     controls: list[str] = field(default_factory=list)
     split: str = "test"
     missing_text: str = "error"
     study: str = "study"
+    only: list[str] = field(default_factory=list)
+    ablate: str = "nothing"
     model: ModelSettings = field(default_factory=ModelSettings)
     method: MethodConfig = field(default_factory=MethodConfig)
     denoise: DenoiseConfig = field(default_factory=DenoiseConfig)
@@ -135,6 +141,8 @@ class RunConfig:
     synthetic: SyntheticSettings = field(default_factory=SyntheticSettings)
     trainer: TrainerSettings = field(default_factory=TrainerSettings)
     logger: LoggerSettings = field(default_factory=LoggerSettings)
+    launcher: LauncherSettings = field(default_factory=LauncherSettings)
+    search: SearchSettings = field(default_factory=SearchSettings)
     paths: PathsConfig = field(default_factory=PathsConfig)
     # Knobs of single commands; empty elsewhere (resolve_command refuses them there).
     kind: str | None = None

@@ -70,28 +70,37 @@ def launch(
     job: Callable[[DictConfig], T],
     overrides: Sequence[str],
     *,
-    multirun: bool,
     config_dir: str | None,
-) -> list[tuple[Sequence[str], T]]:
-    """Run one job, or Hydra's sweeper over many.
+    folder: str | None = None,
+) -> T:
+    """Run one job.
 
-    Returns:
-        The overrides of each job, and what it returned.
+    Args:
+        name: Primary configuration.
+        job: What is run; its configuration is its argument.
+        overrides: All of the job's.
+        config_dir: The user's own configuration folder.
+        folder: Where the job's files go; None: as the configuration says.
+
+    Raises:
+        DeftxError: Its folder cannot be made.
     """
     hydra = _hydra(config_dir)
+    places = ["hydra.mode=RUN"] if folder is None else ["hydra.mode=RUN", f"hydra.run.dir={quoted(folder)}"]
     try:
-        if multirun:
-            returns = hydra.multirun(name, job, [*overrides, "hydra.mode=MULTIRUN"])
-            return [(item.overrides or [], item.return_value) for batch in returns for item in batch]
-        end = hydra.run(name, job, [*overrides, "hydra.mode=RUN"])
-        return [(end.overrides or [], cast(T, end.return_value))]
+        return cast(T, hydra.run(name, job, [*overrides, *places]).return_value)
     except OSError as error:
         raise DeftxError(
             f"the run's folder cannot be made: {error.filename or 'no path'}: {error.strerror}; choose another "
-            + ("hydra.sweep.dir=FOLDER" if multirun else "paths.output=FOLDER")
+            + ("paths.output=FOLDER" if folder is None else "hydra.sweep.dir=FOLDER")
         ) from error
     finally:
         GlobalHydra.instance().clear()
+
+
+def quoted(text: str) -> str:
+    """A value as Hydra's grammar takes it, whatever letters it has."""
+    return "'" + text.replace("'", "\\'") + "'"
 
 
 def run_directory() -> Path:

@@ -50,38 +50,50 @@ class Base:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Unlabelled text of one language, cleaned and split: ``train.txt`` and ``valid.txt`` of a cached stage."""
+    """Unlabelled text of one language, cleaned and split: ``train.txt`` and ``valid.txt`` of a cached stage.
+
+    ``entry`` is None in a plan, where nothing is read.
+    """
 
     key: str
-    entry: Entry
+    entry: Entry | None
 
     def lines(self, split: str) -> list[str]:
         """Lines of ``train`` or ``valid``."""
-        return self.entry.file(f"{split}.txt").read_text(encoding="utf-8").splitlines()
+        return _there(self.entry).file(f"{split}.txt").read_text(encoding="utf-8").splitlines()
 
     @property
     def report(self) -> dict[str, Any]:
         """How many lines were read, dropped (and why) and kept."""
-        return dict(json.loads(self.entry.file("report.json").read_text(encoding="utf-8")))
+        return dict(json.loads(_there(self.entry).file("report.json").read_text(encoding="utf-8")))
 
 
 @dataclass(frozen=True)
 class TaskRows:
-    """Labelled rows of a task's source language: ``train.parquet`` and ``valid.parquet`` of a cached stage."""
+    """Labelled rows of a task's source language: ``train.parquet`` and ``valid.parquet`` of a cached stage.
+
+    ``entry`` is None in a plan, where nothing is read.
+    """
 
     key: str
-    entry: Entry
+    entry: Entry | None
 
     def rows(self, split: str) -> pd.DataFrame:
         """Rows of ``train`` or ``valid``: id, text, text_pair, label."""
         import pandas as pd
 
-        return pd.read_parquet(self.entry.file(f"{split}.parquet"))
+        return pd.read_parquet(_there(self.entry).file(f"{split}.parquet"))
 
     @property
     def report(self) -> dict[str, Any]:
         """How many rows were read, dropped (and why) and kept."""
-        return dict(json.loads(self.entry.file("report.json").read_text(encoding="utf-8")))
+        return dict(json.loads(_there(self.entry).file("report.json").read_text(encoding="utf-8")))
+
+
+def _there(entry: Entry | None) -> Entry:
+    if entry is None:
+        raise RuntimeError("a plan has no results to read")
+    return entry
 
 
 def stage_seed(seed: int, kind: str, language: str) -> int:

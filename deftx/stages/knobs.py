@@ -10,13 +10,15 @@ from deftx.stages.settings import StudySettings
 
 SFT_KNOBS = ("method", "rank", "residual", "exclude", "k", "seed")
 """What an SFT says of its own training."""
+SHORT_KNOBS = ("rank", "residual", "k", "density", "value_dtype", "mask", "second_phase")
+"""Knobs that move language and task SFTs alike."""
 
 
 def flat_knobs(study: StudySettings) -> dict[str, Any]:
     """A run's settings under the knobs' names, flat; what the method ignores is ``None``.
 
-    A short knob (``rank``, ``residual``, ``k``, ``density``, ``value_dtype``) is what language and task SFTs have in
-    common, and ``None`` where ``lang.*`` and ``task.*`` differ.
+    A short knob (:data:`SHORT_KNOBS`) is what language and task SFTs have in common, and ``None`` where ``lang.*`` and
+    ``task.*`` differ.
     """
     sfts = {
         "lang": study.sft_for(study.methods[0], study.language_sft),
@@ -32,14 +34,14 @@ def flat_knobs(study: StudySettings) -> dict[str, Any]:
         "task.source": study.source.code,
         "task.more_sources": list(study.more_sources),
     }
-    for key in ("rank", "residual", "k", "density", "value_dtype"):
+    for key in SHORT_KNOBS:
         values = [getattr(sfts[name], key) for name in ("lang", "task")]
         knobs[key] = values[0] if values[0] == values[1] else None
     for name, item in sfts.items():
         if item is None:
             knobs[f"{name}.enabled"] = False
             continue
-        knobs |= {f"{name}.{key}": getattr(item, key) for key in ("rank", "residual", "k", "density", "value_dtype")}
+        knobs |= {f"{name}.{key}": getattr(item, key) for key in SHORT_KNOBS}
         knobs[f"{name}.exclude"] = list(item.exclude) if item.rank is not None else None
         knobs |= {f"{name}.training.{key}": value for key, value in asdict(item.training).items()}
         if name == "task":

@@ -147,12 +147,12 @@ def _size_problems(study: StudySettings, needs: Needs) -> list[str]:
         "source": study.source_sft if needs.task else None,
     }
     problems: list[str] = []
-    with _described(study) as folder:
+    with described(study) as folder:
         limit = longest_input(folder)
         for name, sft in trained.items():
             if sft is not None:
                 denoised = name == "source" or "deftx" in study.methods
-                shapes = _shapes(study, folder, "task" if name == "task" else "language")
+                shapes = expected_shapes(study, folder, "task" if name == "task" else "language")
                 problems += _check_size(name, sft if denoised else sft.as_ltsft(), shapes)
                 if sft.training.max_length > limit:
                     problems.append(
@@ -183,7 +183,14 @@ def _check_size(name: str, sft: SFTSettings, shapes: Mapping[str, tuple[int, ...
     return problems
 
 
-def _shapes(study: StudySettings, folder: Path, kind: str) -> dict[str, tuple[int, ...]]:
+def expected_shapes(study: StudySettings, folder: Path, kind: str) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of M, before a base that is pretrained here is there.
+
+    Args:
+        study: Resolved settings.
+        folder: From :func:`described`.
+        kind: ``language`` or ``task``.
+    """
     found = shapes_of(folder, kind=kind)
     if study.model.path is None and study.model.pretrain is not None:
         # Pretrained here by MLM alone, it has no pooler: that belongs to the classifier's head.
@@ -192,7 +199,7 @@ def _shapes(study: StudySettings, folder: Path, kind: str) -> dict[str, tuple[in
 
 
 @contextmanager
-def _described(study: StudySettings) -> Iterator[Path]:
+def described(study: StudySettings) -> Iterator[Path]:
     """A folder with the model's ``config.json``; of a model still to be pretrained, one written for it."""
     model = study.model
     if model.path is None and model.pretrain is not None:

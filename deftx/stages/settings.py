@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from deftx.data.tasks import TaskSpec
 
 METHODS = ("deftx", "ltsft")
+MASKS = ("magnitude", "random")
 CONTROLS = ("no_language_sft", "source_sft", "other_language_sft")
 
 
@@ -59,6 +60,8 @@ class SFTSettings:
         exclude: ``fnmatch`` patterns of parameters that are not denoised.
         value_dtype: Dtype of the values in the SFT's file; the result is the SFT as it is read back.
         training: Budget and optimisation of both phases.
+        mask: ``magnitude`` (the largest of Δ̂) or ``random`` (drawn evenly; an ablation).
+        second_phase: Whether the selected coordinates train again from the start; without it φ is Δ̂ on the mask.
     """
 
     rank: str | None
@@ -68,6 +71,8 @@ class SFTSettings:
     exclude: tuple[str, ...]
     value_dtype: str
     training: TrainingSettings
+    mask: str = "magnitude"
+    second_phase: bool = True
 
     def as_ltsft(self) -> SFTSettings:
         """The same SFT without denoising."""
@@ -75,13 +80,23 @@ class SFTSettings:
 
     @property
     def method(self) -> str:
-        """``ltsft`` without denoising, else ``deftx``."""
+        """``ltsft`` without denoising, else ``deftx``; ``random_mask`` where only a random mask is left of either."""
+        if self.mask == "random" and self.rank is None:
+            return "random_mask"
         return "ltsft" if self.rank is None else "deftx"
 
     @property
     def description(self) -> str:
         """Method and policies, for names and logs."""
-        return self.method if self.rank is None else f"{self.method} rank={self.rank} residual={self.residual}"
+        text = self.method if self.rank is None else f"{self.method} rank={self.rank} residual={self.residual}"
+        if self.mask == "random" and self.rank is not None:
+            text += " random mask"
+        return text if self.second_phase else f"{text} without second phase"
+
+    @property
+    def needs_full(self) -> bool:
+        """Whether anything of the full phase is used: a random mask with a second phase uses nothing."""
+        return self.mask != "random" or not self.second_phase
 
     def size(self, maskable: int) -> int:
         """K for a model with ``maskable`` maskable parameters."""
@@ -111,6 +126,7 @@ class StudySettings:
         task_sft: Settings of the task SFT.
         controls: Conditions evaluated beside the composed model.
         missing_text: ``error`` or ``skip``.
+        only: Parts of the study to make, for later runs, in place of a result (:mod:`deftx.stages.parts`).
     """
 
     name: str
@@ -135,6 +151,7 @@ class StudySettings:
     trainer: TrainerSettings
     logger: LoggerSettings
     cache_root: str
+    only: tuple[str, ...] = ()
 
     @property
     def task_spec(self) -> TaskSpec:

@@ -10,77 +10,36 @@ import contextlib
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from deftx.cache import Entry, Stage, StageCache, Workspace, file_sha256
 from deftx.data.settings import LanguageSettings
 from deftx.stages.evaluate import SFT
 from deftx.stages.inputs import Base, Corpus, TaskRows, stage_seed
+from deftx.stages.recipes import Recipe, language_recipe, task_recipe
 from deftx.stages.settings import SFTSettings, StudySettings
 
 if TYPE_CHECKING:
-    from deftx.training.modules import Encoder
+    from deftx.core.denoise import MatrixReport
 
 SFT_FOLDER = "sft"
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What the stages of one SFT share.
-
-    Attributes:
-        kind: ``language`` or ``task``.
-        language: Language the text or the rows are in.
-        sft: Settings of the SFT.
-        inputs: Keys of base, data and, for a task SFT, of the φ_S it is trained on; several sources by language.
-        load: Gives a freshly loaded module holding θ⁰ (+ φ_S), h⁰; the fingerprint of θ⁰; and
-            the names of head tensors that were drawn, not read.
-        data: Gives the data module.
-        metadata: What the SFT's ``sft.json`` says beside the settings.
-    """
-
-    kind: str
-    language: str
-    sft: SFTSettings
-    inputs: Mapping[str, str]
-    load: Callable[[], tuple[Encoder, str, list[str]]]
-    data: Callable[[], Any]
-    metadata: Mapping[str, Any]
-
-    @property
-    def label(self) -> str:
-        """How logs name it: ``language qba``, ``task on θ⁰+qaa``, ``task on θ⁰``; with several sources all of them."""
-        if self.kind == "language":
-            return f"language {self.language}"
-        if self.on_source_sfts:
-            return f"task on θ⁰+{self.language}"
-        return "task on θ⁰" if "data" in self.inputs else f"task {self.language} on θ⁰"
-
-    @property
-    def slug(self) -> str:
-        """A stable name for training curves: ``language-qba``, ``task-on-qaa``, ``task``."""
-        if self.kind == "language":
-            return f"language-{self.language}"
-        return f"task-on-{self.language}" if self.on_source_sfts else "task"
-
-    @property
-    def on_source_sfts(self) -> bool:
-        """Whether φ_S of the source languages lie under it."""
-        return any(name.startswith("source_sft") for name in self.inputs)
+MASK = "mask.safetensors"
+DENOISING = "denoising.parquet"
 
 
 class Plan(NamedTuple):
     """The stages of one SFT.
 
     The full phase's key holds neither rank nor K nor the sparse phase's λ; without denoising there is no decomposition.
+    ``made`` gives the SFT: the sparse phase, or without a second phase Δ̂ on the mask.
     """
 
     full: Stage
     decompose: Stage | None
     select: Stage
-    sparse: Stage
+    made: Stage
     k: int
     maskable: int
 
@@ -89,119 +48,35 @@ class Trainer:
     """Trains the SFTs of one study on one base model, from the cache where it can."""
 
     def __init__(
-        self, study: StudySettings, base: Base, cache: StageCache, loggers: Callable[[str], list[Any]]
+        self,
+        study: StudySettings,
+        base: Base,
+        cache: StageCache,
+        loggers: Callable[[str], list[Any]],
+        *,
+        shapes: Mapping[str, Mapping[str, tuple[int, ...]]] | None = None,
     ) -> None:
         self.study = study
         self.base = base
         self.cache = cache
         self.loggers = loggers
+        self._shapes = dict(shapes or {})
+
+    def language_recipe(self, language: LanguageSettings, corpus: Corpus, sft: SFTSettings) -> Recipe:
+        """How φ_L is made."""
+        return language_recipe(self.study, self.base, self.cache, language, corpus, sft)
+
+    def task_recipe(self, rows: Mapping[str, TaskRows], sft: SFTSettings, on: Mapping[str, SFT]) -> Recipe:
+        """How φ_T is made; see :func:`deftx.stages.recipes.task_recipe`."""
+        return task_recipe(self.study, self.base, rows, sft, on)
 
     def language_sft(self, language: LanguageSettings, corpus: Corpus, sft: SFTSettings) -> SFT:
         """φ_L: masked language modelling on unlabelled text of one language."""
-        head_seed = stage_seed(self.study.seed, "head", "mlm")
-
-        def load() -> tuple[Encoder, str, list[str]]:
-            from deftx.training.encoder import base_fingerprint_of, load_masked_lm
-            from deftx.training.modules import MaskedLM
-
-            model, report = load_masked_lm(self.base.folder, seed=head_seed)
-            return MaskedLM(model, sft.training), base_fingerprint_of(model), report.drawn
-
-        def data() -> Any:
-            from deftx.data.module import TextDataModule
-            from deftx.training.encoder import load_tokenizer
-
-            return TextDataModule.for_language(
-                corpus.lines("train"),
-                corpus.lines("valid"),
-                load_tokenizer(self.base.folder),
-                block_length=sft.training.max_length,
-                seed=stage_seed(self.study.seed, "validation masks", language.code),
-                mlm_probability=sft.training.mlm_probability,
-                cache_dir=self.cache.root / "scratch" / "tokens",
-            )
-
-        recipe = Recipe(
-            kind="language",
-            language=language.code,
-            sft=sft,
-            inputs={"base": self.base.key, "data": corpus.key},
-            load=load,
-            data=data,
-            metadata={"languages": [language.code], "task": None, "text": corpus.report},
-        )
-        return self._train(recipe)
+        return self.train(self.language_recipe(language, corpus, sft))
 
     def task_sft(self, rows: Mapping[str, TaskRows], sft: SFTSettings, on: Mapping[str, SFT]) -> SFT:
-        """φ_T: classification on labels of one or several source languages.
-
-        Args:
-            rows: Labelled rows by source language.
-            sft: Settings of the SFT.
-            on: φ_S by source language; empty trains on θ⁰. With one source language the model holds θ⁰ + φ_S. With
-                several it holds θ⁰, and each batch is computed on θ⁰ + its own φ_S (method.md, multi-source).
-        """
-        # What it learns from decides it, not what it is evaluated on: AmericasNLI and XNLI share one.
-        task = self.study.task_spec
-        head_seed = stage_seed(self.study.seed, "head", self.study.train)
-        several = len(rows) > 1
-
-        def load() -> tuple[Encoder, str, list[str]]:
-            from deftx.core.delta import Composition
-            from deftx.training.encoder import base_fingerprint_of, base_parameters, load_classifier
-            from deftx.training.modules import SequenceClassifier
-
-            model, report = load_classifier(self.base.folder, labels=task.labels, seed=head_seed)
-            fingerprint = base_fingerprint_of(model)
-            deltas = [on[code].load() for code in rows if on]
-            if not several:
-                parameters = {name: parameter.data for name, parameter in base_parameters(model).items()}
-                composition = Composition(parameters, base_fingerprint=fingerprint)
-                for delta in deltas:
-                    composition.add("source", delta)
-            shifts = deltas if several else []
-            module = SequenceClassifier(model, sft.training, metric=task.metric, source_sfts=shifts)
-            return module, fingerprint, report.drawn
-
-        def data() -> Any:
-            import pandas as pd
-
-            from deftx.data.module import TextDataModule
-            from deftx.training.encoder import load_tokenizer
-
-            def split(name: str) -> pd.DataFrame:
-                if not several:
-                    return next(iter(rows.values())).rows(name)
-                frames = [item.rows(name).assign(source=number) for number, item in enumerate(rows.values())]
-                return pd.concat(frames, ignore_index=True)
-
-            tokenizer = load_tokenizer(self.base.folder)
-            return TextDataModule.for_task(
-                split("train"), split("valid"), tokenizer, max_length=sft.training.max_length
-            )
-
-        inputs = {"base": self.base.key}
-        for code, item in rows.items():
-            where = f".{code}" if several else ""
-            inputs[f"data{where}"] = item.key
-            if on:
-                inputs[f"source_sft{where}"] = on[code].key
-        recipe = Recipe(
-            kind="task",
-            language="+".join(rows),
-            sft=sft,
-            inputs=inputs,
-            load=load,
-            data=data,
-            metadata={
-                "languages": list(rows),
-                "task": self.study.train,
-                "labels": list(task.labels),
-                "trained_on": {code: item.key for code, item in on.items()} or None,
-                "rows": {code: item.report for code, item in rows.items()},
-            },
-        )
-        return self._train(recipe)
+        """φ_T: classification on labels of one or several source languages."""
+        return self.train(self.task_recipe(rows, sft, on))
 
     def _phase_settings(self, recipe: Recipe, *, ignored: tuple[str, ...]) -> dict[str, Any]:
         training = {key: value for key, value in asdict(recipe.sft.training).items() if key not in ignored}
@@ -219,10 +94,8 @@ class Trainer:
 
     def plan(self, recipe: Recipe) -> Plan:
         """The stages of one SFT, their keys known before anything runs."""
-        from deftx.training.model_folder import shapes_of
-
         sft = recipe.sft
-        maskable = sum(math.prod(shape) for shape in shapes_of(self.base.folder, kind=recipe.kind).values())
+        maskable = sum(math.prod(shape) for shape in self.shapes(recipe.kind).values())
         k = sft.size(maskable)
         full = Stage(
             kind="full",
@@ -247,20 +120,55 @@ class Trainer:
         select = Stage(
             kind="select", version=1, settings={**sft.selection_settings(), "k": k}, inputs=inputs, label=label
         )
+        if sft.mask == "random":
+            # Drawn from the seed alone: neither full phase nor rank has a part in it.
+            select = Stage(
+                kind="select",
+                version=1,
+                settings={"mask": "random", "k": k, "objective": recipe.kind, "language": recipe.language},
+                inputs={"base": recipe.inputs["base"]},
+                seed=self.study.seed,
+                label=label,
+            )
         # Absent where nothing is lost: what was trained before there was a choice is the same result.
         stored = {} if sft.value_dtype == "float32" else {"value_dtype": sft.value_dtype}
-        sparse = Stage(
-            kind="sparse",
-            version=1,
-            settings={**self._phase_settings(recipe, ignored=("l1_full", "log_every")), **stored},
-            inputs={**recipe.inputs, "select": select.key},
-            seed=self.study.seed,
-            label=label,
-        )
-        return Plan(full, decompose, select, sparse, k, maskable)
+        if sft.second_phase:
+            made = Stage(
+                kind="sparse",
+                version=1,
+                settings={**self._phase_settings(recipe, ignored=("l1_full", "log_every")), **stored},
+                inputs={**recipe.inputs, "select": select.key},
+                seed=self.study.seed,
+                label=label,
+            )
+        else:
+            made = Stage(
+                kind="direct",
+                version=1,
+                settings={**sft.selection_settings(), **stored},
+                inputs={**inputs, "select": select.key},
+                label=label,
+            )
+        return Plan(full, decompose, select, made, k, maskable)
 
-    def _train(self, recipe: Recipe) -> SFT:
+    def shapes(self, kind: str) -> Mapping[str, tuple[int, ...]]:
+        """Names and shapes of M for a ``language`` or a ``task`` SFT."""
+        from deftx.training.model_folder import shapes_of
+
+        if kind not in self._shapes:
+            self._shapes[kind] = shapes_of(self.base.folder, kind=kind)
+        return self._shapes[kind]
+
+    def prepare(self, recipe: Recipe) -> None:
+        """Everything that ranks and mask sizes share: the full phase, and its decomposition where one is needed."""
         plan = self.plan(recipe)
+        if recipe.sft.needs_full:
+            self._spectra(recipe, plan, self._full(recipe, plan))
+
+    def train(self, recipe: Recipe) -> SFT:
+        """The SFT, its stages from the cache where they are there."""
+        plan = self.plan(recipe)
+        sft = recipe.sft
 
         # Asked for from the end: a finished SFT needs none of its earlier stages, which may have been pruned.
         def sparse(work: Workspace) -> None:
@@ -270,16 +178,29 @@ class Trainer:
             self._sparse_phase(recipe, selection, full, plan.maskable, work)
 
         def select(work: Workspace) -> None:
-            full = self.cache.get_or_compute(plan.full, lambda inner: self._full_phase(recipe, inner))
-            spectra = None
-            if plan.decompose is not None:
-                spectra = self.cache.get_or_compute(plan.decompose, lambda inner: self._decompose(recipe, full, inner))
-            self._select(recipe, full, spectra, plan.k, work)
+            if sft.mask == "random":
+                self._draw(recipe, plan.k, work)
+                return
+            full = self._full(recipe, plan)
+            self._select(recipe, full, self._spectra(recipe, plan, full), plan.k, work)
 
-        entry = self.cache.get_or_compute(plan.sparse, sparse)
+        def direct(work: Workspace) -> None:
+            selection = self.cache.get_or_compute(plan.select, select)
+            full = self._full(recipe, plan)
+            self._direct(recipe, full, self._spectra(recipe, plan, full), selection, plan.maskable, work)
+
+        entry = self.cache.get_or_compute(plan.made, sparse if sft.second_phase else direct)
         metrics = json.loads(entry.file("metrics.json").read_text(encoding="utf-8"))
         folder = entry.path / SFT_FOLDER
-        return SFT(recipe.kind, f"{recipe.label} {recipe.sft.description}", folder, _sft_sha(entry), metrics)
+        return SFT(recipe.kind, f"{recipe.label} {sft.description}", folder, sft_sha(entry), metrics)
+
+    def _full(self, recipe: Recipe, plan: Plan) -> Entry:
+        return self.cache.get_or_compute(plan.full, lambda work: self._full_phase(recipe, work))
+
+    def _spectra(self, recipe: Recipe, plan: Plan, full: Entry) -> Entry | None:
+        if plan.decompose is None:
+            return None
+        return self.cache.get_or_compute(plan.decompose, lambda work: self._decompose(recipe, full, work))
 
     def _full_phase(self, recipe: Recipe, work: Workspace) -> None:
         from safetensors.torch import save_file
@@ -336,37 +257,69 @@ class Trainer:
             task = bar.add_task(f"{recipe.label} · singular values", total=total)
             yield lambda name: bar.advance(task)
 
-    def _select(self, recipe: Recipe, full: Entry, spectra: Entry | None, k: int, work: Workspace) -> None:
-        import pandas as pd
-        from safetensors.torch import load_file, save_file
+    def _policies(self, recipe: Recipe, spectra: Entry | None) -> dict[str, Any]:
+        """How this SFT denoises, with the decomposition that all ranks share."""
+        from safetensors.torch import load_file
 
         from deftx.core.denoise import unpack_decompositions
         from deftx.core.settings import RankPolicy, ResidualPolicy
-        from deftx.training.callback import select
 
         sft = recipe.sft
-        selection = select(
-            self._change(recipe, full),
-            rank=RankPolicy.parse(sft.rank or "none"),
-            residual=ResidualPolicy.parse(sft.residual or "drop"),
-            k=k,
-            exclude=sft.exclude,
-            decompositions=None
-            if spectra is None
-            else unpack_decompositions(load_file(spectra.file("decompositions.safetensors"))),
+        known = None if spectra is None else load_file(spectra.file("decompositions.safetensors"))
+        return {
+            "rank": RankPolicy.parse(sft.rank or "none"),
+            "residual": ResidualPolicy.parse(sft.residual or "drop"),
+            "exclude": sft.exclude,
+            "decompositions": None if known is None else unpack_decompositions(known),
+        }
+
+    def _select(self, recipe: Recipe, full: Entry, spectra: Entry | None, k: int, work: Workspace) -> None:
+        from safetensors.torch import save_file
+
+        from deftx.training.callback import select
+
+        selection = select(self._change(recipe, full), k=k, **self._policies(recipe, spectra))
+        save_file(selection.indices, work.out / MASK)
+        _write_denoising(work, selection.reports)
+
+    def _draw(self, recipe: Recipe, k: int, work: Workspace) -> None:
+        """A mask of K coordinates drawn evenly from M, for the ablation of selection."""
+        from safetensors.torch import save_file
+
+        from deftx.core.selection import draw_mask
+
+        seed = stage_seed(self.study.seed, f"mask {recipe.kind}", recipe.language)
+        save_file(draw_mask(self.shapes(recipe.kind), k, seed), work.out / MASK)
+        _write_denoising(work, [])
+
+    def _direct(
+        self, recipe: Recipe, full: Entry, spectra: Entry | None, selection: Entry, maskable: int, work: Workspace
+    ) -> None:
+        """φ = Δ̂ on the mask and the head of the full phase: what remains without a second phase."""
+        from safetensors.torch import load_file
+
+        from deftx.core.delta import SparseDelta
+        from deftx.core.denoise import denoise
+        from deftx.training.callback import change_of
+
+        module, fingerprint, drawn = recipe.load()
+        state = load_file(full.file("full.safetensors"))
+        denoised, reports = denoise(change_of(state, module), **self._policies(recipe, spectra))
+        mask = {name: index for name, index in load_file(selection.file(MASK)).items() if index.numel()}
+        metrics = json.loads(full.file("metrics.json").read_text(encoding="utf-8"))
+        delta = SparseDelta(
+            indices=mask,
+            values={name: denoised[name].flatten()[index] for name, index in mask.items()},
+            shapes={name: tuple(denoised[name].shape) for name in mask},
+            head={name.removeprefix("head."): tensor for name, tensor in state.items() if name.startswith("head.")},
+            metadata=self._metadata(recipe, fingerprint, drawn, mask, maskable, {}),
         )
-        save_file(selection.indices, work.out / "mask.safetensors")
-        rows = [
-            {
-                "parameter": report.name,
-                "rank": report.rank,
-                "energy": report.energy,
-                "singular_values": report.singular_values.tolist(),
-            }
-            for report in selection.reports
-        ]
-        frame = pd.DataFrame(rows, columns=["parameter", "rank", "energy", "singular_values"])
-        frame.to_parquet(work.out / "denoising.parquet")
+        delta.save(work.out / SFT_FOLDER, value_dtype=recipe.sft.value_dtype)
+        _write_denoising(work, reports)
+        kept = {name: metrics[name] for name in ("monitor", "peak_memory", "train_examples")}
+        nothing: dict[str, Any] = {"best_score": None, "best_step": 0, "steps": 0, "seconds": 0.0}
+        nothing |= {"tokens_per_second": 0.0, "history": [], "padding": 0.0, "profile": {}}
+        _write_json(work, kept | nothing, metrics)
 
     def _sparse_phase(
         self, recipe: Recipe, selection: Entry, full: Mapping[str, Any], maskable: int, work: Workspace
@@ -380,7 +333,7 @@ class Trainer:
 
         sft = recipe.sft
         module, fingerprint, drawn = recipe.load()
-        mask = load_file(selection.file("mask.safetensors"))
+        mask = load_file(selection.file(MASK))
         callback = SparseFineTuning("sparse", l1=sft.training.l1_sparse, selection=mask)
         result = fit_phase(
             module,
@@ -393,7 +346,30 @@ class Trainer:
             loggers=self.loggers(f"sparse/{recipe.slug}-{sft.method}"),
             label=f"{recipe.label} · sparse phase",
         )
-        metadata = {
+        metadata = self._metadata(
+            recipe,
+            fingerprint,
+            drawn,
+            mask,
+            maskable,
+            {module.monitor: result.best_score, "best_step": result.best_step},
+        )
+        callback.delta(metadata).save(work.out / SFT_FOLDER, value_dtype=sft.value_dtype)
+        shutil.copyfile(selection.file(DENOISING), work.out / DENOISING)
+        _write_metrics(work, result, module.monitor, full=full)
+
+    def _metadata(
+        self,
+        recipe: Recipe,
+        fingerprint: str,
+        drawn: list[str],
+        mask: Mapping[str, Any],
+        maskable: int,
+        metrics: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        """What ``sft.json`` says of an SFT."""
+        sft = recipe.sft
+        known: dict[str, Any] = {
             "kind": recipe.kind,
             "method": sft.method,
             "base_model": self.base.name,
@@ -407,15 +383,17 @@ class Trainer:
             "seed": self.study.seed,
             "training": asdict(sft.training),
             "precision": self.study.trainer.precision,
-            "metrics": {module.monitor: result.best_score, "best_step": result.best_step},
-            **recipe.metadata,
+            "metrics": dict(metrics),
+            **recipe.metadata(),
         }
-        callback.delta(metadata).save(work.out / SFT_FOLDER, value_dtype=sft.value_dtype)
-        shutil.copyfile(selection.file("denoising.parquet"), work.out / "denoising.parquet")
-        _write_metrics(work, result, module.monitor, full=full)
+        if sft.mask != "magnitude":
+            known["mask"] = sft.mask
+        if not sft.second_phase:
+            known["second_phase"] = False
+        return known
 
 
-def _sft_sha(entry: Entry) -> str:
+def sft_sha(entry: Entry) -> str:
     """SHA-256 of the SFT's tensors, from the verified manifest."""
     record = entry.manifest["files"].get(f"{SFT_FOLDER}/sft.safetensors")
     return str(record["sha256"]) if record else file_sha256(entry.path / SFT_FOLDER / "sft.safetensors")
@@ -425,7 +403,28 @@ def _write_metrics(work: Workspace, result: Any, monitor: str, full: Mapping[str
     """What a phase gave; beside a sparse phase's, its full phase's without the curve."""
     values = {"monitor": monitor, **asdict(result)}
     values.pop("checkpoint")
+    _write_json(work, values, full)
+
+
+def _write_json(work: Workspace, values: dict[str, Any], full: Mapping[str, Any] | None) -> None:
     if full:
         values["full"] = {key: value for key, value in full.items() if key != "history"}
     text = json.dumps(values, indent=1, sort_keys=True)
     (work.out / "metrics.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _write_denoising(work: Workspace, reports: Sequence[MatrixReport]) -> None:
+    """Rank, energy kept and singular values of each denoised matrix; no rows where nothing was."""
+    import pandas as pd
+
+    rows = [
+        {
+            "parameter": report.name,
+            "rank": report.rank,
+            "energy": report.energy,
+            "singular_values": report.singular_values.tolist(),
+        }
+        for report in reports
+    ]
+    frame = pd.DataFrame(rows, columns=["parameter", "rank", "energy", "singular_values"])
+    frame.to_parquet(work.out / DENOISING)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deftx import tracking
-from deftx.cache import StageCache
+from deftx.cache import StageCache, Workspace
 from deftx.data.corpora import MissingTextError
 from deftx.data.settings import LanguageSettings
 from deftx.data.tasks import fingerprint_rows, load_test, own_test_rows
@@ -25,6 +25,8 @@ from deftx.stages.diagnostics import diagnostics
 from deftx.stages.evaluate import SFT, Cell, Evaluator, Outcome, plan_cells
 from deftx.stages.inputs import Base, Corpus, TaskRows, base_model, corpus, data_settings, family, task_rows
 from deftx.stages.knobs import SFT_KNOBS, flat_knobs, given_knobs
+from deftx.stages.parts import split
+from deftx.stages.plan import run_stage
 from deftx.stages.preflight import NEEDS, Needs, refuse_used
 from deftx.stages.settings import SFTSettings, StudySettings
 from deftx.stages.sft import Trainer
@@ -130,6 +132,33 @@ class Bench:
         self.products.sfts.append(made)
         return made
 
+    def make(self, trainer: Trainer, name: str) -> None:
+        """One part of the study (:mod:`deftx.stages.parts`)."""
+        study = self.study
+        phase, whose, code, method = split(name)
+        method = method or study.methods[0]
+        languages = study.sources if whose == "source" else study.targets
+        if (whose == "source" and study.source_sft is None) or (code is not None and code not in languages):
+            raise DeftxError(f"only={name!r}: this study trains no such SFT; its languages: {', '.join(languages)}")
+        if method not in study.methods:
+            raise DeftxError(f"only={name!r}: this study has no such method; it has {', '.join(study.methods)}")
+        if phase == "base" or (code is not None and code not in self.texts):
+            return  # made when the study was opened; a target without text has nothing to make
+        if code is not None:
+            own = study.source_sft if whose == "source" else study.sft_for(method, study.language_sft)
+            if own is None:
+                raise RuntimeError("checked above")
+            if phase == "sft":
+                self.language_sft(trainer, languages[code], own)
+            else:
+                trainer.prepare(trainer.language_recipe(languages[code], self.texts[code], own))
+            return
+        on = self.source_sfts(trainer) if whose == "task" else {}
+        if phase == "sft":
+            self.task_sft(trainer, method, on)
+        else:
+            trainer.prepare(trainer.task_recipe(self.rows, study.sft_for(method, study.task_sft), on))
+
 
 def run_study(study: StudySettings, run_dir: Path) -> tracking.RunRecord:
     """Run a study and write its results into ``run_dir``.
@@ -165,7 +194,26 @@ def run_study(study: StudySettings, run_dir: Path) -> tracking.RunRecord:
         )
         _evaluate(bench, cells, study.task_sft.training.max_length)
 
-    return _run(study, run_dir, "run", flat_knobs(study), body)
+    return _run(study, run_dir, "run", flat_knobs(study), body, keep=True)
+
+
+def run_parts(study: StudySettings, run_dir: Path) -> tracking.RunRecord:
+    """Make parts of a study that other runs will find in the cache (``only=[...]``); nothing is evaluated.
+
+    Args:
+        study: Resolved settings; ``only`` names the parts (:mod:`deftx.stages.parts`).
+        run_dir: Folder of this run.
+
+    Raises:
+        DeftxError: A part names a language or method that the study has not.
+    """
+
+    def body(bench: Bench) -> None:
+        trainer = bench.open(NEEDS["run"])
+        for name in study.only:
+            bench.make(trainer, name)
+
+    return _run(study, run_dir, "stage", flat_knobs(study), body)
 
 
 def run_sft(study: StudySettings, kind: str, out: Path | None, run_dir: Path) -> tracking.RunRecord:
@@ -294,9 +342,18 @@ def _copy(folder: Path, place: Path) -> None:
 
 
 def _run(
-    study: StudySettings, run_dir: Path, job: str, knobs: dict[str, Any], body: Callable[[Bench], None]
+    study: StudySettings,
+    run_dir: Path,
+    job: str,
+    knobs: dict[str, Any],
+    body: Callable[[Bench], None],
+    *,
+    keep: bool = False,
 ) -> tracking.RunRecord:
-    """Run ``body`` around everything a run leaves behind, whether it succeeds or not."""
+    """Run ``body`` around everything a run leaves behind, whether it succeeds or not.
+
+    With ``keep``, a finished run goes into the cache: the same job of another sweep is then a copy of its files.
+    """
     cache = _open_cache(study)
     record = tracking.RunRecord(
         study=study.name,
@@ -322,11 +379,27 @@ def _run(
             _fill(record, bench)
             tables = _write_tables(run_dir, bench)
             tracker.finish_run(record, tables, {sft.key: sft.folder for sft in bench.products.sfts})
+    if keep:
+        _keep(study, bench, run_dir)
     if study.trainer.profile:
         tracking.print_steps(record.sfts)
     if bench.products.outcomes:
         _show(study, record, run_dir, cache)
     return record
+
+
+def _keep(study: StudySettings, bench: Bench, run_dir: Path) -> None:
+    """Publish what the run wrote, under the keys of what it evaluated; a cache that cannot be written loses nothing."""
+    names = (tracking.RESULT, tracking.METRICS, tracking.PREDICTIONS, tracking.DIAGNOSTICS)
+
+    def publish(work: Workspace) -> None:
+        for name in names:
+            shutil.copyfile(run_dir / name, work.out / name)
+
+    try:
+        bench.cache.get_or_compute(run_stage(study, [outcome.key for outcome in bench.products.outcomes]), publish)
+    except (DeftxError, OSError) as error:
+        log.warning("the finished run is not kept in the cache, a sweep will run it again: %s", error)
 
 
 def _fill(record: tracking.RunRecord, bench: Bench) -> None:

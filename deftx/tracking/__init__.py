@@ -15,6 +15,7 @@ from deftx.tracking.imports import clock_imports
 from deftx.tracking.results import (
     CONDITIONS,
     DIAGNOSTICS,
+    METRICS,
     PREDICTIONS,
     RESULT,
     Metric,
@@ -34,6 +35,7 @@ from deftx.tracking.tracker import LoggerSettings, Tracker
 __all__ = [
     "CONDITIONS",
     "DIAGNOSTICS",
+    "METRICS",
     "PREDICTIONS",
     "RESULT",
     "SWEEP",

@@ -54,6 +54,7 @@ CONDITIONS = {
     "no_language_sft": "no language SFTs",
     "source_sft": "source SFT left in",
     "other_language_sft": "other language's SFT",
+    "random_mask": "random mask",
     "ltsft": "LT-SFT",
     "deftx": "DeFT-X",
     "source_language_only": "task SFT alone",
@@ -215,11 +216,14 @@ def read_result(path: str | os.PathLike[str]) -> RunRecord:
 
 @contextlib.contextmanager
 def recording(run_dir: str | os.PathLike[str], record: RunRecord) -> Iterator[RunRecord]:
-    """Write the record when the block ends, also when it fails; the exception goes on.
+    """Write the record when the block begins (``running``: what a killed run leaves) and when it ends, also when it
+    fails; the exception goes on.
 
     Raises:
-        DeftxError: the run directory cannot be written.
+        DeftxError: the run directory cannot be written, or holds a finished run.
     """
+    _refuse_finished(Path(run_dir) / RESULT)
+    write_result(run_dir, record)
     try:
         yield record
     except BaseException as error:
@@ -231,6 +235,14 @@ def recording(run_dir: str | os.PathLike[str], record: RunRecord) -> Iterator[Ru
         raise
     record.finish()
     write_result(run_dir, record)
+
+
+def _refuse_finished(place: Path) -> None:
+    if not place.is_file():
+        return
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        if json.loads(place.read_bytes()).get("status") == "done":
+            raise DeftxError(f"{place.parent} holds a finished run; nothing is overwritten: give another folder")
 
 
 def write_predictions(run_dir: str | os.PathLike[str], frame: pd.DataFrame) -> Path:

@@ -13,8 +13,9 @@ from deftx.config import hydra_session
 from deftx.config.resolve import study_settings
 from deftx.stages.evaluate import SFT, plan_cells
 from deftx.stages.inputs import Base
+from deftx.stages.recipes import Recipe
 from deftx.stages.settings import StudySettings
-from deftx.stages.sft import Recipe, Trainer
+from deftx.stages.sft import Trainer
 
 EVERYTHING = {"full", "decompose", "select", "sparse"}
 
@@ -44,10 +45,10 @@ def keys(folder: Path, cache: Path, *overrides: str, kind: str = "language", dat
         inputs={"base": "b", "data": data},
         load=lambda: pytest.fail("nothing is loaded to make a key"),
         data=lambda: pytest.fail("nothing is read to make a key"),
-        metadata={},
+        metadata=lambda: pytest.fail("nothing is read to make a key"),
     )
     plan = Trainer(settings, Base("tiny", folder, "b"), StageCache(cache), lambda _: []).plan(recipe)
-    stages = {"full": plan.full, "decompose": plan.decompose, "select": plan.select, "sparse": plan.sparse}
+    stages = {"full": plan.full, "decompose": plan.decompose, "select": plan.select, plan.made.kind: plan.made}
     return {name: stage.key for name, stage in stages.items() if stage is not None}
 
 
@@ -76,6 +77,7 @@ def keys(folder: Path, cache: Path, *overrides: str, kind: str = "language", dat
         (["logger=csv", "study=other", "paths.cache=/elsewhere", "paths.output=/elsewhere"], set()),
         (["compare=[ltsft]", "controls=[]", "language=[qba,qbb]", "split=test", "missing_text=skip"], set()),
         (["lang.training.log_every=3"], set()),
+        (["launcher=joblib", "only=[full:task]", "search.trials=3", "mask=magnitude", "second_phase=true"], set()),
     ],
 )
 def test_a_setting_changes_the_keys_it_should(
@@ -97,6 +99,27 @@ def test_ltsft_ignores_the_rank_and_shares_the_full_phase(folder: Path, tmp_path
     assert set(plain) == EVERYTHING - {"decompose"}
     assert plain["full"] == denoised["full"]
     assert plain["sparse"] != denoised["sparse"]
+
+
+def test_a_random_mask_knows_neither_full_phase_nor_rank(folder: Path, tmp_path: Path) -> None:
+    plain, drawn = keys(folder, tmp_path), keys(folder, tmp_path, "mask=random")
+    assert set(drawn) == EVERYTHING - {"decompose"}
+    assert drawn["full"] == plain["full"]
+    assert not {drawn["select"], drawn["sparse"]} & set(plain.values())
+    assert drawn == keys(folder, tmp_path, "mask=random", "rank=3", "residual=drop")
+    assert drawn["select"] == keys(folder, tmp_path, "mask=random", "lang.training.learning_rate=1e-5")["select"]
+    assert drawn["select"] != keys(folder, tmp_path, "mask=random", "seed=1")["select"]
+
+
+def test_without_a_second_phase_the_change_itself_is_the_sft(folder: Path, tmp_path: Path) -> None:
+    plain, direct = keys(folder, tmp_path), keys(folder, tmp_path, "second_phase=false")
+    assert set(direct) == {"full", "decompose", "select", "direct"}
+    assert {name: direct[name] for name in ("full", "decompose", "select")} == {
+        name: plain[name] for name in ("full", "decompose", "select")
+    }
+    assert direct == keys(folder, tmp_path, "second_phase=false", "lang.training.l1_sparse=0.5")
+    ranks = {keys(folder, tmp_path, "second_phase=false", "mask=random", f"rank={rank}")["direct"] for rank in (2, 3)}
+    assert len(ranks) == 2, "Δ̂ on a random mask still depends on the rank"
 
 
 def test_tasks_that_learn_from_the_same_rows_share_their_sft(folder: Path, tmp_path: Path) -> None:

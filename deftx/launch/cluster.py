@@ -1,0 +1,155 @@
+"""Jobs on SLURM, or in processes of this machine, through submitit.
+
+Jobs of one batch are one array. A job that meets its time limit or is preempted is put back into the queue and goes on
+where it stopped: finished stages are in the cache, an unfinished phase resumes from its last checkpoint.
+
+How a job ended is asked of ``sacct``; where the cluster keeps no accounts, of ``squeue``: without either, submitit
+would wait for a killed job for ever.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from deftx.errors import DeftxError
+from deftx.launch import Lost
+from deftx.launch.settings import LauncherSettings
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+_LOOK_SECONDS = {"slurm": 5.0, "local": 0.5}
+
+
+class Requeued:
+    """A task that may be put back into the queue; submitit pickles it and calls it on the node."""
+
+    def __init__(self, work: Callable[[Any], Any]) -> None:
+        self.work = work
+
+    def __call__(self, task: Any) -> Any:
+        """Run the task."""
+        return self.work(task)
+
+    def checkpoint(self, task: Any) -> Any:
+        """Answer submitit's question before a time limit or preemption: the same task again."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(Requeued(self.work), task)
+
+
+def run_all(
+    settings: LauncherSettings,
+    work: Callable[[T], R],
+    tasks: Sequence[T],
+    ended: Callable[[int, R | Lost], None],
+    folder: Path,
+) -> None:
+    """See :func:`deftx.launch.run_all`."""
+    executor = _executor(settings, folder / "submitit")
+    # SLURM holds an array to its limit itself; the executor of this machine would start everything at once.
+    limit = len(tasks) if settings.cluster == "slurm" else settings.workers or 1
+    waiting, jobs = list(range(len(tasks))), dict[int, Any]()
+    try:
+        while waiting or jobs:
+            batch, waiting = waiting[: limit - len(jobs)], waiting[limit - len(jobs) :]
+            if batch:
+                jobs |= dict(zip(batch, _submit(executor, work, [tasks[number] for number in batch]), strict=True))
+            over = [number for number, job in jobs.items() if job.done(force_check=True)]
+            for number in over:
+                ended(number, _answer(jobs.pop(number)))
+            if not over:
+                time.sleep(_LOOK_SECONDS[settings.cluster])
+    finally:
+        for job in jobs.values():
+            job.cancel(check=False)
+
+
+def _executor(settings: LauncherSettings, folder: Path) -> Any:
+    try:
+        import submitit
+    except ImportError as error:
+        raise DeftxError("launcher=submitit needs submitit: pip install 'deftx[slurm]'") from error
+    if settings.cluster == "slurm":
+        _without_accounts()
+    # Read again and again until a job's result file is there; by default it blocks 15 s for each job that left none.
+    submitit.Job._results_timeout_s = 2
+    try:
+        executor = submitit.AutoExecutor(
+            folder=folder, cluster=settings.cluster, slurm_max_num_timeout=settings.requeues
+        )
+    except (RuntimeError, ValueError) as error:
+        raise DeftxError(
+            f"launcher.cluster={settings.cluster}: {error}; is sbatch on the PATH? launcher=joblib runs jobs on this "
+            "machine"
+        ) from error
+    named = {"partition": settings.partition, "account": settings.account, "qos": settings.qos}
+    named["constraint"] = settings.constraint
+    parameters: dict[str, Any] = {
+        "name": "deftx",
+        "timeout_min": settings.timeout_min,
+        "cpus_per_task": settings.cpus,
+        "tasks_per_node": 1,
+        "nodes": 1,
+        "slurm_array_parallelism": settings.workers or 256,
+        "slurm_setup": list(settings.setup) or None,
+        "slurm_additional_parameters": dict(settings.additional) or None,
+        **{f"slurm_{name}": value for name, value in named.items()},
+    }
+    if settings.gpus:
+        parameters["gpus_per_node"] = settings.gpus
+    if settings.memory_gb is not None:
+        parameters["mem_gb"] = settings.memory_gb
+    executor.update_parameters(**{name: value for name, value in parameters.items() if value is not None})
+    return executor
+
+
+def _without_accounts() -> None:
+    """Where ``sacct`` does not answer, look jobs up in the queue, which knows them for some minutes after their end."""
+    from submitit.slurm.slurm import SlurmInfoWatcher, SlurmJob
+
+    try:
+        asked = subprocess.run(["sacct", "-X", "-n", "-j", "1"], capture_output=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        asked = None
+    if asked is not None and asked.returncode == 0:
+        return
+
+    class QueueWatcher(SlurmInfoWatcher):
+        """Asks ``squeue`` for the states of jobs."""
+
+        def _make_command(self) -> list[str] | None:
+            known = sorted({name.split("_")[0] for name in self._registered - self._finished})
+            if not known:
+                return None
+            return ["squeue", "-r", "-a", "-h", "-t", "all", "-o", "%i|%T|%N", "-j", ",".join(known)]
+
+        def read_info(self, string: bytes | str) -> dict[str, dict[str, str]]:
+            """States by job id, from lines ``id|state|nodes``."""
+            text = string if isinstance(string, str) else string.decode()
+            rows = [line.split("|") for line in text.splitlines() if line.count("|") == 2]
+            return {name: {"JobID": name, "State": state, "NodeList": nodes} for name, state, nodes in rows}
+
+    SlurmJob.watcher = QueueWatcher(delay_s=30)
+
+
+def _submit(executor: Any, work: Callable[[T], R], tasks: Sequence[T]) -> list[Any]:
+    from submitit.core.utils import FailedJobError
+
+    try:
+        return list(executor.map_array(Requeued(work), tasks))
+    except (FailedJobError, OSError) as error:  # what sbatch said: a partition, an option or a limit it refuses
+        raise DeftxError(f"the jobs were not accepted: {error}") from error
+
+
+def _answer(job: Any) -> Any:
+    """What a job gave, or why it gave nothing; submitit raises for a job that failed, died or was cancelled."""
+    try:
+        return job.result()
+    except Exception as error:  # noqa: BLE001 - an answer about one job must not end the others
+        told = str(error).strip().splitlines()
+        return Lost(f"{job.state.lower()}: {told[-1] if told else type(error).__name__}; its log: {job.paths.stderr}")

@@ -1,0 +1,59 @@
+"""Jobs on a Ray cluster, or on one that is started here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from deftx.errors import DeftxError
+from deftx.launch import Lost
+from deftx.launch.settings import LauncherSettings
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def run_all(
+    settings: LauncherSettings,
+    work: Callable[[T], R],
+    tasks: Sequence[T],
+    ended: Callable[[int, R | Lost], None],
+    folder: Path,
+) -> None:
+    """See :func:`deftx.launch.run_all`."""
+    try:
+        import ray
+    except ImportError as error:
+        raise DeftxError("launcher=ray needs Ray: pip install 'deftx[ray]'") from error
+    started = not ray.is_initialized()
+    if started:
+        _connect(ray, settings)
+    # A worker's death is told to ray as a lost task; it tries again this often before it tells us.
+    remote = ray.remote(num_cpus=settings.cpus, num_gpus=settings.gpus, max_retries=settings.requeues)(work)
+    waiting, running = list(range(len(tasks))), dict[Any, int]()
+    limit = settings.workers or len(tasks)
+    try:
+        while waiting or running:
+            while waiting and len(running) < limit:
+                number = waiting.pop(0)
+                running[remote.remote(tasks[number])] = number
+            for reference in ray.wait(list(running), num_returns=1)[0]:
+                number = running.pop(reference)
+                try:
+                    answer: R | Lost = ray.get(reference)
+                except Exception as error:  # noqa: BLE001 - whatever it is, it is this task's end
+                    answer = Lost(f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}")
+                ended(number, answer)
+    finally:
+        for reference in running:
+            ray.cancel(reference, force=True)
+        if started:
+            ray.shutdown()
+
+
+def _connect(ray: Any, settings: LauncherSettings) -> None:
+    try:
+        ray.init(address=settings.address, log_to_driver=True, configure_logging=False, include_dashboard=False)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise DeftxError(f"launcher.address={settings.address}: {error}") from error

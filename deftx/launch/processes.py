@@ -1,0 +1,123 @@
+"""Jobs in processes of this machine, through joblib's loky executor; where there are several GPUs, one a worker.
+
+A process that dies breaks loky's pool, and with it every task under way. Those are run again in a new pool, and a task
+that was under way in two broken pools alone in a third, so that the one which kills its process is known by name. What
+the others had computed is in the stage cache.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from pathlib import Path
+from typing import Any, TypeVar
+
+from deftx.launch import Lost
+from deftx.launch.settings import LauncherSettings
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+_TOGETHER = 2  # how often a task may be under way when a pool breaks before it is run alone
+
+
+def run_all(
+    settings: LauncherSettings,
+    work: Callable[[T], R],
+    tasks: Sequence[T],
+    ended: Callable[[int, R | Lost], None],
+    folder: Path,
+) -> None:
+    """See :func:`deftx.launch.run_all`."""
+    workers = min(settings.workers or 1, len(tasks))
+    waiting, broken = list(range(len(tasks))), Counter[int]()
+    while waiting:
+        alone = [number for number in waiting if broken[number] >= _TOGETHER][:1]
+        done, died = _one_pool(1 if alone else workers, work, tasks, alone or waiting, ended)
+        if alone and died:
+            ended(alone[0], Lost("its process died three times (killed, or out of memory?)"))
+            done = alone
+        waiting = [number for number in waiting if number not in done]
+        broken.update(died)
+
+
+def _one_pool(
+    workers: int,
+    work: Callable[[T], R],
+    tasks: Sequence[T],
+    batch: Sequence[int],
+    ended: Callable[[int, R | Lost], None],
+) -> tuple[list[int], list[int]]:
+    """Run a batch in one pool until it is done or the pool breaks; returns tasks that ended, and those lost with it."""
+    from joblib.externals.loky.process_executor import BrokenProcessPool, ProcessPoolExecutor
+
+    done: list[int] = []
+    waiting, lost = list(batch), list[int]()
+    with tempfile.TemporaryDirectory() as claims:
+        pool = ProcessPoolExecutor(max_workers=workers, initializer=_begin, initargs=(claims, workers, visible_gpus()))
+        futures: dict[Future[Any], int] = {}
+        try:
+            while (waiting or futures) and not lost:
+                # No more than there are workers: of a pool that breaks, only what was really under way is suspected.
+                while waiting and len(futures) < workers:
+                    number = waiting.pop(0)
+                    futures[pool.submit(work, tasks[number])] = number
+                for future in wait(futures, return_when=FIRST_COMPLETED).done:
+                    number = futures.pop(future)
+                    try:
+                        answer: R | Lost = future.result()
+                    except BrokenProcessPool:
+                        lost.append(number)
+                        continue
+                    except Exception as error:  # noqa: BLE001 - whatever it is, it is this task's end
+                        answer = Lost(f"{type(error).__name__}: {error}")
+                    done.append(number)
+                    ended(number, answer)
+        except BrokenProcessPool:  # it broke between two tasks
+            pass
+        except BaseException:
+            pool.shutdown(wait=True, kill_workers=True)
+            raise
+        pool.shutdown(wait=True)
+    return done, lost + list(futures.values())
+
+
+def visible_gpus() -> list[str]:
+    """Ids of the GPUs that this process may use, without loading torch; empty where there are none."""
+    told = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if told is not None:
+        return [name.strip() for name in told.split(",") if name.strip()]
+    try:
+        answer = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    lines = [line for line in answer.stdout.splitlines() if line.startswith("GPU ")]
+    return [str(number) for number in range(len(lines))]
+
+
+def _begin(claims: str, workers: int, gpus: Sequence[str]) -> None:
+    """In a worker, before anything heavy is loaded: its share of the cores, and its GPU."""
+    import logging
+
+    logging.captureWarnings(True)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ.setdefault(name, str(max(1, cores // workers)))
+    if len(gpus) > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[_claim(Path(claims)) % len(gpus)]
+
+
+def _claim(folder: Path) -> int:
+    """The first number no other worker of the pool has."""
+    number = 0
+    while True:
+        try:
+            (folder / str(number)).touch(exist_ok=False)
+        except FileExistsError:
+            number += 1
+        else:
+            return number

@@ -1,0 +1,282 @@
+"""Runs a sweep: what was finished before, the waves of shared stages, the other jobs, the summary."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+from deftx.cache import StageCache
+from deftx.config import OBJECTIVES, SearchSettings
+from deftx.errors import DeftxError
+from deftx.jobs import End, Task, work
+from deftx.launch import LauncherSettings, Lost, run_all
+from deftx.stages.plan import Planner, StudyPlan
+from deftx.stages.settings import StudySettings
+from deftx.sweeps.search import search
+from deftx.sweeps.show import job_line, print_plan, print_summary, swept
+from deftx.sweeps.waves import Part, shared_parts
+from deftx.tracking import RESULT, SweepJob, SweepRecord, mean_scores, read_result, write_sweep
+
+
+@dataclass
+class Sweep:
+    """Jobs to run and where.
+
+    Attributes:
+        command: The subcommand.
+        overrides: Of each job.
+        folder: The sweep's folder; new.
+        launcher: Where jobs run.
+        config_dir: The user's own configuration folder.
+        studies: Settings of each job of ``deftx run``; empty for other commands, which are neither planned nor shared.
+    """
+
+    command: str
+    overrides: Sequence[Sequence[str]]
+    folder: Path
+    launcher: LauncherSettings
+    config_dir: str | None = None
+    studies: Sequence[StudySettings] = ()
+    scores: dict[int, Mapping[str, float]] = field(default_factory=dict)
+    _plans: dict[int, StudyPlan] = field(default_factory=dict)
+    _lost_keys: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def cache_root(self) -> str:
+        """The stage cache all jobs share."""
+        return self.studies[0].cache_root
+
+    def plans(self) -> dict[int, StudyPlan]:
+        """What each job would compute, looked at now."""
+        planners = {study.cache_root: Planner(study.cache_root) for study in self.studies}
+        return {number: planners[study.cache_root].plan(study) for number, study in enumerate(self.studies)}
+
+    def task(self, overrides: Sequence[str], folder: Path, headline: str = "") -> Task:
+        """A job as it travels."""
+        config_dir = None if self.config_dir is None else str(Path(self.config_dir).absolute())
+        logged = self.launcher.name != "basic"
+        return Task(self.command, tuple(overrides), str(folder), config_dir, headline, logged)
+
+
+def dry_run(sweep: Sweep) -> None:
+    """Print what a sweep, or a single run, would compute; nothing is written."""
+    plans = sweep.plans()
+    names = {number: " ".join(texts) for number, texts in enumerate(swept(sweep.overrides))}
+    open_plans = {number: plan for number, plan in plans.items() if plan.done is None}
+    waves = shared_parts(open_plans) if len(plans) > 1 else []
+    print_plan(plans, names, waves, sweep.cache_root)
+
+
+def run_sweep(sweep: Sweep) -> int:
+    """Run what is missing of a sweep.
+
+    Returns:
+        The exit status: 0, or 1 where a job failed.
+
+    Raises:
+        DeftxError: The sweep's folder is not new or cannot be written, or the launcher cannot be had.
+        KeyboardInterrupt: Interrupted; the summary of what was finished has been printed.
+    """
+    _make(sweep.folder)
+    jobs = [
+        SweepJob(number, list(texts), differing, str(number))
+        for number, (texts, differing) in enumerate(zip(sweep.overrides, swept(sweep.overrides), strict=True))
+    ]
+    study = sweep.studies[0].name if sweep.studies else sweep.command
+    record = SweepRecord(study, sweep.command, jobs)
+    write_sweep(sweep.folder, record)
+    try:
+        if sweep.studies:
+            sweep._plans = sweep.plans()
+            _restore(sweep, record)
+            _run_waves(sweep, record)
+        _run_jobs(sweep, record)
+    finally:
+        record.finished = datetime.now(UTC).isoformat(timespec="seconds")
+        for job in [*record.jobs, *record.stages]:
+            job.status = "waiting" if job.status == "running" else job.status
+        write_sweep(sweep.folder, record)
+        print_summary(record.jobs, sweep.scores, _shown(sweep.folder))
+    return 1 if any(job.status == "failed" for job in record.jobs) else 0
+
+
+def run_search(sweep: Sweep, settings: SearchSettings) -> int:
+    """Search over knobs, then run what was best.
+
+    Args:
+        sweep: Of one job: what every trial has in common.
+        settings: What is searched for.
+
+    Returns:
+        The exit status of the best trial's run.
+
+    Raises:
+        DeftxError: As :func:`run_sweep`; or every trial failed.
+    """
+    _make(sweep.folder)
+    study, common = sweep.studies[0], list(sweep.overrides[0])
+    # Nothing of a trial is evaluated on a target: it makes the SFTs it is judged by, and no more.
+    judged = ["sft:task"]
+    if OBJECTIVES[settings.objective][0] == "language":
+        judged = [f"sft:language:{code}" for code in study.targets]
+    record = SweepRecord(study.name, sweep.command, [])
+    write_sweep(sweep.folder, record)
+
+    def run(proposals: Sequence[Sequence[str]]) -> list[End | Lost]:
+        first = len(record.stages)
+        trials = [
+            SweepJob(first + n, [*common, *texts, f"only=[{','.join(judged)}]"], list(texts), f"trials/{first + n}")
+            for n, texts in enumerate(proposals)
+        ]
+        record.stages += trials
+        ends: dict[int, End | Lost] = {}
+        with _states(sweep, record, trials, quiet=True) as ended:
+
+            def keep(number: int, end: End | Lost) -> None:
+                ends[number] = end
+                ended(number, end)
+
+            tasks = [sweep.task(trial.overrides, sweep.folder / trial.folder) for trial in trials]
+            run_all(sweep.launcher, work, tasks, keep, sweep.folder)
+        return [ends[number] for number in range(len(trials))]
+
+    at_once = 1 if sweep.launcher.name == "basic" else sweep.launcher.workers or 1
+    try:
+        best = search(settings, sweep.folder, run, at_once=at_once)
+        record.jobs.append(SweepJob(0, [*common, *best], best, "best"))
+        _run_jobs(sweep, record)
+    finally:
+        record.finished = datetime.now(UTC).isoformat(timespec="seconds")
+        write_sweep(sweep.folder, record)
+    print_summary(record.jobs, sweep.scores, _shown(sweep.folder))
+    return 1 if any(job.status == "failed" for job in record.jobs) else 0
+
+
+def _make(folder: Path) -> None:
+    """Make the sweep's folder, which must not hold anything: no two sweeps share one."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        used = next(folder.iterdir(), None)
+    except OSError as error:
+        raise DeftxError(
+            f"the sweep's folder cannot be made: {folder}: {error.strerror}; choose another hydra.sweep.dir=FOLDER"
+        ) from error
+    if used is not None:
+        raise DeftxError(f"hydra.sweep.dir={folder} exists and is not empty; give a new folder, or none")
+
+
+def _restore(sweep: Sweep, record: SweepRecord) -> None:
+    """Copy the results of jobs that were finished before."""
+    caches = {study.cache_root: StageCache(study.cache_root) for study in sweep.studies}
+    for job in record.jobs:
+        plan = sweep._plans[job.number]
+        # Read once more, checksums and all: what is copied is published again.
+        entry = caches[sweep.studies[job.number].cache_root].find(plan.result) if plan.done and plan.result else None
+        if entry is None:
+            continue
+        place = sweep.folder / job.folder
+        partial = place.with_name(f".{place.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            partial.mkdir()
+            for name in entry.manifest["files"]:
+                shutil.copyfile(entry.file(name), partial / name)
+            partial.replace(place)
+        except OSError as error:
+            raise DeftxError(f"cannot write {place}: {error.strerror}; free space and run the command again") from error
+        job.status = "cached"
+        sweep.scores[job.number] = mean_scores(read_result(place / RESULT))
+    write_sweep(sweep.folder, record)
+
+
+def _run_waves(sweep: Sweep, record: SweepRecord) -> None:
+    """Make what several jobs share; a job whose part failed fails with its reason."""
+    waiting = {job.number: sweep._plans[job.number] for job in record.jobs if job.status == "waiting"}
+    waves = shared_parts(waiting) if len(waiting) > 1 else []
+    for number, wave in enumerate(waves, 1):
+        parts = [part for part in wave if not (part.keys & sweep._lost_keys.keys())]
+        stages = [
+            SweepJob(
+                len(record.stages) + place,
+                [*sweep.overrides[part.job], f"only=[{part.name}]"],
+                [part.name, part.label],
+                f"stages/{len(record.stages) + place}",
+            )
+            for place, part in enumerate(parts)
+        ]
+        record.stages += stages
+        print(f"wave {number} of {len(waves)}: {len(parts)} shared parts", flush=True)
+        with _states(sweep, record, stages) as ended:
+            run_all(
+                sweep.launcher,
+                work,
+                [
+                    sweep.task(stage.overrides, sweep.folder / stage.folder, f"shared: {stage.swept[1]}")
+                    for stage in stages
+                ],
+                ended,
+                sweep.folder,
+            )
+        for part, stage in zip(parts, stages, strict=True):
+            if stage.status == "failed":
+                _give_up(sweep, record, part, stage.error or "unknown")
+
+
+def _give_up(sweep: Sweep, record: SweepRecord, part: Part, reason: str) -> None:
+    """A part that failed: whatever needs it would train it again and fail the same way."""
+    sweep._lost_keys |= dict.fromkeys(part.keys, reason)
+    for job in record.jobs:
+        if job.status == "waiting" and job.number in part.jobs:
+            job.status, job.error = "failed", f"{part.label}, which it shares with other jobs: {reason}"
+
+
+def _run_jobs(sweep: Sweep, record: SweepRecord) -> None:
+    jobs = [job for job in record.jobs if job.status == "waiting"]
+    total = len(record.jobs)
+    tasks = [
+        sweep.task(
+            job.overrides,
+            sweep.folder / job.folder,
+            f"job {job.number + 1} of {total}: {' '.join(job.swept)}",
+        )
+        for job in jobs
+    ]
+    with _states(sweep, record, jobs) as ended:
+        run_all(sweep.launcher, work, tasks, ended, sweep.folder)
+
+
+@contextlib.contextmanager
+def _states(
+    sweep: Sweep, record: SweepRecord, jobs: Sequence[SweepJob], *, quiet: bool = False
+) -> Iterator[Callable[[int, End | Lost], None]]:
+    """Mark jobs as running, and note in ``sweep.json`` how each ends."""
+    for job in jobs:
+        job.status = "running"
+    write_sweep(sweep.folder, record)
+    count = 0
+
+    def ended(number: int, end: End | Lost) -> None:
+        nonlocal count
+        count += 1
+        job = jobs[number]
+        if isinstance(end, Lost):
+            job.status, job.error = "failed", str(end)
+        else:
+            job.status, job.error, job.seconds = ("failed" if end.error else "done"), end.error, end.seconds
+            if job in record.jobs:
+                sweep.scores[job.number] = end.scores
+        write_sweep(sweep.folder, record)
+        if not quiet:
+            print(job_line(count, len(jobs), job), flush=True)
+
+    yield ended
+
+
+def _shown(path: Path) -> str:
+    with contextlib.suppress(ValueError):
+        return str(path.relative_to(Path.cwd()))
+    return str(path)

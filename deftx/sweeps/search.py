@@ -1,0 +1,98 @@
+"""A search over knobs with Optuna, judged by what is known without target labels.
+
+A trial trains the SFTs a run would compose and evaluates nothing on a target: its objective is the task SFT's score on
+the source language's validation rows, or the mean masked-language-modelling loss of the targets' φ_L on their own
+held-out text. Choosing by a target's labels would be no zero-shot result any more (docs/method.md). The best trial is
+then run and evaluated, once.
+
+Trials are jobs like any other: they share full phases through the stage cache, the launcher runs several at a time, and
+one that failed is told to Optuna as failed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deftx.config import OBJECTIVES, SearchSettings, override
+from deftx.errors import DeftxError
+from deftx.jobs import End
+from deftx.launch import Lost
+
+if TYPE_CHECKING:
+    import optuna
+
+
+def search(
+    settings: SearchSettings,
+    folder: Path,
+    run: Callable[[Sequence[Sequence[str]]], Sequence[End | Lost]],
+    *,
+    at_once: int = 1,
+) -> list[str]:
+    """Run the trials.
+
+    Args:
+        settings: What is searched for.
+        folder: ``trials.csv`` and Optuna's journal go here.
+        run: Runs jobs with these overrides on top of the study's, and says how each ended.
+        at_once: Trials proposed together.
+
+    Returns:
+        Overrides of the best trial.
+
+    Raises:
+        DeftxError: Every trial failed.
+    """
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    role, direction = OBJECTIVES[settings.objective]
+    study = optuna.create_study(
+        direction=optuna.study.StudyDirection[direction.upper()],
+        sampler=optuna.samplers.TPESampler(seed=settings.sampler_seed, constant_liar=at_once > 1),
+    )
+    reasons: list[str] = []
+    while len(study.trials) < settings.trials:
+        asked = [study.ask() for _ in range(min(at_once, settings.trials - len(study.trials)))]
+        proposals = [_propose(trial, settings.space) for trial in asked]
+        for trial, proposal, end in zip(asked, proposals, run(proposals), strict=True):
+            reason = str(end) if isinstance(end, Lost) else end.error
+            value = None if isinstance(end, Lost) or reason else _value(end, role)
+            if value is None:
+                reasons.append(reason or "no SFT was judged")
+                study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            else:
+                study.tell(trial, value)
+            told = f"{value:.4f}" if value is not None else f"failed: {reasons[-1]}"
+            print(f"trial {trial.number + 1} of {settings.trials}: {' '.join(proposal)}: {told}", flush=True)
+        study.trials_dataframe().to_csv(folder / "trials.csv", index=False)
+    finished = [trial for trial in study.trials if trial.state == optuna.trial.TrialState.COMPLETE]
+    if not finished:
+        raise DeftxError("every trial of the search failed\n" + "\n".join(dict.fromkeys(reasons)))
+    best = study.best_trial
+    chosen = [override(knob, value) for knob, value in best.params.items()]
+    print(f"best of {len(finished)} trials by {settings.objective}: {' '.join(chosen)} ({best.value:.4f})", flush=True)
+    return chosen
+
+
+def _propose(trial: optuna.Trial, space: Mapping[str, Any]) -> list[str]:
+    found = []
+    for knob, values in space.items():
+        if isinstance(values, Mapping):
+            low, high, log = values["low"], values["high"], bool(values.get("log"))
+            whole = isinstance(low, int) and isinstance(high, int)
+            suggest: Any = trial.suggest_int if whole else trial.suggest_float
+            steps = {"step": values["step"]} if values.get("step") else {}
+            found.append(override(knob, suggest(knob, low, high, log=log, **steps)))
+        else:
+            found.append(override(knob, trial.suggest_categorical(knob, list(values))))
+    return found
+
+
+def _value(end: End, role: str) -> float | None:
+    """Mean score of the judged SFTs; those under the task SFT and the source's own are not."""
+    values = [score for name, score in end.sfts.items() if name.split(" ")[0] == role]
+    return math.fsum(values) / len(values) if values else None

@@ -1,0 +1,265 @@
+"""Sweeps: what was finished is not run again, shared stages come first, failures stay their own, dry runs only look."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_study import Command
+
+from deftx.core.delta import SparseDelta
+from deftx.core.denoise import denoise
+from deftx.core.settings import RankPolicy, ResidualPolicy
+from deftx.stages.evaluate import Evaluator
+
+FEW = ("language=qba", "compare=[]", "controls=[]")
+GRID = ("-m", *FEW, "rank=2,none", "density=0.1,0.3")
+
+
+def sweep_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "sweep.json").read_text())
+
+
+def states(folder: Path) -> dict[str, int]:
+    return dict(Counter(job["status"] for job in sweep_of(folder)["jobs"]))
+
+
+def computed(runs: list[dict[str, Any]]) -> Counter[str]:
+    return Counter(stage["kind"] for run in runs for stage in run["stages"] if stage["outcome"] == "computed")
+
+
+def test_a_sweep_again_copies_what_was_finished(
+    deftx: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = deftx("run", *GRID, cache=tmp_path / "c")
+    assert first.status == 0, first.err
+    assert states(first.folder) == {"done": 4}
+
+    def refuse(*_: Any, **options: Any) -> None:
+        raise AssertionError(f"{options['label']} was trained again")
+
+    monkeypatch.setattr("deftx.training.fit.fit_phase", refuse)
+    again = deftx("run", *GRID, cache=tmp_path / "c")
+    assert again.status == 0, again.err
+    assert states(again.folder) == {"cached": 4}
+    assert "4 finished before" in again.out
+    for number in range(4):
+        for name in ("result.json", "metrics.csv", "predictions.parquet", "diagnostics.parquet"):
+            one, other = first.folder / str(number) / name, again.folder / str(number) / name
+            assert one.read_bytes() == other.read_bytes()
+    assert not (again.folder / "stages").exists()
+
+
+def test_shared_stages_run_first_and_once(deftx: Command, tmp_path: Path) -> None:
+    outcome = deftx("run", *GRID, cache=tmp_path / "c")
+    stages = [json.loads(p.read_text()) for p in sorted((outcome.folder / "stages").rglob("result.json"))]
+    jobs = [json.loads((outcome.folder / str(number) / "result.json").read_text()) for number in range(4)]
+    assert {run["job_type"] for run in stages} == {"stage"}
+    assert {run["job_type"] for run in jobs} == {"run"}
+    # qaa (under the task SFT), qba and the task: each full phase once, all of them before the jobs.
+    assert computed(stages)["full"] == 3
+    assert computed(stages)["pretrain"] == 1
+    assert computed(jobs)["full"] == computed(jobs)["pretrain"] == computed(jobs)["decompose"] == 0
+    assert computed(jobs)["sparse"] == 8
+    names = [stage["swept"][0] for stage in sweep_of(outcome.folder)["stages"]]
+    assert names == ["base", "sft:source:qaa", "full:language:qba", "full:task"]
+    assert max(run["finished"] for run in stages) <= min(run["started"] for run in jobs)
+
+
+def test_only_what_failed_runs_again(deftx: Command, tmp_path: Path) -> None:
+    rates = ("-m", *FEW, "lang.training.learning_rate=1e38,1e-3")
+    first = deftx("run", *rates, cache=tmp_path / "c")
+    assert first.status == 1
+    assert states(first.folder) == {"failed": 1, "done": 1}
+    assert "lang.training.learning_rate=1e" in first.out
+    assert "not finite" in first.out
+    again = deftx("run", *rates, cache=tmp_path / "c")
+    assert again.status == 1
+    assert states(again.folder) == {"failed": 1, "cached": 1}
+
+
+def test_a_shared_part_that_fails_fails_the_jobs_that_need_it(deftx: Command, tmp_path: Path) -> None:
+    # The language's full phase diverges; both densities need it, and it is tried once.
+    outcome = deftx("run", "-m", *FEW, "lang.training.learning_rate=1e38", "density=0.1,0.2", cache=tmp_path / "c")
+    assert outcome.status == 1
+    jobs = sweep_of(outcome.folder)["jobs"]
+    assert {job["status"] for job in jobs} == {"failed"}
+    assert all("language qba, which it shares with other jobs" in job["error"] for job in jobs)
+    assert not (outcome.folder / "0").exists()
+
+
+def test_a_dry_run_says_what_is_then_computed_and_writes_nothing(deftx: Command, tmp_path: Path) -> None:
+    cache = tmp_path / "c"
+    empty = deftx("run", *GRID, "--dry-run", cache=cache)
+    assert empty.status == 0, empty.err
+    assert not cache.exists()
+    assert not empty.folder.exists()
+    assert "jobs: 4, of which 0 were finished before" in empty.out
+    assert deftx("run", *FEW, "rank=2", cache=cache).status == 0
+    before = sorted(path for path in cache.rglob("*"))
+    planned = deftx("run", *FEW, "rank=3", "--dry-run", cache=cache)
+    assert sorted(path for path in cache.rglob("*")) == before
+    then = deftx("run", *FEW, "rank=3", cache=cache).result()
+    missing = {
+        line.removeprefix("to compute: ") for line in planned.out.splitlines() if line.startswith("to compute: ")
+    }
+    done = {f"{s['kind']} {s['label']}" for s in then["stages"] if s["outcome"] == "computed" and s["kind"] != "run"}
+    assert missing == done
+    assert "this very run was finished before" in deftx("run", *FEW, "rank=3", "--dry-run", cache=cache).out
+
+
+def test_planned_keys_are_those_of_the_run(deftx: Command, tmp_path: Path) -> None:
+    from hydra import compose
+    from small_study import SMALL
+
+    from deftx.config import hydra_session, study_settings
+    from deftx.stages.plan import Planner
+
+    result = deftx("run", *FEW, cache=tmp_path / "c").result()
+    with hydra_session():
+        study = study_settings(compose("run", overrides=[*SMALL, *FEW, f"paths.cache={tmp_path / 'c'}"]))
+    plan = Planner(tmp_path / "c").plan(study)
+    assert not plan.missing
+    assert plan.done is not None
+    run = {(s["kind"], s["key"]) for s in result["stages"]} - {("run", plan.result.key if plan.result else "")}
+    kinds = {"select", "full", "decompose"}  # a finished SFT is not asked for what made it
+    assert {(item.stage.kind, item.stage.key) for item in plan.stages} == {pair for pair in run if pair[0] not in kinds}
+
+
+def test_a_sweeps_folder_is_never_shared(deftx: Command, tmp_path: Path) -> None:
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "note.txt").write_text("mine")
+    outcome = deftx("run", "-m", *FEW, "rank=2,3", f"hydra.sweep.dir={tmp_path / 'used'}")
+    assert outcome.status == 1
+    assert "exists and is not empty" in outcome.err
+    assert sorted(path.name for path in (tmp_path / "used").iterdir()) == ["note.txt"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["hydra/launcher=joblib"], ["launcher=..."]),
+        (["launcher=slrum"], ["did you mean 'slurm'"]),
+        (["launcher.workers=0"], ["launcher.workers=0", "at least 1"]),
+        (["launcher=joblib", "launcher.workers=null"], ["launcher.workers is needed"]),
+        (["only=[full:tsak]"], ["full:tsak", "full:language:CODE"]),
+        (["mask=rnadom"], ["did you mean 'random'"]),
+        (["ablate=sparsty"], ["did you mean 'sparsity'"]),
+        (["search.space.rank=[4,900]"], ["rank=900", "exceeds 16"]),
+        (["search.space.rank={low: 9}"], ["range needs two numbers"]),
+        (["search.space.rank=[2]", "search.objective=test"], ["search.objective='test'", "source_validation"]),
+    ],
+)
+def test_a_wrong_value_stops_the_sweep_before_it_begins(
+    deftx: Command, tmp_path: Path, arguments: list[str], expected: list[str]
+) -> None:
+    outcome = deftx("run", "-m", *FEW, *arguments, cache=tmp_path / "new")
+    assert outcome.status == 1
+    for text in expected:
+        assert text in outcome.err
+    assert "Traceback" not in outcome.err
+    assert not outcome.folder.exists()
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_part_the_study_has_not_is_named(deftx: Command) -> None:
+    outcome = deftx("run", *FEW, "only=[full:language:qbb]")
+    assert outcome.status == 1
+    assert "trains no such SFT; its languages: qba" in outcome.err
+
+
+def test_each_component_can_be_left_out(deftx: Command, tmp_path: Path, shared_cache: Path) -> None:
+    outcome = deftx("run", "experiment=component_ablation", "language=qba")
+    assert outcome.status == 0, outcome.err
+    runs = {run["settings"]["density"] or 0: run for run in outcome.runs() if run["job_type"] == "run"}
+    by_knobs = {
+        (s["mask"], s["second_phase"], s["rank"], s["density"]): run
+        for run in outcome.runs()
+        if run["job_type"] == "run"
+        for s in [run["settings"]]
+    }
+    assert set(by_knobs) == {
+        ("magnitude", True, "energy:0.9", 0.3),
+        ("magnitude", True, None, 0.3),
+        ("magnitude", True, "energy:0.9", 1.0),
+        ("magnitude", False, "energy:0.9", 0.3),
+        ("random", True, None, 0.3),
+    }
+    assert runs
+    conditions = {key: {row["condition"] for row in run["metrics"]} for key, run in by_knobs.items()}
+    assert conditions["random", True, None, 0.3] == {"random_mask"}
+    assert conditions["magnitude", True, None, 0.3] == {"ltsft"}
+
+    def folder(run: dict[str, Any], role: str) -> Path:
+        (found,) = {
+            stage["key"] for stage in run["stages"] if stage["kind"] in ("sparse", "direct") and role in stage["label"]
+        }
+        return next(path for path in shared_cache.glob(f"*/{found[:16]}/sft"))
+
+    # Without a second phase: φ is Δ̂ on the mask, recomputed here from the full phase and θ⁰.
+    direct = by_knobs["magnitude", False, "energy:0.9", 0.3]
+    keys = {stage["kind"]: stage["key"] for stage in direct["stages"] if "qba" in stage["label"]}
+    full = load_file(shared_cache / "full" / keys["full"][:16] / "full.safetensors") if "full" in keys else None
+    if full is None:
+        full = _full_of(shared_cache, folder(direct, "language qba"))
+    base = load_file(next((shared_cache / "pretrain").glob("*/model/model.safetensors")))
+    names = {name: next(key for key in base if key.endswith(name)) for name in full if not name.startswith("head.")}
+    change = {name: full[name] - base[key] for name, key in names.items()}
+    denoised, _ = denoise(change, RankPolicy.parse("energy:0.9"), ResidualPolicy.parse("prune:0.05"))
+    sft = SparseDelta.load(folder(direct, "language qba"))
+    assert sum(index.numel() for index in sft.indices.values()) == sft.metadata["k"]
+    smallest = min(float(values.abs().min()) for values in sft.values.values())
+    for name, index in sft.indices.items():
+        torch.testing.assert_close(sft.values[name], denoised[name].flatten()[index])
+        outside = denoised[name].flatten().clone()
+        outside[index] = 0
+        assert float(outside.abs().max()) <= smallest + 1e-9
+    # A random mask has exactly K coordinates, is another for another seed, and prefers no parameter.
+    drawn = SparseDelta.load(folder(by_knobs["random", True, None, 0.3], "language qba"))
+    sizes = {name: full[name].numel() for name in names}
+    assert sum(index.numel() for index in drawn.indices.values()) == drawn.metadata["k"]
+    for name, size in sizes.items():
+        if size > 2000:
+            assert drawn.indices[name].numel() / size == pytest.approx(0.3, abs=0.04)
+
+
+def _full_of(cache: Path, sft: Path) -> dict[str, torch.Tensor]:
+    """The full phase behind an SFT, found through the manifests."""
+    manifest = json.loads((sft.parent / "manifest.json").read_text())
+    return load_file(cache / "full" / manifest["inputs"]["full"][:16] / "full.safetensors")
+
+
+def test_a_search_reads_no_target_label(deftx: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluated: list[str] = []
+    real = Evaluator.evaluate
+
+    def spy(self: Evaluator, cell: Any, rows: pd.DataFrame) -> Any:
+        evaluated.append(cell.language)
+        return real(self, cell, rows)
+
+    monkeypatch.setattr(Evaluator, "evaluate", spy)
+    space = ("search.space.rank=[2,4]", "search.space.density={low: 0.1, high: 0.3}", "search.trials=3")
+    outcome = deftx("run", *FEW, *space, cache=tmp_path / "c")
+    assert outcome.status == 0, outcome.err
+    trials = pd.read_csv(outcome.folder / "trials.csv")
+    assert len(trials) == 3
+    assert trials["state"].eq("COMPLETE").all()
+    # Three trials made SFTs; only the best one was evaluated, once.
+    assert evaluated == ["qba"]
+    best = trials.loc[trials["value"].idxmax()]
+    (run,) = [run for run in outcome.runs() if run["job_type"] == "run"]
+    assert run["settings"]["rank"] == str(best["params_rank"])
+    assert run["settings"]["density"] == pytest.approx(best["params_density"])
+    again = deftx("run", *FEW, *space, cache=tmp_path / "c")
+    pd.testing.assert_series_equal(pd.read_csv(again.folder / "trials.csv")["value"], trials["value"])
+    by_loss = deftx("run", *FEW, *space, "search.objective=target_mlm_loss", "search.trials=2", cache=tmp_path / "c")
+    assert by_loss.status == 0, by_loss.err
+    losses = pd.read_csv(by_loss.folder / "trials.csv")
+    (run,) = [run for run in by_loss.runs() if run["job_type"] == "run"]
+    assert run["settings"]["density"] == pytest.approx(losses.loc[losses["value"].idxmin()]["params_density"])
