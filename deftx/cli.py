@@ -28,6 +28,7 @@ COMMANDS = {
     "sft": "train one language or task SFT",
     "eval": "compose given SFTs and evaluate them on target languages",
     "pretrain": "train a small multilingual encoder from raw text, for work without a hub",
+    "dashboard": "a W&B workspace over the runs of a study, as a specification or published",
     "cache": "list, explain, verify and prune the results of stages: ls | info KEY | verify | prune",
 }
 
@@ -99,6 +100,10 @@ def _dispatch(arguments: list[str]) -> int:
         from deftx.cache.commands import run as cache_command
 
         return cache_command(rest)
+    if name == "dashboard":
+        from deftx.dashboard import main as dashboard
+
+        return dashboard(rest)
     return _command(name, rest)
 
 

@@ -13,8 +13,9 @@ import pytest
 import yaml
 
 from deftx import __version__
-from deftx.cli import COMMANDS, JOBS, main
+from deftx.cli import COMMANDS, main
 from deftx.config import OWN, READS, conf_dir
+from deftx.jobs import JOBS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CONF = REPOSITORY / "conf"

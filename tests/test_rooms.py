@@ -23,7 +23,8 @@ ROOMS = {
     "jobs": {"config", "stages", "tracking"},
     "sweeps": {"jobs", "launch", "stages", "cache", "config", "tracking"},
     "help": {"config"},
-    "cli": {"stages", "config", "help", "cache", "tracking", "jobs", "sweeps"},
+    "dashboard": {"tracking"},
+    "cli": {"stages", "config", "help", "cache", "tracking", "jobs", "sweeps", "dashboard"},
 }
 
 
@@ -84,6 +85,7 @@ def test_core_needs_torch_and_safetensors_only() -> None:
         "deftx.cache",
         "deftx.tracking",
         "deftx.core.folder",
+        "deftx.dashboard",
         "deftx.stages.settings",
         "deftx.data.settings",
         "deftx.training.model_folder",

@@ -15,9 +15,10 @@ On disk: ``<root>/<kind>/<first 16 digits of the key>/{manifest.json, files}``, 
 from deftx.cache.entry import Entry, Event, Workspace
 from deftx.cache.files import file_sha256, fingerprint_files
 from deftx.cache.keys import Stage, canonical_json
-from deftx.cache.store import StageCache
+from deftx.cache.store import FINGERPRINTS, StageCache
 
 __all__ = [
+    "FINGERPRINTS",
     "Entry",
     "Event",
     "Stage",

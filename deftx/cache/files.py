@@ -38,6 +38,7 @@ def fingerprint_files(
     root: str | os.PathLike[str] | None = None,
     *,
     memo: Path | None = None,
+    remember: bool = True,
 ) -> str:
     """Return one sha256 for the contents of files, wherever they lie.
 
@@ -47,6 +48,7 @@ def fingerprint_files(
         root: when given, each file's name relative to it counts and the order of ``paths`` does not. When
             not, only contents and their order count: moving or renaming a file keeps the fingerprint.
         memo: a JSON file that remembers hashes of unchanged files (path, inode, size, times); may be absent.
+        remember: whether new hashes are written into it.
 
     Raises:
         DeftxError: a path does not exist or cannot be read.
@@ -78,7 +80,7 @@ def fingerprint_files(
         if settled(stat, now) and known.get(identity) != [*mark, digest]:
             fresh[identity] = [*mark, digest]
         total.update(json.dumps([name, digest]).encode())
-    if memo is not None and fresh:
+    if memo is not None and fresh and remember:
         # Losing this file costs time only: a cache that cannot be written is not an error here.
         with contextlib.suppress(OSError):
             memo.parent.mkdir(parents=True, exist_ok=True)

@@ -120,8 +120,8 @@ class StageCache:
     def peek(self, stage: Stage) -> Entry | None:
         """Return the stage's result by its manifest alone, files not verified; None where there is no sound one."""
         try:
-            entry = self._load(self._folder(stage))
-        except _DamageError:
+            entry = load(self._folder(stage))
+        except DamageError:
             return None
         return entry if entry.key == stage.key else None
 

@@ -76,6 +76,11 @@ def check_command(
                 ", values with spaces, commas or other letters in inner quotes: key='\"value\"'" if "=" in text else ""
             )
             problems.append(f"{text!r} is no override; write key=value{quoted}")
+    problems += [
+        f"{item.input_line}: deftx starts the jobs of a sweep itself; choose launcher=basic, joblib, slurm, ..."
+        for item in parsed
+        if item.key_or_group.startswith(_NOT_OURS)
+    ]
     problems += [text for item in parsed for text in _group_problems(item)]
     problems += unread(name, [item.key_or_group for item in parsed])
     if not problems:
@@ -121,9 +126,6 @@ def _composed(name: str, items: Sequence[Override], parser: OverridesParser, mul
     wrong = [text for item in every for text in _group_problems(item)]
     if wrong:
         raise DeftxError("\n".join(wrong))
-    refused = [item.input_line for item in items if item.key_or_group.startswith(_NOT_OURS)]
-    if refused:
-        raise DeftxError("\n".join(f"{text}: deftx starts the jobs itself; choose launcher=..." for text in refused))
     jobs = BasicSweeper.split_arguments([item for item in every if not _is_hydra(item)], None)[0]
     kept = [item.input_line or "" for item in items if _is_hydra(item) and not item.key_or_group.startswith(_OF_SWEEPS)]
     return Command(

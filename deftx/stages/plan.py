@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from deftx.cache import Entry, Stage, StageCache, Workspace
+from deftx.cache import FINGERPRINTS, Entry, Stage, StageCache, Workspace, fingerprint_files
 from deftx.data.corpora import MissingTextError
 from deftx.data.settings import DataSettings
 from deftx.data.tasks import load_test, own_test_rows
@@ -121,10 +121,7 @@ class _LookingCache(StageCache):
         return entry
 
     def fingerprint(self, paths: Sequence[Any], root: Any = None) -> str:
-        from deftx.cache import fingerprint_files
-
-        # Without a cache there is nothing to remember in: a dry run must not make its folder.
-        return super().fingerprint(paths, root) if self.root.is_dir() else fingerprint_files(paths, root)
+        return fingerprint_files(paths, root, memo=self.root / FINGERPRINTS, remember=False)
 
 
 @dataclass

@@ -384,10 +384,8 @@ def _run(
             body(bench)
         finally:
             _fill(record, bench)
-            _write_tables(run_dir, bench)
-        tracker.record(record.metrics, extra={"cache/hits": cache.hits, "cache/computed": cache.computed})
-        for sft in dict.fromkeys(bench.products.sfts):
-            tracker.artifact(sft.folder, name=sft.name, about={"sha256": sft.key, "role": sft.role})
+            tables = _write_tables(run_dir, bench)
+            tracker.finish_run(record, tables, {sft.key: sft.folder for sft in bench.products.sfts})
     if keep:
         _keep(study, bench, run_dir)
     if study.trainer.profile:
@@ -500,7 +498,8 @@ def scores(outcomes: Sequence[Outcome], targets: Sequence[str], metric: str, spl
     return found
 
 
-def _write_tables(run_dir: Path, bench: Bench) -> None:
+def _write_tables(run_dir: Path, bench: Bench) -> pd.DataFrame | None:
+    """Predictions and diagnostics, so far as there are any; the diagnostics are returned."""
     import pandas as pd
 
     outcomes = bench.products.outcomes
@@ -517,9 +516,11 @@ def _write_tables(run_dir: Path, bench: Bench) -> None:
             for outcome in outcomes
         ]
         tracking.write_predictions(run_dir, pd.concat(frames, ignore_index=True))
-    if bench.products.sfts and bench.products.base is not None:
-        found = diagnostics(bench.products.sfts, outcomes, bench.products.base.folder)
-        tracking.write_diagnostics(run_dir, found)
+    if not bench.products.sfts or bench.products.base is None:
+        return None
+    found = diagnostics(bench.products.sfts, outcomes, bench.products.base.folder)
+    tracking.write_diagnostics(run_dir, found)
+    return found
 
 
 def _show(study: StudySettings, record: tracking.RunRecord, run_dir: Path, cache: StageCache) -> None:

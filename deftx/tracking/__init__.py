@@ -9,6 +9,7 @@ Scores are stored as fractions (0 to 1) and shown multiplied by 100. wandb, pand
 are imported where they are used, so that importing this module is quick.
 """
 
+from deftx.tracking import names
 from deftx.tracking.environment import provenance
 from deftx.tracking.imports import clock_imports
 from deftx.tracking.results import (
@@ -26,6 +27,7 @@ from deftx.tracking.results import (
     write_predictions,
     write_result,
 )
+from deftx.tracking.summary import summarise
 from deftx.tracking.sweeps import SWEEP, SweepJob, SweepRecord, read_sweep, write_sweep
 from deftx.tracking.tables import print_results, print_steps, print_sweep, results_table
 from deftx.tracking.tracker import LoggerSettings, Tracker
@@ -45,6 +47,7 @@ __all__ = [
     "Tracker",
     "clock_imports",
     "mean_scores",
+    "names",
     "print_results",
     "print_steps",
     "print_sweep",
@@ -53,6 +56,7 @@ __all__ = [
     "read_sweep",
     "recording",
     "results_table",
+    "summarise",
     "write_diagnostics",
     "write_predictions",
     "write_result",

@@ -6,13 +6,21 @@ import contextlib
 import logging
 import os
 import re
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from deftx.errors import DeftxError, did_you_mean
-from deftx.tracking.results import CONDITIONS, Metric, finite, plain
+from deftx.tracking import names
+from deftx.tracking.artifacts import declare, is_input, result_artifact, sft_artifact
+from deftx.tracking.media import draw_mask_density, draw_spectra
+from deftx.tracking.results import RunRecord, plain
+from deftx.tracking.summary import results_rows, summarise
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = ["LoggerSettings", "Tracker"]
 
@@ -33,7 +41,9 @@ class LoggerSettings:
         name: None: the job's name.
         tags: added to method, task and languages.
         dir: where W&B writes its files; None: the run directory.
-        artifacts: upload (or stage) SFT folders as artifacts.
+        artifacts: put whole SFTs, predictions and diagnostics into artifacts; else only the small files that lineage
+            needs.
+        pictures: draw mask densities and spectra into the W&B run; 0.3 s a job.
         curves: write training curves as CSV under ``curves/`` in the run directory.
     """
 
@@ -45,6 +55,7 @@ class LoggerSettings:
     tags: list[str] = field(default_factory=list)
     dir: str | None = None
     artifacts: bool = False
+    pictures: bool = True
     curves: bool = True
 
     def validate(self) -> None:
@@ -76,10 +87,10 @@ class Tracker:
         settings: where to log.
         run_dir: the run's directory.
         study: W&B group.
-        job_type: ``run``, ``sft-language``, ``sft-task`` or ``eval``.
+        job_type: ``run``, ``stage``, ``sft-language``, ``sft-task`` or ``eval``.
         name: name of the run.
         config: the knobs; nested ones are flattened, ``{"lang": {"rank": 16}}`` to ``lang/rank`` (W&B keys
-            should hold no dots).
+            should hold no dots). Those of :data:`deftx.tracking.names.KNOBS` are always there.
         tags: method, task, languages.
 
     Attributes:
@@ -104,12 +115,15 @@ class Tracker:
         self.study = study
         self.job_type = job_type
         self.name = settings.name or name
-        self.config = _flat(plain(config or {}))
+        self.config = {**dict.fromkeys(names.KNOBS), **_flat(plain(config or {}))}
         self.tags = [tag[:64] for tag in dict.fromkeys([*tags, *settings.tags]) if tag]
         self.run: Any = None
         self.mode = "off"
         self._environment: dict[str, str | None] = {}
         self._curves: set[str] = set()
+        self._told: set[str] = set()
+        self._lost = False
+        self._handed: tuple[RunRecord, pd.DataFrame | None, Mapping[str, Path]] | None = None
 
     @property
     def folder(self) -> Path:
@@ -121,10 +135,11 @@ class Tracker:
         if mode == "off" or not _is_first_rank():
             return self
         try:
-            # wandb itself would fall back to the system's temporary folder, and lose the run there.
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise DeftxError(f"cannot write {self.folder}: {error.strerror}") from error
+        if not self._can_write():
+            return self
         if mode == "online":
             self._start("online")
         if self.run is None:
@@ -139,85 +154,34 @@ class Tracker:
         try:
             if self.run is not None:
                 with self._forgiving("finishing the run"):
-                    self.run.summary["status"] = "done" if kind is None else "failed"
+                    self.run.summary[names.STATUS] = "done" if kind is None else "failed"
+                if self._handed is not None and not self._lost:
+                    self._log(*self._handed, failed=kind is not None)
                 with self._forgiving("finishing the run"):
                     self.run.finish(exit_code=0 if kind is None else 1)
+                if self._lost:
+                    self._leave_service()
         finally:
             self.run = None
             self._restore_environment()
 
-    def record(self, metrics: Sequence[Metric], *, extra: Mapping[str, Any] | None = None) -> None:
-        """Put scores into the run.
-
-        They become a summary entry ``metric/language/condition`` for each, means over the
-        targets (``metric/mean/condition``, only where no target is missing), and the table ``results``, a row
-        for each target and metric, a column for each condition.
-
-        Args:
-            metrics: scores as fractions.
-            extra: other summary values under stable names, such as ``seconds/total``.
-        """
-        if self.run is None:
-            return
-        import wandb
-
-        summary: dict[str, Any] = {}
-        rows: dict[tuple[str, str, str], dict[str, Metric]] = {}
-        for item in metrics:
-            rows.setdefault((item.metric, item.split, item.language), {})[item.condition] = item
-        asked = {item.condition: None for item in metrics}
-        conditions = [name for name in CONDITIONS if name in asked] + [n for n in asked if n not in CONDITIONS]
-        means: dict[tuple[str, str, str], list[float | None]] = {}
-        for (metric, split, language), row in rows.items():
-            for name in conditions:
-                value = finite(row[name].value) if name in row else None
-                means.setdefault((metric, split, name), []).append(value)
-                if name in row:
-                    summary[_summary_name(metric, split, language, name)] = value
-        for (metric, split, name), values in means.items():
-            known = [value for value in values if value is not None]
-            if len(known) == len(values):
-                summary[_summary_name(metric, split, "mean", name)] = sum(known) / len(known)
-        summary |= _flat(plain(extra or {}))
-        with self._forgiving("logging the scores"):
-            self.run.summary.update(summary)
-            if rows:
-                data: list[Any] = [
-                    [language, split, metric, max(item.n for item in row.values())]
-                    + [finite(row[name].value) if name in row else None for name in conditions]
-                    for (metric, split, language), row in rows.items()
-                ]
-                table = wandb.Table(columns=["language", "split", "metric", "n", *conditions], data=data)
-                with self._staging():
-                    self.run.log({"results": table})
-
-    def artifact(
+    def finish_run(
         self,
-        folder: str | os.PathLike[str],
-        *,
-        name: str,
-        kind: str = "sft",
-        about: Mapping[str, Any] | None = None,
+        record: RunRecord,
+        diagnostics: pd.DataFrame | None = None,
+        sfts: Mapping[str, Path] | None = None,
     ) -> None:
-        """Log a folder as an artifact, when ``settings.artifacts`` asks for it.
+        """Hand over what the job made. It is logged when the block ends, after ``result.json`` has been written.
+
+        Summary values have the names of :mod:`deftx.tracking.names`; beside them come the table ``results`` (a row for
+        each target and metric, a column for each condition), two pictures, and artifacts with their lineage.
 
         Args:
-            folder: the SFT's folder.
-            name: artifact name; characters W&B does not take become ``-``.
-            kind: artifact type.
-            about: plain metadata.
+            record: the run's record; read at the end, so it may still be unfinished.
+            diagnostics: the frame of ``diagnostics.parquet``.
+            sfts: sha256 -> folder of each SFT in ``record.sfts``.
         """
-        if self.run is None or not self.settings.artifacts:
-            return
-        import wandb
-
-        with self._forgiving(f"logging the artifact {name}"), self._staging():
-            clean = re.sub(r"[^A-Za-z0-9._-]+", "-", name)[:128]
-            artifact = wandb.Artifact(clean, type=kind, metadata=plain(about or {}))
-            for path in sorted(Path(folder).rglob("*")):
-                if path.is_file():
-                    artifact.add_file(str(path), name=path.relative_to(folder).as_posix())
-            self.run.log_artifact(artifact)
+        self._handed = (record, diagnostics, dict(sfts or {}))
 
     def lightning_loggers(self, stage: str) -> list[Any]:
         """Return Lightning loggers for the trainer of one stage: CSV curves, and this W&B run when it is on.
@@ -248,11 +212,59 @@ class Tracker:
 
     def log_curve(self, stage: str, values: Mapping[str, float], step: int) -> None:
         """Log points of a stage's curves at an optimizer step."""
-        if self.run is not None:
+        if self.run is not None and not self._lost:
             with self._forgiving("logging curves"):
-                self.run.log({**{f"{stage}/{key}": value for key, value in values.items()}, f"{stage}/step": step})
+                points = {names.curve(stage, key): value for key, value in values.items()}
+                self.run.log({**points, names.curve(stage, "step"): step})
 
     # ---------------------------------------------------------------------------------------------- the run
+
+    def _log(
+        self, record: RunRecord, diagnostics: pd.DataFrame | None, sfts: Mapping[str, Path], *, failed: bool
+    ) -> None:
+        import wandb
+
+        with self._forgiving("logging the summary"):
+            self.run.summary.update(summarise(record, diagnostics))
+        logged: dict[str, Any] = {}
+        with self._forgiving("making the table"), self._staging():
+            columns, data = results_rows(record.metrics)
+            if data:
+                logged[names.RESULTS] = wandb.Table(columns=columns, data=data)
+        if self.settings.pictures and diagnostics is not None and len(diagnostics):
+            for name, draw in ((names.MASK_DENSITY, draw_mask_density), (names.SPECTRA, draw_spectra)):
+                with self._forgiving(f"drawing {name}"), self._staging():
+                    pixels = draw(record, diagnostics)
+                    if pixels is not None:
+                        logged[name] = wandb.Image(pixels)
+        with self._forgiving("logging tables and pictures"), self._staging():
+            if logged:
+                self.run.log(logged)
+        if not failed:
+            self._declare(record, sfts)
+
+    def _declare(self, record: RunRecord, sfts: Mapping[str, Path]) -> None:
+        """Artifacts: SFTs as inputs or outputs, a composing job's result as output."""
+        known: list[str] = []
+        whole = self.settings.artifacts
+        for about in (sft for sft in record.sfts if sft["sha256"] in sfts):
+            with self._forgiving(f"logging the artifact of {about['name']}"), self._staging():
+                artifact = sft_artifact(about, sfts[about["sha256"]], whole=whole)
+                declare(self.run, artifact, used=is_input(record, about["role"]))
+                known.append(artifact.name)
+        if record.metrics:
+            with self._forgiving("logging the artifact of the result"), self._staging():
+                declare(self.run, result_artifact(record, self.run_dir, known, whole=whole), used=False)
+
+    def _can_write(self) -> bool:
+        # wandb itself would fall back to the system's temporary folder, and lose the run there.
+        place = self.folder / "wandb"
+        with self._forgiving(f"writing {place}"):
+            place.mkdir(exist_ok=True)
+            with tempfile.TemporaryFile(dir=place) as probe:
+                probe.write(bytes(1 << 16))
+            return True
+        return False
 
     def _start(self, mode: str) -> None:
         import wandb
@@ -279,6 +291,7 @@ class Tracker:
                     console="off",
                     disable_code=True,
                     save_code=False,
+                    x_save_requirements=False,  # result.json names the versions that count; listing all takes 0.2 s
                     init_timeout=30,
                 ),
             )
@@ -288,13 +301,24 @@ class Tracker:
 
     @contextlib.contextmanager
     def _forgiving(self, doing: str) -> Iterator[None]:
-        """Turn what wandb raises into a warning: the run's own files hold everything."""
-        import wandb
-
+        """Turn what wandb raises into a warning, one for each reason: the run's own files hold everything."""
         try:
             yield
-        except (wandb.errors.Error, OSError, ValueError, TypeError, RuntimeError) as error:
-            log.warning("%s: %s (result.json is complete without it)", doing, error)
+        except Exception as error:  # noqa: BLE001  # wandb and matplotlib raise many kinds, bare Exception among them
+            # W&B's own process has died: whatever follows would fail as well.
+            self._lost |= isinstance(error, ConnectionError) or type(error).__name__ == "MailboxClosedError"
+            reason = f"{type(error).__name__}: {error}"
+            if reason not in self._told:
+                log.warning("W&B: %s failed (%s); result.json is complete without it", doing, reason)
+            self._told.add(reason)
+
+    def _leave_service(self) -> None:
+        """Forget W&B's dead process: a sweep's next job starts another, and nothing is said of it at the end."""
+        import wandb
+
+        with contextlib.suppress(Exception, SystemExit):
+            wandb.teardown()
+        os.environ.pop("WANDB_SERVICE", None)
 
     @contextlib.contextmanager
     def _staging(self) -> Iterator[None]:
@@ -319,10 +343,6 @@ class Tracker:
             else:
                 os.environ[name] = value
         self._environment.clear()
-
-
-def _summary_name(metric: str, split: str, language: str, condition: str) -> str:
-    return f"{metric}/{language}/{condition}" + ("" if split == "test" else f"/{split}")
 
 
 def _environment_mode() -> str:
@@ -376,6 +396,7 @@ def _stage_logger(tracker: Tracker, stage: str) -> Any:
             tracker.log_curve(stage, metrics, step or 0)
 
     with tracker._forgiving("defining curves"):
-        tracker.run.define_metric(f"{stage}/step", hidden=True)
-        tracker.run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
+        step = names.curve(stage, "step")
+        tracker.run.define_metric(step, hidden=True)
+        tracker.run.define_metric(names.curve(stage, "*"), step_metric=step)
     return StageLogger()

@@ -144,7 +144,7 @@ def test_a_sweeps_folder_is_never_shared(deftx: Command, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["hydra/launcher=joblib"], ["launcher=..."]),
+        (["hydra/launcher=joblib"], ["choose launcher=basic"]),
         (["launcher=slrum"], ["did you mean 'slurm'"]),
         (["launcher.workers=0"], ["launcher.workers=0", "at least 1"]),
         (["launcher=joblib", "launcher.workers=null"], ["launcher.workers is needed"]),
