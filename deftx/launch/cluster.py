@@ -148,8 +148,18 @@ def _submit(executor: Any, work: Callable[[T], R], tasks: Sequence[T]) -> list[A
 
 def _answer(job: Any) -> Any:
     """What a job gave, or why it gave nothing; submitit raises for a job that failed, died or was cancelled."""
+    from submitit.core.utils import UncompletedJobError
+
     try:
         return job.result()
+    except UncompletedJobError:
+        # It wrote no result: killed, out of memory, cancelled. What it said last says most.
+        reason = _last_line(job.stderr()) or "it died without a word (killed, or out of memory?)"
     except Exception as error:  # noqa: BLE001 - an answer about one job must not end the others
-        told = str(error).strip().splitlines()
-        return Lost(f"{job.state.lower()}: {told[-1] if told else type(error).__name__}; its log: {job.paths.stderr}")
+        reason = _last_line(str(error)) or type(error).__name__
+    return Lost(f"{job.state.lower()}: {reason}; its log: {job.paths.stderr}")
+
+
+def _last_line(text: str | None) -> str:
+    lines = [line.strip() for line in (text or "").splitlines() if line.strip(" -")]
+    return lines[-1] if lines else ""

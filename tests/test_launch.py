@@ -1,0 +1,135 @@
+"""Launchers: every task's own answer comes back, and one that dies takes no other with it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deftx.errors import DeftxError
+from deftx.launch import LauncherSettings, Lost, run_all
+from deftx.launch.processes import visible_gpus
+
+BASIC = LauncherSettings()
+JOBLIB = LauncherSettings(name="joblib", workers=2)
+LOCAL = LauncherSettings(name="submitit", cluster="local", workers=2, timeout_min=5)
+
+
+def square(number: int) -> int:
+    return number * number
+
+
+def trouble(task: dict[str, Any]) -> str:
+    """Does what it is told: dies, raises, notes that it began, and says on which GPU."""
+    if "log" in task:
+        with Path(task["log"]).open("a", encoding="utf-8") as file:
+            file.write(f"{task['name']}\n")
+    if task.get("do") == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if task.get("do") == "raise":
+        raise ValueError("no such luck")
+    time.sleep(task.get("seconds", 0))
+    return f"{task['name']} {os.environ.get('CUDA_VISIBLE_DEVICES')} {os.environ.get('OMP_NUM_THREADS')}"
+
+
+def answers(settings: LauncherSettings, work: Any, tasks: list[Any], folder: Path) -> dict[int, Any]:
+    found: dict[int, Any] = {}
+
+    def ended(number: int, answer: Any) -> None:
+        assert number not in found, "told twice"
+        found[number] = answer
+
+    run_all(settings, work, tasks, ended, folder)
+    return found
+
+
+@pytest.mark.parametrize(
+    "settings", [BASIC, JOBLIB, pytest.param(LOCAL, marks=pytest.mark.slow)], ids=["basic", "joblib", "submitit"]
+)
+def test_every_task_gives_its_answer(
+    settings: LauncherSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # where a job finds this module
+    assert answers(settings, square, [3, 4, 5], tmp_path) == {0: 9, 1: 16, 2: 25}
+    assert answers(settings, square, [], tmp_path) == {}
+
+
+def test_a_task_whose_process_dies_is_lost_alone(tmp_path: Path) -> None:
+    log = tmp_path / "began.txt"
+    tasks = [{"name": name, "log": str(log)} for name in "abcde"]
+    tasks[1]["do"], tasks[3]["do"] = "die", "raise"
+    found = answers(JOBLIB, trouble, tasks, tmp_path)
+    assert {number for number, answer in found.items() if isinstance(answer, Lost)} == {1, 3}
+    assert "process died" in found[1]
+    assert found[3] == "ValueError: no such luck"
+    assert [found[number][0] for number in (0, 2, 4)] == ["a", "c", "e"]
+    began = log.read_text().split()
+    assert began.count("b") == 3, "twice among others, once alone"
+    assert began.count("e") <= 2, "only what was under way in a broken pool runs again"
+
+
+@pytest.mark.slow
+def test_submitit_tells_of_each_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    tasks: list[dict[str, Any]] = [{"name": "a"}, {"name": "b", "do": "die"}, {"name": "c", "do": "raise"}]
+    found = answers(LOCAL, trouble, tasks, tmp_path)
+    assert found[0].startswith("a")
+    assert isinstance(found[1], Lost)
+    assert isinstance(found[2], Lost)
+    assert "no such luck" in found[2]
+    assert all(str(tmp_path) in found[number] for number in (1, 2)), "where its log is"
+
+
+def test_each_worker_gets_its_own_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    tasks = [{"name": str(number), "seconds": 1.0} for number in range(2)]
+    found = answers(JOBLIB, trouble, tasks, tmp_path)
+    assert {answer.split()[1] for answer in found.values()} == {"4", "7"}
+    assert all(int(answer.split()[2]) >= 1 for answer in found.values())
+
+
+@pytest.mark.parametrize(("told", "ids"), [("0, 2", ["0", "2"]), ("", []), ("GPU-ab", ["GPU-ab"])])
+def test_gpus_are_counted_without_torch(monkeypatch: pytest.MonkeyPatch, told: str, ids: list[str]) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", told)
+    assert visible_gpus() == ids
+
+
+def test_a_missing_cluster_is_told_before_anything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(DeftxError, match=r"launcher.cluster=slurm.*launcher=joblib"):
+        answers(LauncherSettings(name="submitit", cluster="slurm"), square, [1], tmp_path)
+
+
+def test_slurm_gets_what_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The batch script that submitit hands to sbatch, read from a stand-in on the PATH."""
+    sbatch = tmp_path / "bin" / "sbatch"
+    sbatch.parent.mkdir()
+    sbatch.write_text(f'#!/bin/sh\ncp "$1" {tmp_path}/script.sh\necho "sbatch: error: invalid partition" >&2\nexit 1\n')
+    sbatch.chmod(0o755)
+    for name in ("srun", "squeue"):
+        (sbatch.parent / name).symlink_to(sbatch)
+    monkeypatch.setenv("PATH", f"{sbatch.parent}{os.pathsep}{os.environ['PATH']}")
+    settings = LauncherSettings(
+        name="submitit",
+        partition="gpu",
+        account="lab",
+        gpus=1,
+        cpus=4,
+        memory_gb=32,
+        timeout_min=90,
+        workers=8,
+        setup=["module load cuda"],
+        additional={"exclude": "node7"},
+    )
+    with pytest.raises(DeftxError, match="not accepted"):
+        answers(settings, square, [1, 2], tmp_path)
+    script = (tmp_path / "script.sh").read_text()
+    for line in ("--partition=gpu", "--account=lab", "--gpus-per-node=1", "--cpus-per-task=4", "--mem=32GB"):
+        assert line in script
+    for line in ("--time=90", "--array=0-1%", "module load cuda", "--exclude=node7"):
+        assert line in script
