@@ -214,7 +214,16 @@ def _pretrained_here(study: StudySettings, data: DataSettings, cache: StageCache
             seed=seed,
             mlm_probability=settings.mlm_probability,
         )
-        pretrain(blocks, tokenizer, settings, study.trainer, work.out / "model", seed=seed, label="base · pretraining")
+        pretrain(
+            blocks,
+            tokenizer,
+            settings,
+            study.trainer,
+            work.out / "model",
+            seed=seed,
+            scratch=work.scratch / "checkpoints",
+            label="base · pretraining",
+        )
 
     entry = cache.get_or_compute(stage, compute)
     folder = entry.path / "model"

@@ -134,9 +134,7 @@ class Checkpoints(pl.Callback):
         assert isinstance(pl_module, Encoder)
         self._boundary(trainer, pl_module)
         score = float(trainer.callback_metrics[pl_module.monitor])
-        if self.best_score is None or (
-            score < self.best_score if pl_module.mode == "min" else score > self.best_score
-        ):
+        if self.best_score is None or (score < self.best_score if pl_module.mode == "min" else score > self.best_score):
             self.best_score, self.best_step = score, self._step
             self.best_file = self.folder / f"best-{self._step}.ckpt"
             if trainer.is_global_zero:
@@ -285,10 +283,12 @@ def _count(trainer: pl.Trainer, step: int) -> None:
     Lightning's own restart flags are left alone: they are for checkpoints in the middle of its epoch.
     """
     loop = trainer.fit_loop.epoch_loop
-    steps = loop.automatic_optimization.optim_progress.optimizer.step.total
-    steps.ready = steps.completed = step
-    batches = loop.batch_progress.total
-    batches.ready = batches.started = batches.processed = batches.completed = step * trainer.accumulate_grad_batches
+    for total, count in (
+        (loop.automatic_optimization.optim_progress.optimizer.step.total, step),
+        (loop.batch_progress.total, step * trainer.accumulate_grad_batches),
+    ):
+        total.reset()
+        total.increment_by(count)
     loop._batches_that_stepped = step
 
 
