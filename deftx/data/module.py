@@ -235,6 +235,7 @@ class _Validation(Dataset[Batch]):
         self.source, self.seed = source, seed
         groups = source.groups("valid")
         self.order = np.argsort(groups, kind="stable")
+        size = max(1, min(size, len(groups) // world))  # a batch for each device, or some would not take part
         self.cuts = _cuts(groups, size)[rank::world]
 
     def __len__(self) -> int:

@@ -115,6 +115,7 @@ class Checkpoints(pl.Callback):
         state = self._found()
         if state is not None:
             self._restore(state, trainer, pl_module)
+        trainer.strategy.barrier()  # all have read
         if trainer.is_global_zero:
             self._tidy()
 
@@ -210,6 +211,7 @@ class Checkpoints(pl.Callback):
         self._cost = self._written - began
 
     def _finish(self, trainer: pl.Trainer) -> None:
+        self.record.gather(trainer)
         self.outcome = self._state()
         if trainer.is_global_zero:
             write(self.folder / RESUME, self.outcome)
@@ -332,6 +334,18 @@ def read(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise TypeError(f"holds {type(found).__name__}")
     return found
+
+
+def read_outcome(folder: Path, label: str) -> dict[str, Any]:
+    """Return the last state of a fit that has ended in another process.
+
+    Raises:
+        DeftxError: it is not there, or damaged.
+    """
+    try:
+        return read(folder / RESUME)
+    except _UNREADABLE as error:
+        raise DeftxError(f"{label}: the result cannot be read back from {folder}: {error}; run again") from error
 
 
 def read_best(path: Path, label: str) -> dict[str, Any]:

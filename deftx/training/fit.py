@@ -27,10 +27,12 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment
+from pytorch_lightning.strategies import DDPStrategy
 
 from deftx.errors import DeftxError
 from deftx.training.callback import SparseFineTuning
-from deftx.training.checkpoint import Checkpoints, read_best
+from deftx.training.checkpoint import Checkpoints, read_best, read_outcome
+from deftx.training.devices import launch
 from deftx.training.modules import Encoder
 from deftx.training.profile import StepProfile, medians
 from deftx.training.record import Progress, Record
@@ -136,7 +138,7 @@ def fit_phase(
     except OSError as error:
         raise DeftxError(f"cannot write checkpoints to {scratch}: {error.strerror or error}") from error
     job = _Job(module, data_module, callback, settings, trainer, scratch, seed, steps, epoch, label or "training")
-    outcome = _run(job, loggers)
+    outcome = _run(job, loggers) if trainer.devices == 1 else _run_on_devices(job, loggers)
     checkpoint = scratch / outcome["best"]["file"]
     module.load_trained(read_best(checkpoint, job.label)["state_dict"])
     module.zero_grad(set_to_none=True)
@@ -189,6 +191,24 @@ class _Job:
         }
 
 
+def _run_on_devices(job: _Job, loggers: Sequence[Any]) -> dict[str, Any]:
+    """As :func:`_run`, in a process for each device; the loggers hear the curve when it has ended.
+
+    This process's module stays at θ⁰, from which the callback learns what the fit started from.
+    """
+    devices, accelerator = job.trainer.devices, _accelerator(job.trainer)
+    if job.data_module.valid_examples < devices:
+        raise DeftxError(
+            f"{job.label}: {job.data_module.valid_examples} validation examples for {devices} devices; each needs one"
+        )
+    launch(_run, job, devices, on_gpu=accelerator == "cuda", label=job.label)
+    outcome = read_outcome(job.scratch, job.label)
+    if job.callback is not None:
+        job.callback.snapshot(job.module)
+    Record.replay(loggers, outcome["record"]["history"])
+    return outcome
+
+
 def _run(job: _Job, loggers: Sequence[Any] = ()) -> dict[str, Any]:
     """Run a fit, or what is left of it, and return its last state (see :class:`Checkpoints`)."""
     module, settings, trainer = job.module, job.settings, job.trainer
@@ -209,7 +229,7 @@ def _run(job: _Job, loggers: Sequence[Any] = ()) -> dict[str, Any]:
     callbacks: list[pl.Callback] = [record]
     if job.callback is not None:
         callbacks.insert(0, job.callback)
-    if trainer.progress and sys.stderr.isatty():
+    if trainer.progress and sys.stderr.isatty() and not int(os.environ.get("LOCAL_RANK", 0)):
         callbacks.append(Progress(job.label, job.steps, module.monitor))
     if parts is not None:
         callbacks.append(parts)
@@ -218,6 +238,7 @@ def _run(job: _Job, loggers: Sequence[Any] = ()) -> dict[str, Any]:
         fitter = pl.Trainer(
             accelerator=accelerator,
             devices=trainer.devices,
+            strategy=_strategy(trainer),
             precision=trainer.precision,  # type: ignore[arg-type]
             max_steps=job.steps,
             max_epochs=1,
@@ -287,13 +308,21 @@ def _peak_memory(accelerator: str) -> int:
 
 
 def _accelerator(trainer: TrainerSettings) -> str:
-    if trainer.accelerator == "gpu":
-        if not torch.cuda.is_available():
-            raise DeftxError("accelerator is gpu, but torch sees no CUDA device; use accelerator=cpu or auto")
-        return "cuda"
-    if trainer.accelerator == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return trainer.accelerator
+    if trainer.accelerator == "cpu" or (trainer.accelerator == "auto" and not torch.cuda.is_available()):
+        return "cpu"
+    if not torch.cuda.is_available():
+        raise DeftxError("accelerator is gpu, but torch sees no CUDA device; use accelerator=cpu or auto")
+    if trainer.devices > torch.cuda.device_count():
+        raise DeftxError(f"devices is {trainer.devices}, but torch sees {torch.cuda.device_count()} CUDA device(s)")
+    return "cuda"
+
+
+def _strategy(trainer: TrainerSettings) -> Any:
+    """How several devices share a fit; one needs none."""
+    if trainer.devices == 1:
+        return "auto"
+    # Buffers are constants or each device's own counts, and validation runs unequal numbers of batches.
+    return DDPStrategy(broadcast_buffers=False)
 
 
 @contextlib.contextmanager

@@ -189,7 +189,10 @@ class Encoder(pl.LightningModule):
     def take_loss(self, steps: int) -> float:
         """Return the mean training loss of the last ``steps`` optimizer steps and start a new sum (waits)."""
         batches = max(1, steps * self.settings.accumulate)
-        mean = float(self.loss_sum) / batches
+        total = self.loss_sum
+        if self._trainer is not None and self.trainer.world_size > 1:
+            total = self.trainer.strategy.reduce(total.clone(), reduce_op="mean")
+        mean = float(total) / batches
         self.loss_sum.zero_()
         return mean
 

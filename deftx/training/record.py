@@ -26,7 +26,7 @@ class Record(pl.Callback):
         label: how messages name the fit.
         steps: optimizer steps of the phase.
         history: one dict for each record of the training loss and each validation, all with ``step``.
-        tokens: tokens trained on, of complete steps, without padding.
+        tokens: tokens trained on, of complete steps, without padding; this device's until :meth:`gather`.
         cells: the same with padding.
         validation_seconds: time spent on validation.
         kept: gives the best weights' file, for messages.
@@ -43,6 +43,7 @@ class Record(pl.Callback):
         self.cells = 0
         self.validation_seconds = 0.0
         self.kept: Callable[[], Path | None] = lambda: None
+        self._devices = 1
         self._step_tokens = 0
         self._step_cells = 0
         self._validation_started = 0.0
@@ -52,8 +53,8 @@ class Record(pl.Callback):
         """Return what :meth:`restore` needs, as of the last complete step; plain values."""
         return {
             "history": list(self.history),
-            "tokens": self.tokens,
-            "cells": self.cells,
+            "tokens": self.tokens * self._devices,
+            "cells": self.cells * self._devices,
             "validation_seconds": self.validation_seconds,
             "logged_step": self._logged_step,
         }
@@ -61,14 +62,22 @@ class Record(pl.Callback):
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from a state; the loggers, which are new, get the history so far."""
         self.history = list(state["history"])
-        self.tokens, self.cells = state["tokens"], state["cells"]
+        self.tokens, self.cells = (state[name] // self._devices for name in ("tokens", "cells"))
         self.validation_seconds, self._logged_step = state["validation_seconds"], state["logged_step"]
-        self.replay(self.loggers)
+        self.replay(self.loggers, self.history)
 
-    def replay(self, loggers: Sequence[Any]) -> None:
-        """Tell the history so far to loggers that have not heard it."""
+    def gather(self, trainer: pl.Trainer) -> None:
+        """Count what all devices trained on; called on each of them."""
+        if trainer.world_size > 1:
+            counts = torch.tensor([self.tokens, self.cells], device=trainer.strategy.root_device)
+            self.tokens, self.cells = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
+            self._devices = 1
+
+    @staticmethod
+    def replay(loggers: Sequence[Any], history: Sequence[Mapping[str, float]]) -> None:
+        """Tell a history to loggers that have not heard it."""
         for logger in loggers:
-            for entry in self.history:
+            for entry in history:
                 metrics = {name: value for name, value in entry.items() if name != "step"}
                 logger.log_metrics(metrics, int(entry["step"]))
             logger.save()
@@ -76,6 +85,9 @@ class Record(pl.Callback):
     def between_steps(self, trainer: pl.Trainer) -> bool:
         """Whether the batch that just ended completed an optimizer step."""
         return (trainer.fit_loop.total_batch_idx + 1) % self.settings.accumulate == 0
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._devices = trainer.world_size
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         torch.manual_seed(seed_of(self.seed, "dropout", trainer.fit_loop.total_batch_idx, trainer.global_rank))
