@@ -48,6 +48,7 @@ def launch(function: Callable[[Any], object], job: Any, devices: int, *, on_gpu:
         context = start_processes(  # type: ignore[no-untyped-call]
             _rank, args=(content, devices, on_gpu, folder), nprocs=devices, join=False, start_method="spawn"
         )
+        logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # it tells whom it ends
         try:
             while not context.join():
                 pass

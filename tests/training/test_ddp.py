@@ -93,12 +93,14 @@ def run(folder, settings, trainer, tmp_path):
 def test_two_processes_train_what_one_does(run, objective, phase, accumulate):
     """The last step of an epoch holds fewer rows than the others, and fewer than there are parts."""
     alone, together = run(objective, phase, 1, accumulate), run(objective, phase, 2, accumulate)
+    far = count = 0
     for one, two in zip(alone[:2], together[:2], strict=True):
         assert one.keys() == two.keys()
         for name, tensor in one.items():
-            # Adam moves a coordinate whose gradient is rounding noise by that noise's sign.
-            far = (tensor - two[name]).abs() > 1e-5
-            assert far.float().mean() < 0.01, name
+            if not name.endswith("key.bias"):  # its gradient is zero but for rounding, by whose sign Adam moves it
+                far += int(((tensor - two[name]).abs() > 1e-5).sum())
+                count += tensor.numel()
+    assert far < 0.001 * count
     assert any(tensor.abs().max() > 1e-3 for tensor in alone[0].values())
     ours, theirs = alone[2], together[2]
     assert (theirs.steps, theirs.best_step, theirs.padding) == (ours.steps, ours.best_step, pytest.approx(ours.padding))
@@ -110,7 +112,7 @@ def test_two_processes_train_what_one_does(run, objective, phase, accumulate):
 
 def test_a_mistake_in_a_process_is_told_by_its_message(run):
     """One message, no traceback of another process, and none of the processes stays."""
-    with pytest.raises(DeftxError, match=r"two devices: .*not finite.* at step 1 of 5") as found:
+    with pytest.raises(DeftxError, match=r"two devices: .*not finite.* at step 2 of 5") as found:
         run("language", "full", 2, 1, learning_rate=1e38, log_every=1)
     assert "Traceback" not in str(found.value)
     assert not multiprocessing.active_children()

@@ -77,7 +77,7 @@ def run(folders, settings, trainer, tmp_path):
     task = TextDataModule.for_task(make_rows(60, 1), make_rows(20, 2), tokenizer, max_length=32)
 
     def fit(scratch, objective="language", phase="full", loggers=(), seed=1, options=None, **changes):
-        chosen = replace(settings, **{"max_steps": 5, "eval_every": 3, "log_every": 1, "epochs": 5, **changes})
+        chosen = replace(settings, **{"max_steps": 5, "eval_every": 3, "log_every": 2, "epochs": 5, **changes})
         module = (
             MaskedLM(load_masked_lm(folder, seed=0)[0], chosen)
             if objective == "language"
