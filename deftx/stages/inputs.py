@@ -178,7 +178,7 @@ def _pretrained_here(study: StudySettings, data: DataSettings, cache: StageCache
     inputs |= {f"protected.{code}": hash_texts(texts) for code, texts in protected.items()}
     stage = Stage(
         kind="pretrain",
-        version=1,
+        version=2,  # 1 chose by a mean over batches, not over tokens
         settings={
             "pretrain": asdict(settings),
             "corpus": asdict(cleaning),
