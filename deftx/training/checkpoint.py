@@ -2,8 +2,8 @@
 
 A state holds what the rest of a fit depends on: trained tensors, optimizer, schedule, step, best score, record. Batches
 and dropout are functions of (seed, batch number), so no random state belongs to it. It is taken between optimizer
-steps, never between a step and the validation due after it. The last state holds no tensors: best file and record are
-all that is left of a finished phase.
+steps; one taken before the validation due after its step says so. The last state holds no tensors: best file and
+record are all that is left of a finished phase.
 
 A state names its best file, and another best file is removed only after the state that needs it no longer is on disk:
 whenever the process dies, what is found fits together. Files appear whole (temporary file, fsync, rename), and a state
@@ -97,6 +97,7 @@ class Checkpoints(pl.Callback):
         self._trained: dict[str, torch.nn.Parameter] = {}
         self._loss_sum = torch.tensor(0.0)
         self._step = 0
+        self._validated = 0  # the step of the last validation
         self._started = self._written = time.perf_counter()
         self._seconds = 0.0  # of earlier attempts
         self._peak = 0
@@ -119,6 +120,14 @@ class Checkpoints(pl.Callback):
         if trainer.is_global_zero:
             self._tidy()
 
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Before the first batch of what is left: the validation that the last attempt was not given time for."""
+        if self._validation_due():
+            loop = trainer.fit_loop.epoch_loop.val_loop
+            trainer.validating = True
+            loop.run()
+            trainer.training = True
+
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -127,13 +136,14 @@ class Checkpoints(pl.Callback):
             return
         assert isinstance(pl_module, Encoder)
         self._boundary(trainer, pl_module)
-        if self._step < self.record.steps and self._step % self.every and self._due():
+        if self._step < self.record.steps and not self._validation_due() and self._due():
             self._keep(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep the weights if they are the best, then a state if it is time; after the last step always."""
         assert isinstance(pl_module, Encoder)
         self._boundary(trainer, pl_module)
+        self._validated = self._step
         score = float(trainer.callback_metrics[pl_module.monitor])
         if self.best_score is None or (score < self.best_score if pl_module.mode == "min" else score > self.best_score):
             self.best_score, self.best_step = score, self._step
@@ -148,8 +158,8 @@ class Checkpoints(pl.Callback):
             self._keep(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Keep a state when the process is asked to end (SIGTERM), which Lightning does after a batch."""
-        if isinstance(exception, SIGTERMException) and self._step and self.outcome is None:
+        """Keep a state when the process is asked to end (SIGTERM), which Lightning does after a batch of any kind."""
+        if isinstance(exception, SIGTERMException) and 0 < self._step < self.record.steps:
             self._keep(trainer)
             log.warning(
                 "%s: asked to end (SIGTERM); stops at step %d of %d, run it again to go on from there",
@@ -164,6 +174,9 @@ class Checkpoints(pl.Callback):
         self._step = trainer.global_step
         self._loss_sum = module.loss_sum.detach().clone()
 
+    def _validation_due(self) -> bool:
+        return self._step > 0 and self._step % self.every == 0 and self._validated != self._step
+
     def _due(self) -> bool:
         return time.perf_counter() - self._written >= (60 * self.minutes + _SHARE * self._cost if self.minutes else 0)
 
@@ -177,6 +190,7 @@ class Checkpoints(pl.Callback):
             "format": _FORMAT,
             "facts": self.facts,
             "step": self._step,
+            "validated": self._validated,
             "best": best,
             "record": self.record.state(),
             "profile": self.profile.seconds if self.profile is not None else None,
@@ -258,6 +272,7 @@ class Checkpoints(pl.Callback):
 
     def _restore(self, state: Mapping[str, Any], trainer: pl.Trainer, module: Encoder) -> None:
         self._step = step = int(state["step"])
+        self._validated = state["validated"]
         if state["best"] is not None:
             self.best_file = self.folder / state["best"]["file"]
             self.best_step, self.best_score = state["best"]["step"], state["best"]["score"]

@@ -103,7 +103,8 @@ def test_two_processes_train_what_one_does(run, objective, phase, accumulate):
     assert far < 0.001 * count
     assert any(tensor.abs().max() > 1e-3 for tensor in alone[0].values())
     ours, theirs = alone[2], together[2]
-    assert (theirs.steps, theirs.best_step, theirs.padding) == (ours.steps, ours.best_step, pytest.approx(ours.padding))
+    assert (theirs.steps, theirs.best_step) == (ours.steps, ours.best_step)
+    assert theirs.padding == pytest.approx(ours.padding, abs=0.01)  # parts are padded each for itself
     assert theirs.best_score == pytest.approx(ours.best_score, rel=1e-4)
     assert [entry.keys() for entry in theirs.history] == [entry.keys() for entry in ours.history]
     for one, two in zip(ours.history, theirs.history, strict=True):

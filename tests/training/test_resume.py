@@ -343,7 +343,10 @@ def test_loggers_hear_the_whole_curve(run, clock):
 
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_asked_to_end(run, clock, monkeypatch, caplog, accumulate):
-    """SIGTERM in the middle of a step: the state of the last whole step is kept, however long ago the last one was."""
+    """SIGTERM within a step: the state of the last whole step is kept, however long ago the last one was.
+
+    After the third step a validation is due, for which there is no time any more.
+    """
     options = {"accumulate": accumulate, "options": {"checkpoint_minutes": 10.0}}
     expected = run("whole", **options)
     clock.reset()
