@@ -138,7 +138,7 @@ def until_killed(clock, moment, run, *arguments, **options):
     clock.reset()
 
 
-def test_killed_at_every_moment(run, clock, tmp_path):
+def test_killed_at_every_moment(run, clock, tmp_path, caplog):
     """Validation that gets worse, so that the best weights are not the newest."""
     options = {"learning_rate": 2.0, "eval_every": 2, "max_steps": 6}
     expected = run("whole", **options)
@@ -151,6 +151,8 @@ def test_killed_at_every_moment(run, clock, tmp_path):
         same(run(f"{moment}", **options), expected)
         best = expected[2].checkpoint.name
         assert sorted(path.name for path in (tmp_path / f"{moment}").iterdir()) == [best, "resume.ckpt"], what
+    assert caplog.text.count("resumes at step") > len(moments) // 2
+    assert "starts from the beginning" not in caplog.text
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
