@@ -127,8 +127,21 @@ class TextDataModule(pl.LightningDataModule):
         }
         return self
 
+    def fingerprint(self) -> str:
+        """Digest of what the fit sees: sizes, the first and last training batch and the first validation batch."""
+        if not self._plan:
+            raise RuntimeError("call schedule() before fingerprint()")
+        stream, valid = _Stream(self._source, self._plan, 0, 1), _Validation(self._source, self._seed, 8, 0, 1)
+        digest = hashlib.sha256(f"{self.examples}/{self.valid_examples}".encode())
+        for batch in (stream[0], stream[len(stream) - 1], valid[0]):
+            for name in sorted(batch):
+                value = batch[name]
+                digest.update(name.encode())
+                digest.update(value.numpy().tobytes() if isinstance(value, torch.Tensor) else str(value).encode())
+        return digest.hexdigest()
+
     def train_dataloader(self) -> DataLoader[Any]:
-        """Return the stream from the trainer's current step on; its length is the whole fit's."""
+        """Return the stream from the trainer's current step on."""
         if not self._plan:
             raise RuntimeError("call schedule() before training")
         plan, trainer = self._plan, self.trainer
@@ -159,7 +172,7 @@ class TextDataModule(pl.LightningDataModule):
 
 
 class _From(Sampler[int]):
-    """Batch numbers from ``start`` on; its length is the whole stream's, as Lightning counts batches of an epoch."""
+    """Batch numbers from ``start`` on: what is left of the stream is Lightning's epoch."""
 
     def __init__(self, start: int, total: int) -> None:
         self.start, self.total = start, total
@@ -168,7 +181,7 @@ class _From(Sampler[int]):
         return iter(range(self.start, self.total))
 
     def __len__(self) -> int:
-        return self.total
+        return self.total - self.start
 
 
 class _Stream(Dataset[Batch]):
@@ -222,6 +235,7 @@ class _Validation(Dataset[Batch]):
         self.source, self.seed = source, seed
         groups = source.groups("valid")
         self.order = np.argsort(groups, kind="stable")
+        size = max(1, min(size, len(groups) // world))  # a batch for each device, or some would not take part
         self.cuts = _cuts(groups, size)[rank::world]
 
     def __len__(self) -> int:

@@ -190,7 +190,7 @@ def _pretrained_here(study: StudySettings, data: DataSettings, cache: StageCache
     inputs |= {f"protected.{code}": hash_texts(texts) for code, texts in protected.items()}
     stage = Stage(
         kind="pretrain",
-        version=1,
+        version=2,  # 1 chose by a mean over batches, not over tokens
         settings={
             "pretrain": asdict(settings),
             "corpus": asdict(cleaning),
@@ -226,7 +226,16 @@ def _pretrained_here(study: StudySettings, data: DataSettings, cache: StageCache
             seed=seed,
             mlm_probability=settings.mlm_probability,
         )
-        pretrain(blocks, tokenizer, settings, study.trainer, work.out / "model", seed=seed, label="base · pretraining")
+        pretrain(
+            blocks,
+            tokenizer,
+            settings,
+            study.trainer,
+            work.out / "model",
+            seed=seed,
+            scratch=work.scratch / "checkpoints",
+            label="base · pretraining",
+        )
 
     entry = cache.get_or_compute(stage, compute)
     folder = entry.path / "model"

@@ -99,7 +99,7 @@ class Trainer:
         k = sft.size(maskable)
         full = Stage(
             kind="full",
-            version=1,
+            version=2 if recipe.kind == "language" else 1,  # 1 chose by a mean over batches, not over tokens
             settings=self._phase_settings(recipe, ignored=("l1_sparse", "log_every")),
             inputs=recipe.inputs,
             seed=self.study.seed,

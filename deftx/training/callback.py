@@ -196,7 +196,14 @@ class SparseFineTuning(pl.Callback):
             return
         if not isinstance(pl_module, Encoder):
             raise TypeError(f"SparseFineTuning needs a MaskedLM or SequenceClassifier, not {type(pl_module).__name__}")
-        module = pl_module
+        self._begin(pl_module)
+
+    def snapshot(self, module: Encoder) -> None:
+        """Note what a fit that ran in other processes started from: the module holds it."""
+        self._begin(module)
+        self._release()
+
+    def _begin(self, module: Encoder) -> None:
         if self.phase == "full":
             self._start, self._start_selection = _start_of(module), None
             module.selection = None

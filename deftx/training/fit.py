@@ -2,7 +2,8 @@
 
 The data module's training loader is one long stream, so that a fit is a single Lightning epoch of exactly the steps it
 should have; batch number i is a pure function of (seed, i). Dropout is seeded for each batch the same way, so that
-validation cannot move it. An interrupted phase starts again from its beginning.
+validation cannot move it. An interrupted phase goes on from its last state (:mod:`~deftx.training.checkpoint`) and ends
+with the bits of one that was not.
 
 Best checkpoint on validation per phase is the papers' rule (method.md, "Settings of the reference").
 """
@@ -10,30 +11,31 @@ Best checkpoint on validation per phase is the papers' rule (method.md, "Setting
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
-import math
 import os
 import random
 import shutil
 import signal
 import sys
-import time
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import ModelCheckpoint
+from lightning_fabric.plugins.environments.lightning import LightningEnvironment
+from pytorch_lightning.strategies import DDPStrategy
 
 from deftx.errors import DeftxError
 from deftx.training.callback import SparseFineTuning
+from deftx.training.checkpoint import Checkpoints, read_best, read_outcome
+from deftx.training.devices import launch
 from deftx.training.modules import Encoder
-from deftx.training.profile import StepProfile
+from deftx.training.profile import StepProfile, medians
+from deftx.training.record import Progress, Record
 from deftx.training.settings import TrainerSettings, TrainingSettings, refuse
 
 
@@ -45,7 +47,7 @@ class PhaseResult:
         best_score: best value of the monitored validation metric.
         best_step: optimizer step it was reached at.
         steps: optimizer steps run.
-        seconds: wall time of the fit.
+        seconds: wall time of the fit; of a resumed one, over all attempts, up to the state each left.
         peak_memory: bytes, the largest so far: allocated on the GPU where there is one, else resident in the process.
         profile: median seconds a batch spends on ``data``, ``forward``, ``head``, ``backward`` and ``optimizer``, where
             ``trainer.profile`` asked for it.
@@ -107,7 +109,8 @@ def fit_phase(
         callback: makes the fit a phase of a sparse fine-tuning; None trains everything the module trains.
         settings: how to train.
         trainer: what to run on.
-        scratch: folder of this phase's checkpoint; nothing is written elsewhere.
+        scratch: folder of this phase's checkpoints; nothing is written elsewhere. What an interrupted attempt at the
+            same fit left there is gone on from; of any other fit, it is replaced.
         seed: decides the order of the data, the masking and dropout.
         loggers: Lightning loggers of this phase.
         label: how progress bar and errors name the phase.
@@ -117,7 +120,7 @@ def fit_phase(
     """
     refuse(settings)
     refuse(trainer)
-    accelerator = _accelerator(trainer)
+    _accelerator(trainer)  # refused before anything is prepared
     epoch = data_module.epoch_steps(settings.batch_size)
     steps = phase_steps(settings, epoch)
     data_module.schedule(
@@ -134,50 +137,128 @@ def fit_phase(
         scratch.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DeftxError(f"cannot write checkpoints to {scratch}: {error.strerror or error}") from error
-    checkpoint = ModelCheckpoint(
-        dirpath=scratch,
-        filename="best",
-        monitor=module.monitor,
-        mode=module.mode,
-        save_top_k=1,
-        save_weights_only=True,
-        save_on_train_epoch_end=False,
-        enable_version_counter=False,
-        auto_insert_metric_name=False,
+    job = _Job(module, data_module, callback, settings, trainer, scratch, seed, steps, epoch, label or "training")
+    outcome = _run(job, loggers) if trainer.devices == 1 else _run_on_devices(job, loggers)
+    checkpoint = scratch / outcome["best"]["file"]
+    module.load_trained(read_best(checkpoint, job.label)["state_dict"])
+    module.zero_grad(set_to_none=True)
+    record = outcome["record"]
+    training_seconds = max(1e-9, outcome["seconds"] - record["validation_seconds"])
+    return PhaseResult(
+        best_score=outcome["best"]["score"],
+        best_step=outcome["best"]["step"],
+        steps=outcome["step"],
+        seconds=outcome["seconds"],
+        tokens_per_second=record["tokens"] / training_seconds,
+        history=record["history"],
+        checkpoint=checkpoint,
+        padding=1.0 - record["tokens"] / max(1, record["cells"]),
+        train_examples=data_module.examples,
+        peak_memory=outcome["peak_memory"],
+        profile=medians(outcome["profile"]) if trainer.profile and outcome["profile"] else {},
     )
-    record = _Record(settings, label or "training", seed, steps, checkpoint, loggers)
-    callbacks: list[pl.Callback] = [record, checkpoint]
-    if callback is not None:
-        callbacks.insert(0, callback)
-    if trainer.progress and sys.stderr.isatty():
-        callbacks.append(_Progress(label or "training", steps, module.monitor))
+
+
+@dataclass
+class _Job:
+    """A fit, ready to run."""
+
+    module: Encoder
+    data_module: Any
+    callback: SparseFineTuning | None
+    settings: TrainingSettings
+    trainer: TrainerSettings
+    scratch: Path
+    seed: int
+    steps: int
+    epoch: int
+    label: str
+
+    def facts(self) -> dict[str, Any]:
+        """What a state on disk must agree on to be this fit's."""
+        settings = asdict(self.settings)
+        del settings["log_every"]
+        return {
+            "phase": self.callback.phase if self.callback is not None else "everything",
+            "l1": self.callback.l1 if self.callback is not None else 0.0,
+            "steps": self.steps,
+            "steps of an epoch": self.epoch,
+            "seed": self.seed,
+            "settings": settings,
+            "precision": self.trainer.precision,
+            "monitor": self.module.monitor,
+            "data": self.data_module.fingerprint(),
+        }
+
+
+def _run_on_devices(job: _Job, loggers: Sequence[Any]) -> dict[str, Any]:
+    """As :func:`_run`, in a process for each device; the loggers hear the curve when it has ended.
+
+    This process's module stays at θ⁰, from which the callback learns what the fit started from.
+    """
+    devices, accelerator = job.trainer.devices, _accelerator(job.trainer)
+    if job.data_module.valid_examples < devices:
+        raise DeftxError(
+            f"{job.label}: {job.data_module.valid_examples} validation examples for {devices} devices; each needs one"
+        )
+    launch(_run, job, devices, on_gpu=accelerator == "cuda", label=job.label)
+    outcome = read_outcome(job.scratch, job.label)
+    if job.callback is not None:
+        job.callback.snapshot(job.module)
+    Record.replay(loggers, outcome["record"]["history"])
+    return outcome
+
+
+def _run(job: _Job, loggers: Sequence[Any] = ()) -> dict[str, Any]:
+    """Run a fit, or what is left of it, and return its last state (see :class:`Checkpoints`)."""
+    module, settings, trainer = job.module, job.settings, job.trainer
+    accelerator = _accelerator(trainer)
+    every = settings.eval_every or job.epoch
+    record = Record(settings, job.label, job.seed, job.steps, loggers)
     parts = StepProfile() if trainer.profile else None
+    checkpoints = Checkpoints(
+        job.scratch,
+        record,
+        minutes=trainer.checkpoint_minutes,
+        every=every,
+        facts=job.facts(),
+        profile=parts,
+        peak_memory=lambda: _peak_memory(accelerator),
+    )
+    record.kept = lambda: checkpoints.best_file
+    callbacks: list[pl.Callback] = [record]
+    if job.callback is not None:
+        callbacks.insert(0, job.callback)
+    if trainer.progress and sys.stderr.isatty() and not int(os.environ.get("LOCAL_RANK", 0)):
+        callbacks.append(Progress(job.label, job.steps, module.monitor))
     if parts is not None:
         callbacks.append(parts)
-    interval = (settings.eval_every or epoch) * settings.accumulate
+    callbacks.append(checkpoints)  # last: a state holds what the others noted
     with _surroundings(trainer), computing(module, trainer):
         fitter = pl.Trainer(
             accelerator=accelerator,
             devices=trainer.devices,
+            strategy=_strategy(trainer),
             precision=trainer.precision,  # type: ignore[arg-type]
-            max_steps=steps,
+            max_steps=job.steps,
             max_epochs=1,
             accumulate_grad_batches=settings.accumulate,
-            val_check_interval=interval,
+            val_check_interval=every * settings.accumulate,
             check_val_every_n_epoch=None,
             num_sanity_val_steps=0,
             callbacks=callbacks,
             logger=False,
+            enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
             use_distributed_sampler=False,
             deterministic="warn" if trainer.deterministic else None,
-            default_root_dir=scratch,
+            default_root_dir=job.scratch,
+            plugins=[LightningEnvironment()],  # within a SLURM job too: it is the job's business who runs where
         )
-        started = time.perf_counter()
         handler = signal.getsignal(signal.SIGINT)
         try:
-            fitter.fit(module, datamodule=data_module)
+            fitter.fit(module, datamodule=job.data_module)
         except SystemExit as stop:
             # Lightning's answer to Ctrl-C: it ignores further ones and exits with 1, as if the run had failed.
             with contextlib.suppress(ValueError):  # only the main thread may
@@ -185,139 +266,11 @@ def fit_phase(
             raise KeyboardInterrupt from stop
         except OSError as error:
             raise DeftxError(
-                f"{label or 'training'}: cannot write the checkpoint in {scratch}: {error.strerror or error}; "
+                f"{job.label}: cannot write the checkpoint in {job.scratch}: {error.strerror or error}; "
                 "free space or choose another cache folder, then run again"
             ) from error
-        seconds = time.perf_counter() - started
-    best = torch.load(checkpoint.best_model_path, map_location="cpu", weights_only=True)
-    module.load_trained(best["state_dict"])
-    module.zero_grad(set_to_none=True)
-    training_seconds = max(1e-9, seconds - record.validation_seconds)
-    return PhaseResult(
-        best_score=float(checkpoint.best_model_score),  # type: ignore[arg-type]
-        best_step=int(best["global_step"]),
-        steps=int(fitter.global_step),
-        seconds=seconds,
-        tokens_per_second=record.tokens / training_seconds,
-        history=record.history,
-        checkpoint=Path(checkpoint.best_model_path),
-        padding=1.0 - record.tokens / max(1, record.cells),
-        train_examples=data_module.examples,
-        peak_memory=_peak_memory(accelerator),
-        profile=parts.medians() if parts is not None else {},
-    )
-
-
-class _Record(pl.Callback):
-    """Seeds each batch, keeps the history, looks for NaN now and then, and asks for the last step's validation."""
-
-    def __init__(
-        self,
-        settings: TrainingSettings,
-        label: str,
-        seed: int,
-        steps: int,
-        checkpoint: ModelCheckpoint,
-        loggers: Sequence[Any],
-    ) -> None:
-        super().__init__()
-        self.settings, self.label, self.seed, self.steps = settings, label, seed, steps
-        self.checkpoint, self.loggers = checkpoint, list(loggers)
-        self.history: list[dict[str, float]] = []
-        self.tokens = 0
-        self.cells = 0
-        self.validation_seconds = 0.0
-        self._validation_started = 0.0
-        self._logged_step = 0
-
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        torch.manual_seed(_seed(self.seed, "dropout", batch_idx, trainer.global_rank))
-        self.tokens += batch["tokens"]
-        self.cells += batch["input_ids"].numel()
-
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if (batch_idx + 1) % self.settings.accumulate:
-            return
-        step = trainer.global_step
-        if step % self.settings.log_every == 0 or step >= self.steps:
-            self._check(pl_module)
-            loss = pl_module.take_loss(step - self._logged_step)
-            rate = trainer.optimizers[0].param_groups[0]["lr"]
-            self._add(step, {"train/loss": loss, "train/lr": float(rate)})
-            self._logged_step = step
-        if step >= self.steps:
-            trainer.should_stop = True  # makes Lightning validate after the last step, whatever the interval
-
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        self._check(pl_module)
-        self._validation_started = time.perf_counter()
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
-        self._add(trainer.global_step, metrics)
-        self.validation_seconds += time.perf_counter() - self._validation_started
-        if not all(math.isfinite(value) for value in metrics.values()):
-            self._fail(trainer.global_step, "the validation loss is not finite")
-
-    def _add(self, step: int, metrics: dict[str, float]) -> None:
-        self.history.append({"step": step, **metrics})
-        for logger in self.loggers:
-            logger.log_metrics(metrics, step)
-            logger.save()  # now: a phase that is killed leaves its curve
-
-    def _check(self, module: Encoder) -> None:
-        step = int(module.first_bad)
-        if step >= 0:
-            self._fail(step, "the loss or its gradient is not finite (NaN or infinity)")
-
-    def _fail(self, step: int, what: str) -> None:
-        kept = self.checkpoint.best_model_path
-        last = (
-            f"the last good checkpoint is kept: {kept}"
-            if kept
-            else "there is no good checkpoint yet (no validation came before)"
-        )
-        raise DeftxError(
-            f"{self.label}: {what} at step {step} of {self.steps}; {last}\n"
-            "next: lower learning_rate, or look at the data of that step"
-        )
-
-
-class _Progress(pl.Callback):
-    """A rich progress bar with the phase's label; reads nothing from the device but the validation score."""
-
-    def __init__(self, label: str, steps: int, monitor: str) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        super().__init__()
-        self.steps, self.monitor = steps, monitor
-        self.bar = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(elapsed_when_finished=True),
-            TextColumn("{task.fields[score]}"),
-            console=Console(stderr=True),
-        )
-        self.task = self.bar.add_task(label, total=steps, score="")
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        self.bar.start()
-
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.bar.update(self.task, completed=trainer.global_step)
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        score = trainer.callback_metrics.get(self.monitor)
-        if score is not None:
-            self.bar.update(self.task, score=f"{self.monitor} {float(score):.4f}")
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        self.bar.stop()
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
-        self.bar.stop()
+    assert checkpoints.outcome is not None
+    return checkpoints.outcome
 
 
 @contextlib.contextmanager
@@ -355,18 +308,21 @@ def _peak_memory(accelerator: str) -> int:
 
 
 def _accelerator(trainer: TrainerSettings) -> str:
-    if trainer.accelerator == "gpu":
-        if not torch.cuda.is_available():
-            raise DeftxError("accelerator is gpu, but torch sees no CUDA device; use accelerator=cpu or auto")
-        return "cuda"
-    if trainer.accelerator == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return trainer.accelerator
+    if trainer.accelerator == "cpu" or (trainer.accelerator == "auto" and not torch.cuda.is_available()):
+        return "cpu"
+    if not torch.cuda.is_available():
+        raise DeftxError("accelerator is gpu, but torch sees no CUDA device; use accelerator=cpu or auto")
+    if trainer.devices > torch.cuda.device_count():
+        raise DeftxError(f"devices is {trainer.devices}, but torch sees {torch.cuda.device_count()} CUDA device(s)")
+    return "cuda"
 
 
-def _seed(*parts: Any) -> int:
-    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:7], "big")
+def _strategy(trainer: TrainerSettings) -> Any:
+    """How several devices share a fit; one needs none."""
+    if trainer.devices == 1:
+        return "auto"
+    # Buffers are constants or each device's own counts, and validation runs unequal numbers of batches.
+    return DDPStrategy(broadcast_buffers=False)
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
-from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from deftx.core.delta import SparseDelta
@@ -189,7 +189,10 @@ class Encoder(pl.LightningModule):
     def take_loss(self, steps: int) -> float:
         """Return the mean training loss of the last ``steps`` optimizer steps and start a new sum (waits)."""
         batches = max(1, steps * self.settings.accumulate)
-        mean = float(self.loss_sum) / batches
+        total = self.loss_sum
+        if self._trainer is not None and self.trainer.world_size > 1:
+            total = self.trainer.strategy.reduce(total.clone(), reduce_op="mean")
+        mean = float(total) / batches
         self.loss_sum.zero_()
         return mean
 
@@ -208,6 +211,31 @@ class Encoder(pl.LightningModule):
                 parameters[name].copy_(tensor)
 
 
+class WeightedMean(Metric):
+    """Mean over all examples (or tokens) of all batches and devices, in float64; NaN stays NaN.
+
+    torchmetrics' own drops the weights (1.9, ``nan_strategy="disable"``), or waits for the device to look for NaN.
+    """
+
+    full_state_update = False
+    total: Tensor
+    weight: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("total", "weight"):
+            self.add_state(name, torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, mean: Tensor, weight: int) -> None:
+        """Add a batch: its mean, and over how many."""
+        self.total += mean.detach().double() * weight
+        self.weight += weight
+
+    def compute(self) -> Tensor:
+        """Return the mean so far, float32."""
+        return (self.total / self.weight).float()
+
+
 class MaskedLM(Encoder):
     """Masked language model: mean cross entropy over the masked tokens, logits at those positions only.
 
@@ -222,7 +250,7 @@ class MaskedLM(Encoder):
         if family not in FAMILIES:
             raise DeftxError(f"masked language modelling supports {', '.join(FAMILIES)}, not {family!r}")
         self._head = FAMILIES[family]
-        self.val_loss = MeanMetric(nan_strategy="disable")
+        self.val_loss = WeightedMean()
 
     def forward(self, batch: Mapping[str, Any]) -> Tensor:
         """Return logits at the masked positions, [N, vocabulary]."""
@@ -312,7 +340,7 @@ class SequenceClassifier(Encoder):
             raise DeftxError(f"unknown task metric {metric!r}{hint}; available: {', '.join(TASK_METRICS)}")
         self.monitor = f"val/{metric}"
         classes = model.config.num_labels
-        self.val_loss = MeanMetric(nan_strategy="disable")
+        self.val_loss = WeightedMean()
         self.val_metrics = MetricCollection(
             {
                 "val/macro_f1": MulticlassF1Score(classes, average="macro", validate_args=False),

@@ -106,6 +106,7 @@ def pretrain(
     folder: Path,
     *,
     seed: int,
+    scratch: Path | None = None,
     loggers: Sequence[Any] = (),
     label: str = "pretrain",
 ) -> PhaseResult:
@@ -119,11 +120,12 @@ def pretrain(
         trainer: what to run on.
         folder: where the model goes; it appears when it is complete, never half-written.
         seed: decides initial weights, order of the data, masking and dropout.
+        scratch: folder of the fit's checkpoints, from which an interrupted one resumes; None keeps none.
         loggers: Lightning loggers.
         label: how progress bar and errors name the fit.
 
     Returns:
-        The fit's result; its checkpoint file is gone, the folder holds the best weights.
+        The fit's result; the folder, as its checkpoint, holds the best weights.
 
     Raises:
         DeftxError: settings out of range, or the folder exists with something in it.
@@ -135,19 +137,19 @@ def pretrain(
     model = build_encoder(settings, len(tokenizer), pad_token_id=tokenizer.pad_token_id, seed=seed)
     module = MaskedLM(model, training_settings(settings), everything=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
         result = fit_phase(
             module,
             data_module,
             None,
             module.settings,
             trainer,
-            Path(scratch) / "fit",
+            scratch or Path(temporary) / "fit",
             seed=seed,
             loggers=loggers,
             label=label,
         )
-        made = Path(scratch) / "model"
+        made = Path(temporary) / "model"
         with quiet_transformers():
             model.save_pretrained(str(made))
             tokenizer.save_pretrained(str(made))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
@@ -26,14 +27,6 @@ class StepProfile(pl.Callback):
         self._last = 0.0
         self._encoded = 0.0
         self._hook: Any = None
-
-    def medians(self) -> dict[str, float]:
-        """Median seconds a batch spends on each part; the first batch is left out where there are others."""
-        found = {}
-        for part, values in self.seconds.items():
-            if values:
-                found[part] = round(statistics.median(values[1:] or values), 6)
-        return found
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Watch the encoder's forward."""
@@ -90,3 +83,8 @@ class StepProfile(pl.Callback):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return time.perf_counter()
+
+
+def medians(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Median seconds a batch spends on each part; the first batch is left out where there are others."""
+    return {part: round(statistics.median(values[1:] or values), 6) for part, values in seconds.items() if values}

@@ -183,7 +183,7 @@ def test_a_full_disk_is_said(language, trainer, tmp_path, monkeypatch):
     def full(*arguments, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pytorch_lightning.Trainer.save_checkpoint", full)
+    monkeypatch.setattr("deftx.training.checkpoint.torch.save", full)
     with pytest.raises(DeftxError, match=r"cannot write the checkpoint in .*No space left on device"):
         fit_phase(module, data, None, settings, trainer, tmp_path, seed=1)
     (tmp_path / "file").write_text("")
@@ -226,7 +226,7 @@ def test_nothing_is_left_behind(language, trainer, tmp_path, monkeypatch, capfd)
     assert not torch.are_deterministic_algorithms_enabled()
     assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
     assert [path.name for path in tmp_path.iterdir()] == ["scratch"]
-    assert [path.name for path in (tmp_path / "scratch").iterdir()] == ["best.ckpt"]
+    assert sorted(path.name for path in (tmp_path / "scratch").iterdir()) == ["best-6.ckpt", "resume.ckpt"]
     printed = capfd.readouterr()
     assert printed.out == ""
     assert printed.err == ""

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_models import LABELS, make_lines, make_rows
 
-from deftx.data.module import TextDataModule
+from deftx.data.module import TextDataModule, _Validation
 from deftx.errors import DeftxError
 from deftx.training.callback import SparseFineTuning
 from deftx.training.encoder import load_classifier, load_masked_lm, load_tokenizer
@@ -207,3 +207,26 @@ def test_refusals(folders, settings):
         SequenceClassifier(model, settings, metric="macro_F1")
     bad = TrainingSettings(learning_rate=0.0, batch_size=0, max_steps=2, min_steps=5)
     assert len(bad.problems()) == 3
+
+
+def test_the_validation_loss_is_the_mean_over_tokens_whatever_the_batches(folder, settings):
+    """A mean over batches would let a small last one count as much as the others."""
+    data = TextDataModule.for_language(
+        make_lines(30, 1), make_lines(6, 2), load_tokenizer(folder), block_length=16, seed=0
+    )
+    module = MaskedLM(load_masked_lm(folder, seed=0)[0], settings).eval()
+    found, losses = [], []
+    with torch.no_grad():
+        for size in (1, 4, 100):
+            module.val_loss.reset()
+            for batch in map(
+                _Validation(data._source, 0, size, 0, 1).__getitem__, range(-(-data.valid_examples // size))
+            ):
+                module.validation_step(batch, 0)
+                if size == 1:
+                    losses += torch.nn.functional.cross_entropy(
+                        module(batch), batch["targets"], reduction="none"
+                    ).tolist()
+            found.append(float(module.val_loss.compute()))
+    assert data.valid_examples % 4 != 0
+    assert found == pytest.approx([sum(losses) / len(losses)] * 3, rel=1e-6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from deftx.training.encoder import (
     load_tokenizer,
 )
 from deftx.training.model_folder import check_model_folder
+from deftx.training.modules import MaskedLM
 from deftx.training.pretrain import build_encoder, pretrain, train_tokenizer
 from deftx.training.settings import PretrainSettings
 
@@ -42,10 +44,10 @@ def tokenizer():
     return train_tokenizer(make_lines(200, 0), SETTINGS.vocab_size, max_length=SETTINGS.positions)
 
 
-def run(tokenizer, trainer, folder, seed=1):
+def run(tokenizer, trainer, folder, seed=1, **options):
     train, valid = make_lines(200, 0)[:150], make_lines(200, 0)[150:]
     data = TextDataModule.for_language(train, valid, tokenizer, block_length=SETTINGS.max_length, seed=seed)
-    return pretrain(data, tokenizer, SETTINGS, trainer, folder, seed=seed)
+    return pretrain(data, tokenizer, SETTINGS, trainer, folder, seed=seed, **options)
 
 
 def test_it_learns_and_loads_as_a_base_of_both_kinds(tokenizer, trainer, tmp_path):
@@ -79,6 +81,28 @@ def test_same_seed_same_bytes_and_nothing_is_overwritten(tokenizer, trainer, tmp
     assert weights[0] != weights[2]
     with pytest.raises(DeftxError, match="not empty"):
         run(tokenizer, trainer, tmp_path / "a")
+
+
+def test_a_pretraining_that_is_killed_goes_on(tokenizer, trainer, tmp_path, monkeypatch, caplog):
+    """Its scratch folder outlives the attempt; the tied output embedding is restored once."""
+    expected = run(tokenizer, trainer, tmp_path / "whole", 1)
+    often, original = replace(trainer, checkpoint_minutes=0), MaskedLM.training_step
+
+    def step(self, batch, batch_idx):
+        if self.trainer.global_step == SETTINGS.steps - 2:
+            raise KeyboardInterrupt
+        return original(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MaskedLM, "training_step", step)
+        with pytest.raises(KeyboardInterrupt):
+            run(tokenizer, often, tmp_path / "killed", 1, scratch=tmp_path / "scratch")
+    with caplog.at_level("WARNING", logger="deftx"):
+        found = run(tokenizer, often, tmp_path / "killed", 1, scratch=tmp_path / "scratch")
+    assert f"resumes at step {SETTINGS.steps - 2} of {SETTINGS.steps}" in caplog.text
+    assert found.history == expected.history
+    whole, killed = (tmp_path / name / "model.safetensors" for name in ("whole", "killed"))
+    assert killed.read_bytes() == whole.read_bytes()
 
 
 def test_the_vocabulary_is_a_function_of_the_text():

@@ -1,0 +1,59 @@
+"""Run the command line and die by SIGKILL at a chosen moment: ``python killed.py WHAT WHERE N run ...``.
+
+WHAT is ``step`` or ``validation`` (a batch of it), or ``write`` (half of a checkpoint is written); WHERE is part of the
+scratch folder's path; N counts. ``none`` lets it live.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import deftx.training.checkpoint as checkpoint
+from deftx.cli import main
+from deftx.training.modules import Encoder, MaskedLM, SequenceClassifier
+
+WHAT, WHERE, LAST = sys.argv[1], sys.argv[2], int(sys.argv[3])
+seen = 0
+
+
+def moment(what: str, where: Any) -> bool:
+    global seen
+    seen += what == WHAT and WHERE in str(where)
+    return what == WHAT and seen == LAST
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def watch(kind: type[Encoder], name: str, what: str) -> None:
+    original = getattr(kind, name)
+
+    def watched(self: Encoder, batch: Any, batch_idx: int) -> Any:
+        if moment(what, self.trainer.default_root_dir):
+            die()
+        return original(self, batch, batch_idx)
+
+    setattr(kind, name, watched)
+
+
+def write(path: Path, payload: Any, write: Any = checkpoint.write) -> None:
+    if moment("write", path):
+        write(path.with_name("whole"), payload)
+        content = path.with_name("whole").read_bytes()
+        path.with_name(f".{path.name}.{os.getpid()}.tmp").write_bytes(content[: len(content) // 2])
+        die()
+    write(path, payload)
+
+
+checkpoint.write = write
+for kind in (MaskedLM, SequenceClassifier):
+    watch(kind, "training_step", "step")
+    watch(kind, "validation_step", "validation")
+
+if __name__ == "__main__":
+    main(sys.argv[4:])
