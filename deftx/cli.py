@@ -28,6 +28,7 @@ COMMANDS = {
     "sft": "train one language or task SFT",
     "eval": "compose given SFTs and evaluate them on target languages",
     "pretrain": "train a small multilingual encoder from raw text, for work without a hub",
+    "report": "tables, plots and one page from the results of many runs: deftx report DIR...",
 }
 
 OPEN_MAPPINGS = ("language_sft.", "data.revisions.")
@@ -93,6 +94,10 @@ def _dispatch(arguments: list[str]) -> int:
     name, rest = arguments[0], arguments[1:]
     if name not in COMMANDS:
         raise DeftxError(f"unknown command {name!r}{did_you_mean(name, COMMANDS)}; available: {', '.join(COMMANDS)}")
+    if name == "report":
+        from deftx.report.command import main as report
+
+        return report(rest)
     return _command(name, rest)
 
 

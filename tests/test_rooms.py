@@ -20,7 +20,8 @@ ROOMS = {
     # The two that know Hydra; the rooms' light settings are what config registers.
     "config": {"stages", "training", "data", "core", "tracking"},
     "help": {"config"},
-    "cli": {"stages", "config", "help", "tracking"},  # tracking: a sweep's table
+    "report": {"tracking"},
+    "cli": {"stages", "config", "help", "tracking", "report"},  # tracking: a sweep's table
 }
 
 
@@ -80,6 +81,7 @@ def test_core_needs_torch_and_safetensors_only() -> None:
         "deftx.cli",
         "deftx.cache",
         "deftx.tracking",
+        "deftx.report.command",
         "deftx.core.folder",
         "deftx.stages.settings",
         "deftx.data.settings",
@@ -87,6 +89,7 @@ def test_core_needs_torch_and_safetensors_only() -> None:
     ],
 )
 def test_light_modules_import_nothing_heavy(module: str) -> None:
-    code = f"import sys, {module}; print(sorted({{'torch', 'transformers', 'pandas', 'wandb'}} & set(sys.modules)))"
+    heavy = {"torch", "transformers", "pandas", "wandb", "matplotlib"}
+    code = f"import sys, {module}; print(sorted({heavy} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
