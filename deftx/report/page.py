@@ -248,7 +248,8 @@ nav ul{margin:.3rem 0 0;padding-left:1.2rem}
 caption{text-align:left;font-weight:600;padding-bottom:.3rem}
 thead th{border-top:2px solid #1a1a1a;border-bottom:1px solid #1a1a1a;vertical-align:bottom}
 tbody tr:last-child>*{border-bottom:2px solid #1a1a1a}tr.ruled>*{border-top:1px solid #1a1a1a}
-th,td{padding:.22rem .7rem;text-align:right;white-space:nowrap}th:first-child{text-align:left;font-weight:400}
+th,td{padding:.2rem .55rem;text-align:right;white-space:nowrap}
+th:first-child{text-align:left;font-weight:400;white-space:normal;min-width:9rem}
 thead th{font-weight:600!important}
 .facts td,.facts th{text-align:left;white-space:normal;overflow-wrap:anywhere;vertical-align:top}
 .facts td:first-child{white-space:nowrap;font-family:ui-monospace,"DejaVu Sans Mono",monospace;font-size:.85em}
@@ -257,5 +258,5 @@ figcaption{color:#444;font-size:.9rem;max-width:60rem;margin-top:.3rem}
 pre{background:#f5f5f5;padding:.7rem .9rem;white-space:pre-wrap;overflow-wrap:anywhere;font-size:.85rem}
 summary{cursor:pointer;font-weight:600}
 @media print{main{max-width:none;padding:0}nav{display:none}body{font-size:10pt}a{color:inherit;text-decoration:none}
-.wide{overflow:visible}section{break-before:auto}}
+.wide{overflow:visible}table{font-size:7.5pt}th,td{padding:.1rem .3rem}}
 """

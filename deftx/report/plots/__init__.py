@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deftx.report.plots.style import Drawn, save
+from deftx.report.plots.style import Drawn, house_style, save
 
 if TYPE_CHECKING:
     from deftx.report.summary import Summary
@@ -55,10 +55,11 @@ def make_plots(summary: Summary, folder: Path) -> Plots:
         ("morphology", "Best density against morphology", facts.morphology),
     ]
     drawn, left_out = [], {}
-    for name, title, draw in recipes:
-        result = draw(summary)
-        if isinstance(result, str):
-            left_out[title] = result
-        else:
-            drawn.append((title, result.caption, save(result, folder / f"{summary.section.slug}-{name}")))
+    with house_style():
+        for name, title, draw in recipes:
+            result = draw(summary)
+            if isinstance(result, str):
+                left_out[title] = result
+            else:
+                drawn.append((title, result.caption, save(result, folder / f"{summary.section.slug}-{name}")))
     return Plots(drawn, left_out)

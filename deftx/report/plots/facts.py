@@ -12,7 +12,7 @@ import numpy.typing as npt
 from deftx.report.knobs import canonical, number
 from deftx.report.plots.layers import facts_of
 from deftx.report.plots.scores import knob_of
-from deftx.report.plots.style import COLOURS, MARKERS, Drawn, legend, look, panels
+from deftx.report.plots.style import COLOURS, MARKERS, Drawn, legend, look, look_of, panels, titled
 from deftx.report.sections import MEAN, Column
 from deftx.report.summary import Summary
 
@@ -79,9 +79,10 @@ def overlap(summary: Summary) -> Drawn | str:
             )
         rho, n = _within(points, which)
         axis.set_xlabel(label)
-        axis.set_title(f"Spearman's ρ = {rho:+.2f} within languages, n = {n}" if n else "too few points for ρ")
+        titled(axis, f"Spearman's ρ within languages: {rho:+.2f} (n\u00a0=\u00a0{n})" if n else "too few points for ρ")
+        axis.xaxis.set_major_locator(_few_ticks())
     axes[0].set_ylabel(f"{section.metric_name} × 100")
-    legend(made, axes[0], 6)
+    legend(made, axes[0], 4)
     return Drawn(
         made,
         "How language and task masks meet against the score of their composition; a point is a target, a "
@@ -119,9 +120,9 @@ def cost(summary: Summary) -> Drawn | str:
             if values and (column, row) in summary.scores and not summary.scores[column, row].missing:
                 points[key].append((column, float(np.mean(values))))
     labels = {
-        "time": "training of its SFTs (minutes)",
+        "time": "training time of its SFTs (minutes)",
         "memory": "peak memory of training (GiB)",
-        "size": "file size, one language and one task SFT (MiB)",
+        "size": "size of two SFTs' files (MiB)",
     }
     there = [key for key, found in points.items() if found]
     if not there:
@@ -140,37 +141,33 @@ def cost(summary: Summary) -> Drawn | str:
                     yerr=bars if any(bars) else None,
                     capsize=2,
                     label=mine[0][0].title,
-                    **{**look(kinds.index(condition)), "linestyle": "none"},
+                    **{**look_of(condition), "linestyle": "none"},
                 )
         if len(points[key]) <= 12:
             _annotate(axis, [(x, 100 * summary.scores[column, row].mean, column.setting) for column, x in points[key]])
         axis.set_xlabel(labels[key])
-        axis.margins(x=0.18, y=0.12)
+        axis.margins(x=0.25, y=0.12)
     axes[0].set_ylabel(f"{section.metric_name} × 100, {'mean over languages' if row == MEAN else row}")
     legend(made, axes[0])
     absent = [labels[key] for key in labels if key not in there]
     lacking = f" Not in these results: {', '.join(absent)}." if absent else ""
     return Drawn(
         made,
-        "What each setting costs against what it scores: seconds are those of the training itself, full "
-        f"and sparse phase, wherever it happened (a cached stage keeps its own).{lacking}",
+        "What each setting costs against what it scores: the time is that of the training itself, full and sparse "
+        "phase, wherever it happened (a cached stage keeps its own); the size is of one language and one task SFT."
+        + lacking,
     )
 
 
 def _annotate(axis: Any, points: list[tuple[float, float, str]]) -> None:
-    """Settings beside their points, above and below in turn so that neighbours do not meet."""
-    for order, (x, y, text) in enumerate(sorted(points)):
-        up = order % 2 == 0
-        axis.annotate(
-            text,
-            (x, y),
-            xytext=(0, 7 if up else -7),
-            textcoords="offset points",
-            fontsize=7,
-            ha="center",
-            va="bottom" if up else "top",
-            color="#444444",
-        )
+    """Settings beside their points; one that would cover another stays away (the tables hold them all)."""
+    wide = max(x for x, _, _ in points) - min(x for x, _, _ in points) or 1.0
+    high = max(y for _, y, _ in points) - min(y for _, y, _ in points) or 1.0
+    placed: list[tuple[float, float]] = []
+    for x, y, text in points:
+        if text and not any(abs(x - a) < 0.3 * wide and abs(y - b) < 0.06 * high for a, b in placed):
+            axis.annotate(text, (x, y), xytext=(6, 0), textcoords="offset points", fontsize=7, va="center")
+            placed.append((x, y))
 
 
 def _cost(sfts: list[Any], condition: str, targets: list[str]) -> dict[str, float]:
@@ -235,7 +232,8 @@ def morphology(summary: Summary) -> Drawn | str:
         return (
             "fewer than three languages have measures of their text in the results (fertility, type-token ratio, ...)"
         )
-    made, axes = panels(len(measures), height=3.1, sharey=True)
+    tried = sorted(value for column in columns if (value := number(column.knobs[key])))
+    made, axes = panels(len(measures), height=3.3, sharey=True)
     for axis, name in zip(axes, measures, strict=True):
         codes = [code for code in best if name in facts.get(code, {})]
         x = np.array([facts[code][name] for code in codes])
@@ -251,13 +249,17 @@ def morphology(summary: Summary) -> Drawn | str:
             ecolor="#9a9a9a",
         )
         for order, code in enumerate(codes):
-            axis.annotate(code, (x[order], y[order]), xytext=(5, 4), textcoords="offset points", fontsize=8)
+            # Slanted: many languages share one best value, and their names would meet.
+            axis.annotate(
+                code, (x[order], y[order]), xytext=(1, 5), textcoords="offset points", fontsize=7.5, rotation=55
+            )
         rho, p = spearman(x, y, seed=summary.options.seed)
         told = f"ρ = {rho:+.2f}, p = {p:.2f}, n = {len(codes)}" if not math.isnan(rho) else "ρ is undefined: no spread"
         axis.set_title(told)
         axis.set_xlabel(MEASURES[name])
         axis.set_yscale("log", base=2)
-        axis.yaxis.set_major_formatter(_plain())
+        axis.set_yticks(tried, [f"{value:g}" for value in tried])
+        axis.set_ylim(tried[0] / 1.3, tried[-1] * 1.7)
         axis.margins(x=0.12)
     axes[0].set_ylabel(f"best {key}")
     bars_told = "; bars: where resamples of items and seeds find the best one" if summary.resampled else ""
@@ -326,7 +328,7 @@ def _correlation(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) -> floa
     return float((first * second).sum()) / scale if scale else math.nan
 
 
-def _plain() -> Any:
-    from matplotlib.ticker import FuncFormatter
+def _few_ticks() -> Any:
+    from matplotlib.ticker import MaxNLocator
 
-    return FuncFormatter(lambda value, _: f"{value:g}")
+    return MaxNLocator(5)

@@ -9,7 +9,7 @@ import numpy as np
 from deftx.errors import DeftxError
 from deftx.report.collect import Run, read_diagnostics
 from deftx.report.knobs import ordered_values, score_settings, shown_value
-from deftx.report.plots.style import DASHES, MARKERS, Drawn, heat_map, legend, look, panels, shades
+from deftx.report.plots.style import DASHES, MARKERS, Drawn, heat_map, legend, look, panels, shades, titled
 from deftx.report.sections import MEAN, Column
 from deftx.report.summary import Summary
 
@@ -218,24 +218,21 @@ def mask_density(summary: Summary) -> Drawn | str:
             part = frame[(frame["role"] == role) & (frame["method"] == condition) & frame["run"].isin(runs)]
             if len(part):
                 sums = part.groupby(["module", "layer"])[["selected", "size"]].sum()
-                drawn.append((f"{ROLES[role]}, {column.label}", (sums["selected"] / sums["size"]).unstack()))
+                drawn.append((role, f"{ROLES[role]}, {column.label}", (sums["selected"] / sums["size"]).unstack()))
     if not drawn:
         return "the diagnostics hold no masks of the methods' SFTs"
-    modules = list(dict.fromkeys(module for _, table in drawn for module in table.index))
-    made, axes = panels(len(drawn), height=0.9 + 0.21 * len(modules), most=2)
-    for axis, (title, table) in zip(axes, drawn, strict=True):
+    modules = sorted({str(module) for _, _, table in drawn for module in table.index}, key=_in_order)
+    made, axes = panels(len(drawn), height=1.1 + 0.22 * len(modules), most=2)
+    for axis, (role, title, table) in zip(axes, drawn, strict=True):
         own = table.reindex([module for module in modules if module in table.index])
         layers = [int(layer) for layer in own.columns]
-        heat_map(
-            axis,
-            100 * own.to_numpy(),
-            [_module(name) for name in own.index],
-            _layer_names(layers),
-            form="",
-            label="selected (%)",
-        )
+        names = [_module(name) for name in own.index]
+        same = [100 * other.to_numpy() for its, _, other in drawn if its == role]
+        limits = (min(float(np.nanmin(item)) for item in same), max(float(np.nanmax(item)) for item in same))
+        heat_map(axis, 100 * own.to_numpy(), names, _layer_names(layers), label="selected (%)", limits=limits)
         axis.tick_params(axis="y", labelsize=8)
-        axis.set_title(title, fontsize=9)
+        axis.tick_params(axis="x", labelsize=7)
+        titled(axis, title)
         axis.set_xlabel("layer")
     which = " (of several settings the one that scores highest)" if _several(summary) else ""
     return Drawn(
@@ -243,6 +240,15 @@ def mask_density(summary: Summary) -> Drawn | str:
         f"Share of each module's coordinates that the mask selects, by layer{which}: sums over SFTs and "
         "seeds; white: the layer has no such module.",
     )
+
+
+_ORDER = ("embeddings", "attention.self", "attention.output", "intermediate", "output")
+
+
+def _in_order(module: str) -> tuple[int, str]:
+    """Modules in the order a text passes them."""
+    place = next((order for order, start in enumerate(_ORDER) if module.startswith(start)), len(_ORDER))
+    return place, module
 
 
 def _module(name: str) -> str:

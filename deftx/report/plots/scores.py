@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from deftx.report.knobs import canonical, knob_text, number, ordered_values, shown_value
-from deftx.report.plots.style import REFERENCE, WIDTH, Drawn, figure, heat_map, legend, look, panels
+from deftx.report.plots.style import REFERENCE, WIDTH, Drawn, figure, heat_map, legend, look, look_of, panels, titled
 from deftx.report.sections import MEAN, Column
 from deftx.report.summary import Score, Summary
+from deftx.tracking import CONDITIONS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,7 +30,7 @@ def overview(summary: Summary) -> Drawn | str:
     if len(columns) > MOST_ROWS:
         return f"{len(columns)} methods are too many rows for one plot; the tables hold them"
     compared = any((column, row) in summary.differences for column in columns)
-    made, axes = figure(WIDTH, 1.5 + 0.3 * len(columns), 1, 2 if compared else 1, sharey=True)
+    made, axes = figure(WIDTH, 1.3 + 0.26 * len(columns), 1, 2 if compared else 1, sharey=True)
     scores, places = axes[0][0], list(range(len(columns)))
     for place, column in zip(places, columns, strict=True):
         if row == MEAN:
@@ -40,9 +41,9 @@ def overview(summary: Summary) -> Drawn | str:
             ]
             scores.plot(each, [place] * len(each), "|", color="#8a8a8a", markersize=9, zorder=1)
         score = summary.scores[column, row]
-        style = look(_family(section.columns, column)) | {"linestyle": "none"}
+        style = look_of(column.condition) | {"linestyle": "none"}
         scores.errorbar(100 * score.mean, place, xerr=_spread(score), capsize=3, zorder=3, **style)
-    scores.set_yticks(places, [_short(column, summary, row) for column in columns])
+    scores.set_yticks(places, [_short(column, summary, row) for column in columns], fontsize=8.5)
     scores.set_ylim(len(columns) - 0.5, -0.5)
     scores.set_xlabel(f"{section.metric_name} × 100")
     what = "mean over languages" if row == MEAN else row
@@ -59,24 +60,25 @@ def overview(summary: Summary) -> Drawn | str:
             bars = None
             if found.low is not None and found.high is not None:
                 bars = [[100 * max(0.0, found.value - found.low)], [100 * max(0.0, found.high - found.value)]]
-            style = look(_family(section.columns, column)) | {"linestyle": "none"}
+            style = look_of(column.condition) | {"linestyle": "none"}
             against.errorbar(100 * found.value, place, xerr=bars, capsize=3, **style)
         against.set_xlabel(f"difference in {section.metric_name} × 100")
-        against.set_title(f"difference to {summary.baseline}")
-        caption += f", and its difference to {summary.baseline} with {100 * summary.options.confidence:g} % intervals"
+        baseline = CONDITIONS.get(str(summary.baseline), str(summary.baseline))
+        against.set_title(f"difference to {baseline}")
+        caption += f", and its difference to {baseline} with {100 * summary.options.confidence:g} % intervals"
     return Drawn(made, f"{caption}.")
 
 
 def against_rank(summary: Summary) -> Drawn | str:
     """A panel for each language: ranks on a logarithmic axis, policies beside them, LT-SFT as a line."""
-    return _against(summary, "rank", "rank of the denoising", ("deftx", "composed"), line=True)
+    return _against(summary, "rank", "rank", ("deftx", "composed"), line=True)
 
 
 def against_density(summary: Summary) -> Drawn | str:
     """A panel for each language: the mask's density on a logarithmic axis."""
-    found = _against(summary, "density", "density of the mask (share of coordinates)", _METHODS, line=False)
+    found = _against(summary, "density", "density of the mask", _METHODS, line=False)
     if isinstance(found, str):
-        sizes = _against(summary, "k", "size of the mask K (coordinates)", _METHODS, line=False)
+        sizes = _against(summary, "k", "K (coordinates)", _METHODS, line=False)
         return found if isinstance(sizes, str) else sizes
     return found
 
@@ -121,10 +123,12 @@ def _against(summary: Summary, name: str, label: str, conditions: Sequence[str],
     rows = [row for row in [MEAN, *section.languages] if row in summary.rows]
     made, axes = panels(len(rows))
     for axis, row in zip(axes, rows, strict=True):
-        for order, (title, its) in enumerate(series.items()):
+        for order, (title, its) in enumerate(sorted(series.items(), key=lambda item: item[1][0].condition == "ltsft")):
             values = [c.knobs[knobs[c]] for c in its]
+            # A little apart, so that error bars of several lines do not cover each other.
+            aside = (order - (len(series) - 1) / 2) * 0.03 * _width(places)
             points = [
-                (places[canonical({"": value})], number(value) is not None, column)
+                (places[canonical({"": value})] + aside, number(value) is not None, column)
                 for value, column in zip(values, its, strict=True)
             ]
             _line(axis, summary, row, points, title, order)
@@ -132,12 +136,16 @@ def _against(summary: Summary, name: str, label: str, conditions: Sequence[str],
                 _reference(axis, summary, row, its, f"LT-SFT{title.removeprefix(its[0].title)}", order, len(series))
         axis.set_title("mean over languages" if row == MEAN else row)
         _ticks(axis, places, [column.knobs[knobs[column]] for column in columns])
-    for axis in axes[:: min(4, len(axes))]:
+    across = min(4, len(axes))
+    for axis in axes[::across]:
         axis.set_ylabel(f"{section.metric_name} × 100")
-    made.supxlabel(label, fontsize=9.5)
+    for axis in axes[-across:]:
+        axis.set_xlabel(label)
     legend(made, axes[0], 3)
     bars = "bars: standard deviation over seeds" if len(summary.seeds) > 1 else "one seed"
-    extra = "; dashed line: LT-SFT, with the same spread as a band" if line and _any_reference(summary, columns) else ""
+    extra = ""
+    if line and any(section.baseline_of(column, "ltsft") is not None for column in columns):
+        extra = "; dashed: LT-SFT" + (", with its spread as a band" if len(series) == 1 else " of the same setting")
     return Drawn(made, f"{section.metric_name} against {label}, for each language ({bars}{extra}; the y axes differ).")
 
 
@@ -154,6 +162,10 @@ def _places(values: Sequence[Any]) -> dict[str, float]:
     for order, value in enumerate(words):
         places[canonical({"": value})] = start + step * (order + 1.2)
     return places
+
+
+def _width(places: Mapping[str, float]) -> float:
+    return max(places.values()) - min(places.values()) or 1.0
 
 
 def _ticks(axis: Axes, places: dict[str, float], values: Sequence[Any]) -> None:
@@ -180,7 +192,7 @@ def _line(
         for place, joined, column in sorted(points, key=lambda item: item[0])
         if (column, row) in summary.scores and not summary.scores[column, row].missing
     ]
-    style = look(order)
+    style = look_of("ltsft") if title == CONDITIONS["ltsft"] else look(order)
     # A line joins numbers; policies are points of their own.
     for numeric in (True, False):
         part = [item for item in found if item[1] == numeric]
@@ -210,10 +222,6 @@ def _reference(
     axis.axhline(mean, color=colour, linestyle=(0, (4, 2)), linewidth=1.3, label=title, zorder=1)
     if spread and several == 1:
         axis.axhspan(mean - spread, mean + spread, color=colour, alpha=0.1, linewidth=0, zorder=0)
-
-
-def _any_reference(summary: Summary, columns: Sequence[Column]) -> bool:
-    return any(summary.section.baseline_of(column, "ltsft") is not None for column in columns)
 
 
 def rank_by_sparsity(summary: Summary) -> Drawn | str:
@@ -258,7 +266,7 @@ def rank_by_sparsity(summary: Summary) -> Drawn | str:
         heat_map(axis, values, names, texts, form=".1f", label=f"{section.metric_name} × 100")
         axis.set_xlabel(size)
         axis.set_ylabel(rank)
-        axis.set_title(title or ("mean over languages" if row == MEAN else row))
+        titled(axis, title or ("mean over languages" if row == MEAN else row))
     more = "; a dash: a run or a language is missing" if incomplete else ""
     return Drawn(
         made,
@@ -268,13 +276,6 @@ def rank_by_sparsity(summary: Summary) -> Drawn | str:
 
 def _spread(score: Score) -> float | None:
     return 100 * score.std if score.std is not None else None
-
-
-def _family(columns: Sequence[Column], column: Column) -> int:
-    """The number of a column's condition, so that one condition has one look."""
-    return sorted(
-        {item.condition for item in columns}, key=lambda name: (name != "deftx", name != "ltsft", name)
-    ).index(column.condition)
 
 
 def _short(column: Column, summary: Summary, row: str) -> str:

@@ -5,6 +5,8 @@ that a print in grey still says which is which. No pyplot: nothing global is cha
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,6 +47,23 @@ class Drawn:
     caption: str
 
 
+def look_of(condition: str) -> dict[str, Any]:
+    """The look of a condition, the same in every plot: DeFT-X blue discs, LT-SFT black squares."""
+    if condition == "ltsft":
+        return {"color": REFERENCE, "marker": "s", "linestyle": (0, (4, 2)), "markerfacecolor": "white"}
+    known = ("deftx", "", "no_language_sft", "source_sft", "other_language_sft", "composed", "source_language_only")
+    return look(known.index(condition) if condition in known else len(known))
+
+
+@contextmanager
+def house_style() -> Iterator[None]:
+    """Drawing inside the block is in this style; matplotlib's settings are as before afterwards."""
+    import matplotlib
+
+    with matplotlib.rc_context(_RC):
+        yield
+
+
 def figure(width: float, height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, Any]:
     """A figure in this style and its axes, a 2-D array; legends stand outside of the axes.
 
@@ -55,15 +74,12 @@ def figure(width: float, height: float, rows: int = 1, columns: int = 1, **optio
         columns: Of axes.
         **options: Of ``Figure.subplots``.
     """
-    import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(_RC):
-        made = Figure(figsize=(width, height), layout="constrained")
-        FigureCanvasAgg(made)
-        axes = made.subplots(rows, columns, squeeze=False, **options)
-    return made, axes
+    made = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(made)
+    return made, made.subplots(rows, columns, squeeze=False, **options)
 
 
 def panels(count: int, *, height: float = 2.5, most: int = 4, **options: Any) -> tuple[Figure, list[Axes]]:
@@ -97,6 +113,13 @@ def look(number: int) -> dict[str, Any]:
     }
 
 
+def titled(axes: Axes, text: str) -> None:
+    """A title that stays within its axes: long ones in two lines."""
+    import textwrap
+
+    axes.set_title("\n".join(textwrap.wrap(text, 44)), fontsize=9.5)
+
+
 def shades(count: int) -> list[Any]:
     """Colours from dark to light for things that have an order (layers, ranks)."""
     import matplotlib
@@ -105,7 +128,16 @@ def shades(count: int) -> list[Any]:
     return [colours(0.9 * number / max(1, count - 1)) for number in range(count)]
 
 
-def heat_map(axes: Axes, values: Any, rows: list[str], columns: list[str], *, form: str, label: str) -> Any:
+def heat_map(
+    axes: Axes,
+    values: Any,
+    rows: list[str],
+    columns: list[str],
+    *,
+    label: str,
+    form: str = "",
+    limits: tuple[float, float] | None = None,
+) -> None:
     """An annotated heat map; cells without a value stay white with a dash.
 
     Args:
@@ -113,17 +145,18 @@ def heat_map(axes: Axes, values: Any, rows: list[str], columns: list[str], *, fo
         values: [rows, columns]; NaN where there is none.
         rows: Their labels.
         columns: Their labels.
-        form: Of the numbers in the cells, such as ``.1f``; empty: none.
         label: Of the colour bar.
+        form: Of the numbers in the cells, such as ``.1f``; empty: none.
+        limits: Of the colours; None: of the values.
     """
     import numpy as np
 
-    image = axes.imshow(np.ma.masked_invalid(values), cmap=MAPS, aspect="auto")
+    low, high = limits if limits is not None else (np.nanmin(values), np.nanmax(values))
+    image = axes.imshow(np.ma.masked_invalid(values), cmap=MAPS, aspect="auto", vmin=low, vmax=high)
     axes.set_xticks(range(len(columns)), columns)
     axes.set_yticks(range(len(rows)), rows)
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
-    low, high = image.get_clim()
     for row in range(len(rows)):
         for column in range(len(columns)):
             value = values[row][column]
@@ -136,16 +169,12 @@ def heat_map(axes: Axes, values: Any, rows: list[str], columns: list[str], *, fo
     bar = axes.figure.colorbar(image, ax=axes, pad=0.02)
     bar.set_label(label)
     bar.outline.set_visible(False)
-    return image
 
 
 def save(drawn: Drawn, stem: Path) -> str:
     """Write ``stem.svg`` and ``stem.png``; gives the SVG's text. The same data gives the same bytes."""
-    import matplotlib
-
     text = io.StringIO()
-    with matplotlib.rc_context(_RC):
-        drawn.figure.savefig(text, format="svg", metadata={"Date": None})
-        drawn.figure.savefig(stem.with_name(stem.name + ".png"), dpi=160, metadata={"Software": None})
+    drawn.figure.savefig(text, format="svg", metadata={"Date": None})
+    drawn.figure.savefig(stem.with_name(stem.name + ".png"), dpi=160, metadata={"Software": None})
     stem.with_name(stem.name + ".svg").write_text(text.getvalue(), encoding="utf-8")
     return text.getvalue()
