@@ -3,8 +3,9 @@
 A resample draws items (examples) with replacement and, apart from that, seeds with replacement. The same draws serve
 every method, so differences are paired; and every language whose test set holds the same items, because NusaX,
 AmericasNLI and XNLI are translations of one set: a mean over languages of jointly drawn items has the right spread,
-independent draws would make it too narrow. Intervals are percentiles (Efron & Tibshirani, 1993, ch. 13 and 8 for the
-two-way layout).
+independent draws would make it too narrow. Intervals are percentiles (Efron & Tibshirani 1993, chapter 13). Drawing
+both rows and columns of a table is the pigeonhole bootstrap (Owen 2007, Annals of Applied Statistics 1): it never
+understates the variance of many seeds, and counts what goes with neither item nor seed up to three times.
 
 An item drawn w times counts w times, so a resample is a row of counts W [B, n], and the confusion counts of all B
 resamples are W @ one-hot(label, prediction) [n, C²].

@@ -141,7 +141,8 @@ def _method(found: Collection, parts: Sequence[Part]) -> str:
     out.append(
         "<p>A resample draws items with replacement, the same ones for every method and for every language that shares "
         "them, and seeds with replacement; the metric is computed anew from the confusion counts of each resample. "
-        "The base model is one and given: the intervals say nothing about another one.</p>"
+        "Drawing both is on the safe side: noise of single predictions is counted up to three times (Owen 2007, the "
+        "pigeonhole bootstrap). The base model is one and given: the intervals say nothing about another one.</p>"
     )
     notes = run_notes(found)
     if notes:
