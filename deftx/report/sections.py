@@ -258,7 +258,7 @@ def _items(run: Run, section: Section) -> dict[tuple[str, str], Items]:
     values = {(m.language, m.condition): m.value for m in run.record.metrics if m.metric == section.metric}
     labels = _coded(section, frame["label"])
     predictions = _coded(section, frame["prediction"])
-    frame = frame.assign(label=labels, prediction=predictions)
+    frame = frame.assign(label=labels, prediction=predictions).sort_values(["variant", "id"], kind="stable")
     wrong, doubled = [], []
     for (language, condition), rows in frame.groupby(["language", "condition"], sort=False):
         where = (str(language), str(condition))
@@ -285,30 +285,31 @@ def _items(run: Run, section: Section) -> dict[tuple[str, str], Items]:
 
 def _coded(section: Section, column: pd.Series[Any]) -> npt.NDArray[np.int64]:
     """Classes as numbers; new names go to the end of the section's list."""
+    import pandas as pd
+
     if column.dtype.kind in "iu":
         most = int(column.max()) + 1 if len(column) else 0
         section.classes += [str(number) for number in range(len(section.classes), most)]
         return column.to_numpy(dtype=np.int64)
-    words = column.astype(str)
-    section.classes += [word for word in sorted(set(words)) if word not in section.classes]
-    numbers = {word: number for number, word in enumerate(section.classes)}
-    return np.array([numbers[word] for word in words], dtype=np.int64)
+    numbers, words = pd.factorize(column.astype(str), sort=True)
+    section.classes += [str(word) for word in words if word not in section.classes]
+    return np.array([section.classes.index(word) for word in words], dtype=np.int64)[numbers]
 
 
 def _one(rows: pd.DataFrame, fingerprint: str) -> Items | None:
-    """One cell's examples; None where its variants do not hold the same ones, each once."""
-    variants = []
-    for _, part in rows.groupby("variant", sort=True):
-        ordered = part.sort_values("id")
-        if ordered["id"].duplicated().any():
-            return None
-        variants.append(ordered)
-    ids = tuple(variants[0]["id"])
-    gold = variants[0]["label"].to_numpy()
-    if any(tuple(part["id"]) != ids or (part["label"].to_numpy() != gold).any() for part in variants[1:]):
+    """One cell's examples, sorted by variant and id; None where its variants do not hold the same ones, each once."""
+    variants = rows["variant"].nunique()
+    if len(rows) % variants:
         return None
-    digest = hashlib.sha256(repr((fingerprint, ids, gold.tolist())).encode()).hexdigest()
-    return Items(ids, digest, gold, np.stack([part["prediction"].to_numpy() for part in variants]))
+    ids = rows["id"].to_numpy(dtype=object).reshape(variants, -1)
+    gold = rows["label"].to_numpy(dtype=np.int64).reshape(variants, -1)
+    each_once = len(set(ids[0])) == ids.shape[1]
+    if not each_once or (ids != ids[0]).any() or (gold != gold[0]).any():
+        return None
+    digest = hashlib.sha256("\0".join([fingerprint, *ids[0]]).encode())
+    digest.update(gold[0].tobytes())
+    predicted = rows["prediction"].to_numpy(dtype=np.int64).reshape(variants, -1)
+    return Items(tuple(ids[0]), digest.hexdigest(), gold[0], predicted)
 
 
 def _metric(items: Items, section: Section) -> float | None:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from deftx.report.bootstrap import METRICS, Doubles, Resampler, confusion, interval, shared_items
 from deftx.report.sections import MEAN, Cell, Column, Section
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 CELLS_AT_ONCE = 64  # of one matrix product: bounds its memory
 
@@ -88,6 +92,7 @@ class Summary:
         resampled: Resampled scores [B] by column, language and seed.
         parallel: Languages in groups that share items.
         notes: What a reader has to know about the numbers.
+        diagnostics: Those of the runs and what could not be read, once a plot has asked for them.
     """
 
     section: Section
@@ -99,6 +104,7 @@ class Summary:
     resampled: dict[tuple[Column, str, int], Doubles] = field(default_factory=dict)
     parallel: list[list[str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    diagnostics: tuple[pd.DataFrame | None, list[str]] | None = None
 
     @property
     def rows(self) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -56,3 +58,14 @@ def grid(tmp_path_factory: pytest.TempPathFactory) -> Path:
             write_run(folder / str(number), rank=rank, density=density, seed=seed, diagnostics=True)
     write_sweep(folder, jobs)
     return folder
+
+
+@pytest.fixture(scope="session")
+def grid_report(grid: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The report of ``grid``, and what the terminal showed on one line. Read only."""
+    out = tmp_path_factory.mktemp("reports") / "grid"
+    shown = io.StringIO()
+    with pytest.raises(SystemExit) as stop, contextlib.redirect_stdout(shown):
+        main(["report", str(grid), "--out", str(out), "--samples", "200"])
+    assert not stop.value.code
+    return out, " ".join(shown.getvalue().split())

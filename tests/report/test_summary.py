@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -61,24 +62,22 @@ def test_differences_are_those_of_a_naive_loop_over_the_same_draws(tmp_path: Pat
         write_run(tmp_path / str(seed), conditions=BOTH, seed=seed)
     options = Options(samples=60)
     found = summary(tmp_path, options=options)
-    frames = {seed: pd.read_parquet(tmp_path / str(seed) / "predictions.parquet") for seed in (0, 1)}
-    ids = sorted(frames[0]["id"].unique())
+    parts, ids = {}, []
+    for seed in (0, 1):
+        frame = pd.read_parquet(tmp_path / str(seed) / "predictions.parquet").sort_values("id")
+        ids = sorted(frame["id"].unique())
+        for where, rows in frame.groupby(["language", "condition"]):
+            parts[(seed, *where)] = rows["label"].to_numpy(dtype=str), rows["prediction"].to_numpy(dtype=str)
     resampler = Resampler(options.samples, options.seed)
     weights = resampler.items({"ace": ids, "min": ids})
     shares = resampler.seeds([0, 1])
-    drawn = []
-    for sample in range(options.samples):
-        value = 0.0
-        for place, seed in enumerate((0, 1)):
-            for language in ("ace", "min"):
-                items = np.repeat(np.arange(N), weights[language][sample].astype(int))
-                f1 = {}
-                for condition in BOTH:
-                    rows = frames[seed].query("language == @language and condition == @condition").sort_values("id")
-                    part = rows.iloc[items]
-                    f1[condition] = f1_score(part["label"], part["prediction"], average="macro")
-                value += shares[sample, place] * (f1["deftx"] - f1["ltsft"]) / 2
-        drawn.append(value)
+    drawn = np.zeros(options.samples)
+    for sample, (place, seed), language in itertools.product(range(options.samples), enumerate((0, 1)), ("ace", "min")):
+        items = np.repeat(np.arange(N), weights[language][sample].astype(int))
+        for condition, sign in (("deftx", 1), ("ltsft", -1)):
+            label, prediction = parts[seed, language, condition]
+            f1 = f1_score(label[items], prediction[items], average="macro")
+            drawn[sample] += sign * shares[sample, place] * f1 / 2
     (column,) = found.section.named(["deftx"])
     difference = found.differences[column, MEAN]
     assert (difference.low, difference.high) == pytest.approx(tuple(np.quantile(drawn, [0.025, 0.975])))

@@ -73,7 +73,7 @@ def test_differences_are_written_with_their_signs(difference: Difference, text: 
 
 def test_every_form_escapes_what_means_something_in_it() -> None:
     table = Table(
-        "a_b", "50% & more_#1", ["m|n", "<b>"], [[Text("*x*"), Text("−1 ± 2", bold=True)]], caption="$&<>{}~^\\"
+        "a_b", "50% & more_#1", ["m|n", "<b>"], [[Text("*x*<i>"), Text("−1 ± 2", bold=True)]], caption="$&<>{}~^\\"
     )
     tex = table.latex()
     assert r"50\% \& more\_\#1" in tex
@@ -84,9 +84,10 @@ def test_every_form_escapes_what_means_something_in_it() -> None:
     assert tex.count(" & ") == 2
     markdown = table.markdown()
     assert r"| m\|n | \<b\> |" in markdown
-    assert r"| \*x\* | **−1 ± 2** |" in markdown
+    assert r"| \*x\*\<i\> | **−1 ± 2** |" in markdown
     html = table.html()
     assert "&lt;b&gt;" in html
+    assert "<th scope=row>*x*&lt;i&gt;</th>" in html
     assert "<b>−1 ± 2</b>" in html
     assert "50% &amp; more_#1" in html
 

@@ -16,7 +16,6 @@ from deftx.report.plots.style import COLOURS, MARKERS, Drawn, legend, look, look
 from deftx.report.sections import MEAN, Column
 from deftx.report.summary import Summary
 
-_PAIRS = ("what", "sft", "other", "layer", "module", "selected", "overlap", "jaccard", "sign_conflicts")
 MEASURES = {
     "fertility": "subword fertility (pieces a word)",
     "type_token_ratio": "type-token ratio",
@@ -27,7 +26,7 @@ EXACT = 8  # languages up to which every permutation is counted
 
 def overlap(summary: Summary) -> Drawn | str:
     """How a composition's two masks meet, against its score; a point is a language, setting and seed."""
-    frame, missing = facts_of(summary, _PAIRS)
+    frame, missing = facts_of(summary)
     if frame is None:
         return missing[0] if missing else "no diagnostics"
     if not (frame["what"] == "pair").any():

@@ -12,29 +12,42 @@ from deftx.report.knobs import ordered_values, score_settings, shown_value
 from deftx.report.plots.style import DASHES, MARKERS, Drawn, heat_map, legend, look, panels, shades, titled
 from deftx.report.sections import MEAN, Column
 from deftx.report.summary import Summary
+from deftx.tracking import DIAGNOSTICS
 
 if TYPE_CHECKING:
     import pandas as pd
 
-_COLUMNS = ("what", "sft", "other", "parameter", "layer", "module", "size", "selected", "density", "rank", "energy")
+_COLUMNS = (
+    *("what", "sft", "other", "layer", "module", "size", "selected", "density", "rank", "energy"),
+    *("overlap", "sign_conflicts"),
+)
 ROLES = {"language": "language SFTs", "task": "task SFTs"}
 MOST_LINES = 7
 
 
-def facts_of(summary: Summary, columns: tuple[str, ...] = _COLUMNS) -> tuple[pd.DataFrame | None, list[str]]:
+def facts_of(summary: Summary) -> tuple[pd.DataFrame | None, list[str]]:
     """Diagnostics of a section's runs below each other, with the columns ``run`` (number), ``role``, ``language`` and
     ``method`` from the SFTs' names; and what could not be read.
     """
+    if summary.diagnostics is None:
+        summary.diagnostics = _read(summary)
+    return summary.diagnostics
+
+
+def _read(summary: Summary) -> tuple[pd.DataFrame | None, list[str]]:
     import pandas as pd
 
     frames, missing = [], []
     for number, run in enumerate(summary.section.runs):
         try:
-            frame = read_diagnostics(run, columns)
+            frame = read_diagnostics(run, _COLUMNS)
         except DeftxError as error:
             missing.append(str(error))
             continue
-        if {"what", "sft", "layer", "module"} <= set(frame.columns):
+        lacking = [column for column in _COLUMNS if column not in frame]
+        if lacking:
+            missing.append(f"{run.name}/{DIAGNOSTICS} lacks the columns {', '.join(lacking)}")
+        else:
             frames.append(frame.assign(run=number, **_named(frame["sft"], run)))
     return (pd.concat(frames, ignore_index=True) if frames else None), missing
 

@@ -173,6 +173,10 @@ def heat_map(
 
 def save(drawn: Drawn, stem: Path) -> str:
     """Write ``stem.svg`` and ``stem.png``; gives the SVG's text. The same data gives the same bytes."""
+    layout = drawn.figure.get_layout_engine()
+    if layout is not None:
+        layout.execute(drawn.figure)
+        drawn.figure.set_layout_engine("none")  # once is enough for both forms
     text = io.StringIO()
     drawn.figure.savefig(text, format="svg", metadata={"Date": None})
     drawn.figure.savefig(stem.with_name(stem.name + ".png"), dpi=160, metadata={"Software": None})
