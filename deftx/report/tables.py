@@ -84,7 +84,8 @@ class Table:
         body = []
         for number, row in enumerate(self.rows):
             first, *others = (f"<b>{html.escape(c.text)}</b>" if c.bold else html.escape(c.text) for c in row)
-            cells = "".join(f"<td>{text}</td>" for text in others)
+            # A remark goes below its number: side by side they make wide tables wider.
+            cells = "".join(f"<td>{text.replace(' (', '<br>(')}</td>" for text in others)
             ruled = " class=ruled" if number in self.ruled else ""
             body.append(f"<tr{ruled}><th scope=row>{first}</th>{cells}</tr>")
         return (
