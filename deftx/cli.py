@@ -28,6 +28,7 @@ COMMANDS = {
     "sft": "train one language or task SFT",
     "eval": "compose given SFTs and evaluate them on target languages",
     "pretrain": "train a small multilingual encoder from raw text, for work without a hub",
+    "report": "tables, plots and one page from the results of many runs: deftx report DIR...",
     "dashboard": "a W&B workspace over the runs of a study, as a specification or published",
     "cache": "list, explain, verify and prune the results of stages: ls | info KEY | verify | prune",
 }
@@ -104,6 +105,9 @@ def _dispatch(arguments: list[str]) -> int:
         from deftx.dashboard import main as dashboard
 
         return dashboard(rest)
+    if name == "report":
+        pass
+
     return _command(name, rest)
 
 

@@ -15,7 +15,6 @@ import yaml
 from deftx import __version__
 from deftx.cli import COMMANDS, main
 from deftx.config import OWN, READS, conf_dir
-from deftx.jobs import JOBS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CONF = REPOSITORY / "conf"
@@ -35,7 +34,7 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str], arguments: 
     assert all(f"  {name} " in out for name in COMMANDS)
 
 
-@pytest.mark.parametrize("command", JOBS)
+@pytest.mark.parametrize("command", READS)
 def test_each_command_shows_its_knobs(capsys: pytest.CaptureFixture[str], command: str) -> None:
     status, out, _ = run(capsys, command, "--help")
     assert status == 0

@@ -23,8 +23,9 @@ ROOMS = {
     "jobs": {"config", "stages", "tracking"},
     "sweeps": {"jobs", "launch", "stages", "cache", "config", "tracking"},
     "help": {"config"},
+    "report": {"tracking"},
     "dashboard": {"tracking"},
-    "cli": {"stages", "config", "help", "cache", "tracking", "jobs", "sweeps", "dashboard"},
+    "cli": {"stages", "config", "help", "cache", "tracking", "jobs", "sweeps", "report", "dashboard"},
 }
 
 
@@ -84,6 +85,7 @@ def test_core_needs_torch_and_safetensors_only() -> None:
         "deftx.cli",
         "deftx.cache",
         "deftx.tracking",
+        "deftx.report.command",
         "deftx.core.folder",
         "deftx.dashboard",
         "deftx.stages.settings",
@@ -92,6 +94,7 @@ def test_core_needs_torch_and_safetensors_only() -> None:
     ],
 )
 def test_light_modules_import_nothing_heavy(module: str) -> None:
-    code = f"import sys, {module}; print(sorted({{'torch', 'transformers', 'pandas', 'wandb'}} & set(sys.modules)))"
+    heavy = {"torch", "transformers", "pandas", "wandb", "matplotlib"}
+    code = f"import sys, {module}; print(sorted({heavy} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

@@ -1,0 +1,132 @@
+"""Paired bootstrap over examples and seeds, vectorised: all resamples of a cell are one matrix product.
+
+A resample draws items (examples) with replacement and, apart from that, seeds with replacement. The same draws serve
+every method, so differences are paired; and every language whose test set holds the same items, because NusaX,
+AmericasNLI and XNLI are translations of one set: a mean over languages of jointly drawn items has the right spread,
+independent draws would make it too narrow. Intervals are percentiles (Efron & Tibshirani 1993, chapter 13). Drawing
+both rows and columns of a table is the pigeonhole bootstrap (Owen 2007, Annals of Applied Statistics 1): it never
+understates the variance of many seeds, and counts what goes with neither item nor seed up to three times.
+
+An item drawn w times counts w times, so a resample is a row of counts W [B, n], and the confusion counts of all B
+resamples are W @ one-hot(label, prediction) [n, C²].
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
+
+
+def confusion(weights: Floats, gold: npt.NDArray[np.int64], predicted: npt.NDArray[np.int64], classes: int) -> Doubles:
+    """Weighted confusion counts.
+
+    Args:
+        weights: How often each item counts in each resample [B, n].
+        gold: Labels [n].
+        predicted: Predictions of several cells over the same items [cells, n].
+        classes: Number of classes C.
+
+    Returns:
+        Counts [B, cells, C, C]; rows of the last two are labels, columns predictions.
+    """
+    cells, n = predicted.shape
+    places = gold[None, :] * classes + predicted + (np.arange(cells) * classes**2)[:, None]
+    one_hot = np.zeros((n, cells * classes**2), dtype=np.float32)
+    one_hot[np.arange(n)[None, :].repeat(cells, axis=0).ravel(), places.ravel()] = 1
+    # Counts are whole numbers far below 2**24, so float32 holds them exactly.
+    return (weights @ one_hot).astype(np.float64).reshape(len(weights), cells, classes, classes)
+
+
+def macro_f1(counts: Doubles) -> Doubles:
+    """Unweighted mean of the F1 scores of the classes that occur as label or prediction.
+
+    Args:
+        counts: Confusion counts [..., C, C].
+    """
+    both = counts.sum(axis=-1) + counts.sum(axis=-2)
+    hits = np.diagonal(counts, axis1=-2, axis2=-1)
+    occurs = both > 0
+    f1 = np.divide(2 * hits, both, out=np.zeros_like(both), where=occurs)
+    return np.asarray(f1.sum(axis=-1) / np.maximum(occurs.sum(axis=-1), 1))
+
+
+def accuracy(counts: Doubles) -> Doubles:
+    """Share of examples whose prediction is right; ``counts`` [..., C, C]."""
+    hits = np.diagonal(counts, axis1=-2, axis2=-1).sum(axis=-1)
+    return np.asarray(hits / np.maximum(counts.sum(axis=(-2, -1)), 1))
+
+
+METRICS: Mapping[str, Callable[[Doubles], Doubles]] = {"macro_f1": macro_f1, "accuracy": accuracy}
+"""Metrics that can be recomputed from predictions."""
+
+
+class Resampler:
+    """Draws items and seeds; the same for the same arguments, in whatever order they are asked for.
+
+    Args:
+        samples: Number of resamples B.
+        seed: Of the draws.
+    """
+
+    def __init__(self, samples: int, seed: int) -> None:
+        self.samples = samples
+        self.seed = seed
+        self._seeds: dict[tuple[int, ...], Doubles] = {}
+
+    def items(self, ids: Mapping[str, Sequence[str]]) -> dict[str, Floats]:
+        """How often each item counts: for each language [B, n], in the order of its ids.
+
+        Languages that share items share their draws; those of a language that lacks some of them then have a little
+        more or fewer than n items.
+        """
+        drawn: dict[str, Floats] = {}
+        for languages in shared_items(ids):
+            union = sorted(set().union(*(ids[language] for language in languages)))
+            place = {item: number for number, item in enumerate(union)}
+            weights = self._counts(len(union), "items", *union)
+            for language in languages:
+                drawn[language] = weights[:, [place[item] for item in ids[language]]]
+        return drawn
+
+    def seeds(self, seeds: Sequence[int]) -> Doubles:
+        """The share of each seed in each resample [B, seeds]; one seed is drawn every time."""
+        key = tuple(seeds)
+        if key not in self._seeds:
+            counts = self._counts(len(key), "seeds", *map(str, key))
+            self._seeds[key] = counts.astype(np.float64) / len(key)
+        return self._seeds[key]
+
+    def _counts(self, n: int, *names: str) -> Floats:
+        """Counts of n draws from n things, for each resample [B, n]."""
+        stream = np.random.default_rng([self.seed, zlib.crc32("\0".join(names).encode())])
+        drawn = stream.integers(0, n, size=(self.samples, n))
+        drawn += n * np.arange(self.samples)[:, None]
+        return np.bincount(drawn.ravel(), minlength=n * self.samples).reshape(self.samples, n).astype(np.float32)
+
+
+def shared_items(ids: Mapping[str, Sequence[str]]) -> list[list[str]]:
+    """Languages in groups whose test sets share items, directly or through a third one."""
+    groups: list[tuple[set[str], list[str]]] = []
+    for language, its in ids.items():
+        items, members = set(its), [language]
+        apart = []
+        for other in groups:
+            if other[0] & items:
+                items, members = items | other[0], [*other[1], *members]
+            else:
+                apart.append(other)
+        groups = [*apart, (items, members)]
+    return [members for _, members in groups]
+
+
+def interval(values: Doubles, confidence: float) -> tuple[float, float]:
+    """Percentile interval of resampled values [B]."""
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(values, [tail, 1 - tail])
+    return float(low), float(high)

@@ -1,0 +1,213 @@
+"""``deftx report DIR... [--out OUT]``: from folders of runs to tables on the terminal and a folder with the rest."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from deftx import __version__
+from deftx.errors import DeftxError, did_you_mean
+from deftx.report.collect import MARKER, Collection, collect
+from deftx.report.publish import publish, refuse_foreign
+from deftx.report.remarks import counts, run_notes, trouble_text
+from deftx.report.summary import Options
+
+if TYPE_CHECKING:
+    from deftx.report.sections import Section
+    from deftx.report.summary import Summary
+    from deftx.report.tables import Table
+
+HELP = """\
+deftx report: tables, plots and one page from the results of many runs
+
+usage: deftx report DIR... [--out FOLDER] [--baseline NAME] [--metric NAME] [options]
+
+  DIR                  folder of a run, a sweep, or many of them; results may have been copied from elsewhere
+  --out FOLDER         where the report goes; default: report/ in the first DIR. An older report is replaced,
+                       anything else stays and is an error
+  --baseline NAME      what differences are taken to: a condition (ltsft, no_language_sft, source_sft, ...) or a
+                       column's title ("DeFT-X rank=16"); default: ltsft where there is one; none: no differences
+  --metric NAME        macro_f1 or accuracy; default: each task's own
+  --samples N          resamples of the bootstrap (2000)
+  --confidence P       of the intervals (0.95)
+  --seed N             of the resamples (0)
+
+It writes report.html (self-contained: send it as it is), scores.csv (one row a score and seed), tables/*.md, *.tex and
+*.csv, plots/*.svg and *.png.
+"""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for."""
+
+    folders: tuple[Path, ...]
+    out: Path
+    baseline: str | None
+    metric: str | None
+    options: Options
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command.
+
+    Args:
+        arguments: What follows ``deftx report``.
+
+    Returns:
+        0, or 1 when no run finished.
+
+    Raises:
+        DeftxError: Something the user can mend.
+    """
+    if any(item in ("-h", "--help") for item in arguments):
+        print(HELP, end="")
+        return 0
+    request = parse(arguments)
+    refuse_foreign(request.out)
+    found = collect(request.folders)
+    return report(request, found)
+
+
+def parse(arguments: Sequence[str]) -> Request:
+    """Options as values.
+
+    Raises:
+        DeftxError: An unknown option, no folder, or a value out of its range.
+    """
+
+    def refuse(text: str) -> None:
+        raise DeftxError(f"{text}; `deftx report --help` lists the options")
+
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.error = refuse  # type: ignore[assignment,method-assign]
+    parser.add_argument("folders", nargs="*")
+    parser.add_argument("--out")
+    parser.add_argument("--baseline")
+    parser.add_argument("--metric")
+    parser.add_argument("--samples", type=int, default=2000)
+    parser.add_argument("--confidence", type=float, default=0.95)
+    parser.add_argument("--seed", type=int, default=0)
+    known = parser.parse_intermixed_args(list(arguments))
+    problems = []
+    if not known.folders:
+        problems.append("no folder: deftx report DIR... (such as outputs/demo or multirun/rank_ablation)")
+    if not 100 <= known.samples <= 1_000_000:
+        problems.append(f"--samples {known.samples}: must lie in [100, 1000000]")
+    if not 0.5 <= known.confidence < 1:
+        problems.append(f"--confidence {known.confidence:g}: must lie in [0.5, 1)")
+    if known.seed < 0:
+        problems.append(f"--seed {known.seed}: must be 0 or more")
+    if problems:
+        raise DeftxError("\n".join(problems))
+    folders = tuple(Path(text).expanduser() for text in known.folders)
+    out = Path(known.out).expanduser() if known.out else folders[0] / "report"
+    return Request(folders, out, known.baseline, known.metric, Options(known.samples, known.confidence, known.seed))
+
+
+def report(request: Request, found: Collection) -> int:
+    """Show and write everything there is to say about what was found."""
+    if not found.runs:
+        _nothing(found)
+    from deftx.report.page import page
+    from deftx.report.plots import make_plots
+    from deftx.report.sections import make_sections
+    from deftx.report.summary import summarise
+    from deftx.report.tables import difference_table, score_table, scores_csv, summary_csv
+
+    sections = make_sections(found.runs, request.metric)
+    baseline = choose_baseline(sections, request.baseline)
+    summaries = [summarise(section, baseline, request.options) for section in sections]
+    tables: list[tuple[Summary, list[Table]]] = [
+        (summary, [table for table in (score_table(summary), difference_table(summary)) if table is not None])
+        for summary in summaries
+    ]
+
+    def fill(folder: Path) -> None:
+        (folder / "tables").mkdir()
+        (folder / "plots").mkdir()
+        for _, its in tables:
+            for table in its:
+                for kind, text in (("md", table.markdown()), ("tex", table.latex())):
+                    (folder / "tables" / f"{table.name}.{kind}").write_text(text, encoding="utf-8")
+        (folder / "tables" / "summary.csv").write_text(summary_csv(summaries), encoding="utf-8")
+        (folder / "scores.csv").write_text(scores_csv(summaries), encoding="utf-8")
+        drawn = [make_plots(summary, folder / "plots") for summary in summaries]
+        text = page(found, [(summary, its, plots) for (summary, its), plots in zip(tables, drawn, strict=True)])
+        (folder / "report.html").write_text(text, encoding="utf-8")
+        about = {
+            "kind": "deftx report",
+            "deftx": __version__,
+            "made": datetime.now(UTC).isoformat(timespec="seconds"),
+            "baseline": baseline,
+            "metric": request.metric,
+            **asdict(request.options),
+            "runs": [run.name for run in found.runs],
+        }
+        (folder / MARKER).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+
+    publish(request.out, fill)
+    _show(request, found, tables)
+    return 0
+
+
+def choose_baseline(sections: Sequence[Section], asked: str | None) -> str | None:
+    """The baseline's name: the one asked for, else LT-SFT where any section has it.
+
+    Raises:
+        DeftxError: No section has what was asked for.
+    """
+    if asked == "none":
+        return None
+    names = dict.fromkeys(column.condition for section in sections for column in section.columns)
+    labels = dict.fromkeys(column.label for section in sections for column in section.columns)
+    if asked is None:
+        return "ltsft" if "ltsft" in names else None
+    if asked not in names and asked not in labels:
+        every = [*names, *(label for label in labels if label not in names)]
+        raise DeftxError(
+            f"--baseline {asked!r}: no result has it{did_you_mean(asked, every)}; available: {', '.join(every)}, none"
+        )
+    return asked
+
+
+def _nothing(found: Collection) -> NoReturn:
+    """Nothing to average: say why, as an error."""
+    lines = ["no finished run with scores, so there is no report"]
+    lines += [f"{item.kind}: {item.name}: {item.reason}" for item in found.troubles]
+    if found.without_scores:
+        lines.append(f"{len(found.without_scores)} finished without scores (stages, SFTs), which a report leaves out")
+    raise DeftxError("\n".join(lines))
+
+
+def _show(request: Request, found: Collection, tables: Sequence[tuple[Summary, Sequence[Table]]]) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console()
+
+    def line(text: str, style: str = "") -> None:
+        console.print(Text(text, style=style), soft_wrap=True, highlight=False)
+
+    for summary, its in tables:
+        for table in its:
+            line(table.title, "bold")
+            # Wider than the terminal: its lines wrap, but no number is cut off.
+            Console(width=max(console.width, table.width)).print(table.rich())
+            line(table.caption)
+        for text in [*summary.section.warnings, *summary.notes]:
+            line(f"note: {text}")
+        line("")
+    for note, names in run_notes(found).items():
+        line(f"note: {note} ({names})")
+    for text in counts(found):
+        line(text)
+    for item in found.troubles:
+        line(trouble_text(item))
+    for what, place in (("page", "report.html"), ("tables", "tables"), ("plots", "plots"), ("scores", "scores.csv")):
+        line(f"{what:<7} {request.out / place}")

@@ -1,0 +1,333 @@
+"""Plots that set scores against facts: overlap of the composed SFTs, cost, and the morphology of the languages."""
+
+from __future__ import annotations
+
+import math
+from itertools import permutations
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from deftx.report.knobs import canonical, number
+from deftx.report.plots.layers import facts_of
+from deftx.report.plots.scores import knob_of
+from deftx.report.plots.style import COLOURS, MARKERS, Drawn, legend, look, look_of, panels, titled
+from deftx.report.sections import MEAN, Column
+from deftx.report.summary import Summary
+
+MEASURES = {
+    "fertility": "subword fertility (pieces a word)",
+    "type_token_ratio": "type-token ratio",
+    "words_per_sentence": "words a sentence",
+}
+EXACT = 8  # languages up to which every permutation is counted
+
+
+def overlap(summary: Summary) -> Drawn | str:
+    """How a composition's two masks meet, against its score; a point is a language, setting and seed."""
+    frame, missing = facts_of(summary)
+    if frame is None:
+        return missing[0] if missing else "no diagnostics"
+    if not (frame["what"] == "pair").any():
+        return "no run composed a language SFT with a task SFT"
+    single = frame[frame["what"] == "sft"]
+    sizes = single.groupby(["run", "sft"])["selected"].sum()
+    pairs = frame[frame["what"] == "pair"].groupby(["run", "sft", "other"])[["overlap", "sign_conflicts"]].sum()
+    first = single.drop_duplicates(["run", "sft"])
+    keys = zip(first["run"], first["sft"], strict=True)
+    about = dict(zip(keys, zip(first["language"], first["method"], strict=True), strict=True))
+    points: list[tuple[str, str, float, float, float]] = []
+    section = summary.section
+    for row in pairs.reset_index().to_dict("records"):
+        run_number = int(row["run"])
+        language, method = about.get((run_number, row["other"]), ("", ""))
+        run = section.runs[run_number]
+        # What is composed with φ_T: a target's own language SFT, under its method's condition.
+        for condition in (str(method), "composed"):
+            column = section.column_of(run, condition)
+            cell = section.cells.get((column, str(language), run.record.seed or 0)) if column is not None else None
+            if cell is None or cell.value is None:
+                continue
+            both = float(row["overlap"])
+            size = sum(float(sizes.get((run_number, row[name]), 0)) for name in ("sft", "other"))
+            if size > both:
+                conflicts = float(row["sign_conflicts"]) / both if both else math.nan
+                points.append((str(language), condition, both / (size - both), conflicts, 100 * cell.value))
+            break
+    if len(points) < 3:
+        return f"{len(points)} compositions with a score are too few"
+    made, axes = panels(2, height=3.1, sharey=True)
+    places = {code: order for order, code in enumerate(section.languages)}
+    labels = ("overlap of the masks (Jaccard index)", "shared coordinates whose signs conflict (share)")
+    for axis, which, label in zip(axes, (2, 3), labels, strict=True):
+        for language, condition in dict.fromkeys((point[0], point[1]) for point in points):
+            mine = [point for point in points if point[:2] == (language, condition)]
+            colour = COLOURS[places[language] % len(COLOURS)]
+            hollow = condition == "ltsft"
+            axis.scatter(
+                [point[which] for point in mine],
+                [point[4] for point in mine],
+                marker=MARKERS[places[language] % len(MARKERS)],
+                s=34,
+                edgecolors=colour,
+                facecolors="none" if hollow else colour,
+                alpha=0.85,
+                linewidths=1.3,
+                label=f"{language}, {'LT-SFT' if hollow else 'DeFT-X' if condition == 'deftx' else condition}",
+            )
+        rho, n = _within(points, which)
+        axis.set_xlabel(label)
+        titled(axis, f"Spearman's ρ within languages: {rho:+.2f} (n\u00a0=\u00a0{n})" if n else "too few points for ρ")
+        axis.xaxis.set_major_locator(_few_ticks())
+    axes[0].set_ylabel(f"{section.metric_name} × 100")
+    legend(made, axes[0], 4)
+    return Drawn(
+        made,
+        "How language and task masks meet against the score of their composition; a point is a target, a "
+        "setting and a seed, ρ is of ranks taken within each language. Points share SFTs and seeds, so no "
+        "p-value is given.",
+    )
+
+
+def _within(points: list[tuple[str, str, float, float, float]], which: int) -> tuple[float, int]:
+    """Spearman's ρ of ranks within languages: a language that is easy does not make a correlation."""
+    first: list[float] = []
+    second: list[float] = []
+    for language in dict.fromkeys(point[0] for point in points):
+        mine = [point for point in points if point[0] == language and not math.isnan(float(point[which]))]
+        if len(mine) > 2:
+            for found, place in ((first, which), (second, 4)):
+                placed = ranks(np.array([float(point[place]) for point in mine]))
+                found.extend((placed - placed.mean()) / max(len(mine), 1))
+    rho = _correlation(np.array(first), np.array(second)) if len(first) > 2 else math.nan
+    return (rho, len(first)) if not math.isnan(rho) else (math.nan, 0)
+
+
+def cost(summary: Summary) -> Drawn | str:
+    """Training time, peak memory and size of the SFTs against the score of each setting."""
+    section = summary.section
+    row = MEAN if len(section.languages) > 1 else section.languages[0]
+    points: dict[str, list[tuple[Column, float]]] = {"time": [], "memory": [], "size": []}
+    for column in section.named(("deftx", "ltsft", "composed")):
+        runs = [run for run in section.runs if section.column_of(run, column.condition) is column]
+        facts: dict[str, list[float]] = {"time": [], "memory": [], "size": []}
+        for run in runs:
+            for key, value in _cost(run.record.sfts, column.condition, section.languages).items():
+                facts[key].append(value)
+        for key, values in facts.items():
+            if values and (column, row) in summary.scores and not summary.scores[column, row].missing:
+                points[key].append((column, float(np.mean(values))))
+    labels = {
+        "time": "training time of its SFTs (minutes)",
+        "memory": "peak memory of training (GiB)",
+        "size": "size of two SFTs' files (MiB)",
+    }
+    there = [key for key, found in points.items() if found]
+    if not there:
+        return "the results hold no times, memory or sizes of their SFTs"
+    made, axes = panels(len(there), height=3.0, sharey=True)
+    kinds = list(dict.fromkeys(column.condition for key in there for column, _ in points[key]))
+    for axis, key in zip(axes, there, strict=True):
+        for condition in kinds:
+            mine = [(column, x) for column, x in points[key] if column.condition == condition]
+            scores = [summary.scores[column, row] for column, _ in mine]
+            bars = [100 * (score.std or 0.0) for score in scores]
+            if mine:
+                axis.errorbar(
+                    [x for _, x in mine],
+                    [100 * score.mean for score in scores],
+                    yerr=bars if any(bars) else None,
+                    capsize=2,
+                    label=mine[0][0].title,
+                    **{**look_of(condition), "linestyle": "none"},
+                )
+        if len(points[key]) <= 12:
+            _annotate(axis, [(x, 100 * summary.scores[column, row].mean, column.setting) for column, x in points[key]])
+        axis.set_xlabel(labels[key])
+        axis.margins(x=0.25, y=0.12)
+    axes[0].set_ylabel(f"{section.metric_name} × 100, {'mean over languages' if row == MEAN else row}")
+    legend(made, axes[0])
+    absent = [labels[key] for key in labels if key not in there]
+    lacking = f" Not in these results: {', '.join(absent)}." if absent else ""
+    return Drawn(
+        made,
+        "What each setting costs against what it scores: the time is that of the training itself, full and sparse "
+        "phase, wherever it happened (a cached stage keeps its own); the size is of one language and one task SFT."
+        + lacking,
+    )
+
+
+def _annotate(axis: Any, points: list[tuple[float, float, str]]) -> None:
+    """Settings beside their points; one that would cover another stays away (the tables hold them all)."""
+    wide = max(x for x, _, _ in points) - min(x for x, _, _ in points) or 1.0
+    high = max(y for _, y, _ in points) - min(y for _, y, _ in points) or 1.0
+    placed: list[tuple[float, float]] = []
+    for x, y, text in points:
+        if text and not any(abs(x - a) < 0.3 * wide and abs(y - b) < 0.06 * high for a, b in placed):
+            axis.annotate(text, (x, y), xytext=(6, 0), textcoords="offset points", fontsize=7, va="center")
+            placed.append((x, y))
+
+
+def _cost(sfts: list[Any], condition: str, targets: list[str]) -> dict[str, float]:
+    """Seconds as minutes, memory as GiB, size as MiB, of the SFTs that a method's compositions use."""
+    mine = [sft for sft in sfts if condition == "composed" or _method(sft) == condition or _of_source(sft, targets)]
+    seconds, memory = 0.0, 0.0
+    language: list[float] = []
+    task: list[float] = []
+    for sft in mine:
+        facts = sft.get("metrics") or {}
+        full = facts.get("full") or {}
+        seconds += (facts.get("seconds") or 0.0) + (full.get("seconds") or 0.0)
+        memory = max(memory, facts.get("peak_memory") or 0, full.get("peak_memory") or 0)
+        if sft.get("bytes") and not _of_source(sft, targets):
+            (task if sft.get("role") == "task" else language).append(float(sft["bytes"]))
+    found = {}
+    if seconds:
+        found["time"] = seconds / 60
+    if memory:
+        found["memory"] = memory / 2**30
+    if language and task:
+        found["size"] = (float(np.mean(language)) + float(np.mean(task))) / 2**20
+    return found
+
+
+def _method(sft: Any) -> str:
+    words = str(sft.get("name", "")).split()
+    return str(sft.get("method") or next((word for word in words if word in ("deftx", "ltsft")), ""))
+
+
+def _of_source(sft: Any, targets: list[str]) -> bool:
+    words = str(sft.get("name", "")).split()
+    return words[:1] == ["language"] and words[1:2] != [] and words[1] not in targets
+
+
+def morphology(summary: Summary) -> Drawn | str:
+    """The density that scores highest in each language against measures of its text."""
+    section = summary.section
+    columns = section.named(["deftx"]) or section.named(["composed"])
+    key = knob_of(columns, "density") or knob_of(columns, "k")
+    if key is None:
+        return "density does not vary between the runs"
+    others = {canonical({k: v for k, v in column.knobs.items() if k != key}) for column in columns}
+    if len(others) > 1:
+        return "other knobs vary beside density, so there is no one best density"
+    facts: dict[str, dict[str, float]] = {}
+    for run in section.runs:
+        for code, known in run.record.languages.items():
+            found = {name: value for name in MEASURES if (value := number(known.get(name))) is not None}
+            facts.setdefault(code, {}).update(found)
+    best: dict[str, tuple[float, float, float]] = {}
+    for language in section.languages:
+        scored = [
+            (column, summary.scores[column, language])
+            for column in columns
+            if (column, language) in summary.scores and number(column.knobs[key])
+        ]
+        if len(scored) > 1:
+            best[language] = _best_with_range(summary, language, [column for column, _ in scored], key)
+    measures = [name for name in MEASURES if sum(name in facts.get(code, {}) for code in best) >= 3]
+    if not measures:
+        return (
+            "fewer than three languages have measures of their text in the results (fertility, type-token ratio, ...)"
+        )
+    tried = sorted(value for column in columns if (value := number(column.knobs[key])))
+    made, axes = panels(len(measures), height=3.3, sharey=True)
+    for axis, name in zip(axes, measures, strict=True):
+        codes = [code for code in best if name in facts.get(code, {})]
+        x = np.array([facts[code][name] for code in codes])
+        y = np.array([best[code][0] for code in codes])
+        bars = np.array([[max(0.0, best[c][0] - best[c][1]), max(0.0, best[c][2] - best[c][0])] for c in codes]).T
+        axis.errorbar(
+            x,
+            y,
+            yerr=bars if bars.any() else None,
+            capsize=2,
+            **{**look(0), "linestyle": "none"},
+            elinewidth=0.8,
+            ecolor="#9a9a9a",
+        )
+        for order, code in enumerate(codes):
+            # Slanted: many languages share one best value, and their names would meet.
+            axis.annotate(
+                code, (x[order], y[order]), xytext=(1, 5), textcoords="offset points", fontsize=7.5, rotation=55
+            )
+        rho, p = spearman(x, y, seed=summary.options.seed)
+        told = f"ρ = {rho:+.2f}, p = {p:.2f}, n = {len(codes)}" if not math.isnan(rho) else "ρ is undefined: no spread"
+        axis.set_title(told)
+        axis.set_xlabel(MEASURES[name])
+        axis.set_yscale("log", base=2)
+        axis.set_yticks(tried, [f"{value:g}" for value in tried])
+        axis.set_ylim(tried[0] / 1.3, tried[-1] * 1.7)
+        axis.margins(x=0.12)
+    axes[0].set_ylabel(f"best {key}")
+    bars_told = "; bars: where resamples of items and seeds find the best one" if summary.resampled else ""
+    n = max(sum(name in facts.get(code, {}) for code in best) for name in measures)
+    small = f" {n} languages are few: a ρ of this size says little on its own." if n < 20 else ""
+    return Drawn(
+        made,
+        f"The {key} with the highest {section.metric_name} in each language against measures of its text"
+        f"{bars_told}. Spearman's ρ with a two-sided permutation p, not corrected for {len(measures)} "
+        f"measures.{small} The best {key} is chosen on the split that is shown.",
+    )
+
+
+def _best_with_range(summary: Summary, language: str, columns: list[Column], key: str) -> tuple[float, float, float]:
+    """The best value of a knob, and the middle share of the best ones in resamples (itself where there are none)."""
+    values = np.array([number(column.knobs[key]) or 0.0 for column in columns])
+    means = np.array([summary.scores[column, language].mean for column in columns])
+    best = float(values[means.argmax()])
+    seeds = sorted(set.intersection(*(set(summary.section.seeds(column, language)) for column in columns)))
+    if not seeds or any((column, language, seed) not in summary.resampled for column in columns for seed in seeds):
+        return best, best, best
+    from deftx.report.bootstrap import Resampler
+
+    shares = Resampler(summary.options.samples, summary.options.seed).seeds(seeds)
+    drawn = np.stack(
+        [
+            (np.stack([summary.resampled[column, language, seed] for seed in seeds], axis=1) * shares).sum(axis=1)
+            for column in columns
+        ]
+    )
+    found = np.sort(values[drawn.argmax(axis=0)])
+    tail = (1 - summary.options.confidence) / 2
+    low, high = np.quantile(found, [tail, 1 - tail], method="nearest")
+    return best, float(low), float(high)
+
+
+def ranks(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Ranks from 1; equal values share the mean of theirs."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return np.asarray((last - (counts - 1) / 2)[inverse], dtype=np.float64)
+
+
+def spearman(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64], *, seed: int) -> tuple[float, float]:
+    """Spearman's ρ, and its two-sided permutation p: exact up to eight points, else of 20,000 permutations."""
+    first, second = ranks(x), ranks(y)
+    rho = _correlation(first, second)
+    if math.isnan(rho):
+        return rho, math.nan
+    if len(x) <= EXACT:
+        orders = np.array(list(permutations(range(len(x)))))
+        extra = 0
+    else:
+        orders = np.random.default_rng(seed).permuted(np.tile(np.arange(len(x)), (20_000, 1)), axis=1)
+        extra = 1  # the order seen is one of them
+    centred = second - second.mean()
+    scale = np.sqrt(((first - first.mean()) ** 2).sum() * (centred**2).sum())
+    drawn = (first - first.mean()) @ centred[orders].T / scale
+    hits = int((np.abs(drawn) >= abs(rho) - 1e-12).sum())
+    return rho, (hits + extra) / (len(orders) + extra)
+
+
+def _correlation(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) -> float:
+    first, second = x - x.mean(), y - y.mean()
+    scale = math.sqrt(float((first**2).sum() * (second**2).sum()))
+    return float((first * second).sum()) / scale if scale else math.nan
+
+
+def _few_ticks() -> Any:
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(5)

@@ -1,0 +1,284 @@
+"""Plots of scores: all methods at a glance, a score against one knob, and the heat map of two."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from deftx.report.knobs import canonical, knob_text, number, ordered_values, shown_value
+from deftx.report.plots.style import REFERENCE, WIDTH, Drawn, figure, heat_map, legend, look, look_of, panels, titled
+from deftx.report.sections import MEAN, Column
+from deftx.report.summary import Score, Summary
+from deftx.tracking import CONDITIONS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+MOST_ROWS = 40
+MOST_SERIES = 7
+
+
+def overview(summary: Summary) -> Drawn | str:
+    """Every method's score, and its difference to the baseline with the interval."""
+    section = summary.section
+    row = MEAN if len(section.languages) > 1 else section.languages[0]
+    columns = [column for column in section.columns if (column, row) in summary.scores]
+    if len(columns) < 2:
+        return "there is one method only"
+    if len(columns) > MOST_ROWS:
+        return f"{len(columns)} methods are too many rows for one plot; the tables hold them"
+    compared = any((column, row) in summary.differences for column in columns)
+    made, axes = figure(WIDTH, 1.3 + 0.26 * len(columns), 1, 2 if compared else 1, sharey=True)
+    scores, places = axes[0][0], list(range(len(columns)))
+    for place, column in zip(places, columns, strict=True):
+        if row == MEAN:
+            each = [
+                100 * summary.scores[column, code].mean
+                for code in section.languages
+                if (column, code) in summary.scores
+            ]
+            scores.plot(each, [place] * len(each), "|", color="#8a8a8a", markersize=9, zorder=1)
+        score = summary.scores[column, row]
+        style = look_of(column.condition) | {"linestyle": "none"}
+        scores.errorbar(100 * score.mean, place, xerr=_spread(score), capsize=3, zorder=3, **style)
+    scores.set_yticks(places, [_short(column, summary, row) for column in columns], fontsize=8.5)
+    scores.set_ylim(len(columns) - 0.5, -0.5)
+    scores.set_xlabel(f"{section.metric_name} × 100")
+    what = "mean over languages" if row == MEAN else row
+    scores.set_title(f"score, {what}")
+    ticks = "grey ticks: single languages; " if row == MEAN else ""
+    caption = f"{section.metric_name} of each method, {what} ({ticks}bars: standard deviation over seeds)"
+    if compared:
+        against = axes[0][1]
+        against.axvline(0, color=REFERENCE, linewidth=1)
+        for place, column in zip(places, columns, strict=True):
+            found = summary.differences.get((column, row))
+            if found is None:
+                continue
+            bars = None
+            if found.low is not None and found.high is not None:
+                bars = [[100 * max(0.0, found.value - found.low)], [100 * max(0.0, found.high - found.value)]]
+            style = look_of(column.condition) | {"linestyle": "none"}
+            against.errorbar(100 * found.value, place, xerr=bars, capsize=3, **style)
+        against.set_xlabel(f"difference in {section.metric_name} × 100")
+        baseline = CONDITIONS.get(str(summary.baseline), str(summary.baseline))
+        against.set_title(f"difference to {baseline}")
+        caption += f", and its difference to {baseline} with {100 * summary.options.confidence:g} % intervals"
+    return Drawn(made, f"{caption}.")
+
+
+def against_rank(summary: Summary) -> Drawn | str:
+    """A panel for each language: ranks on a logarithmic axis, policies beside them, LT-SFT as a line."""
+    return _against(summary, "rank", "rank", ("deftx", "composed"), line=True)
+
+
+def against_density(summary: Summary) -> Drawn | str:
+    """A panel for each language: the mask's density on a logarithmic axis."""
+    found = _against(summary, "density", "density of the mask", _METHODS, line=False)
+    if isinstance(found, str):
+        sizes = _against(summary, "k", "K (coordinates)", _METHODS, line=False)
+        return found if isinstance(sizes, str) else sizes
+    return found
+
+
+def against_residual(summary: Summary) -> Drawn | str:
+    """A panel for each language: residual policies side by side."""
+    return _against(summary, "residual", "residual policy", ("deftx", "composed"), line=True)
+
+
+_METHODS = ("deftx", "ltsft", "composed")
+
+
+def knob_of(columns: Sequence[Column], name: str) -> str | None:
+    """The name under which a knob varies: its own, else the language SFTs', else the task SFT's."""
+    names = {key for column in columns for key in column.knobs}
+    for key in (name, f"lang.{name}", f"task.{name}"):
+        if key in names and len({canonical({"": column.knobs.get(key)}) for column in columns}) > 1:
+            return key
+    return None
+
+
+def _against(summary: Summary, name: str, label: str, conditions: Sequence[str], *, line: bool) -> Drawn | str:
+    section = summary.section
+    columns = section.named(conditions)
+    knobs = {
+        column: key
+        for condition in conditions
+        for column in section.named([condition])
+        if (key := knob_of(section.named([condition]), name)) is not None
+    }
+    columns = [column for column in columns if column in knobs]
+    key = next(iter(knobs.values()), None)
+    if key is None:
+        return f"{name} does not vary between the runs"
+    series: dict[str, list[Column]] = {}
+    for column in columns:
+        rest = " ".join(knob_text(k, v) for k, v in column.knobs.items() if k.rpartition(".")[2] != name)
+        series.setdefault(f"{column.title} {rest}".strip(), []).append(column)
+    if len(series) > MOST_SERIES:
+        return f"{len(series)} lines would not be readable; the heat map and the tables hold them"
+    places = _places([column.knobs[knobs[column]] for column in columns])
+    rows = [row for row in [MEAN, *section.languages] if row in summary.rows]
+    made, axes = panels(len(rows))
+    for axis, row in zip(axes, rows, strict=True):
+        for order, (title, its) in enumerate(sorted(series.items(), key=lambda item: item[1][0].condition == "ltsft")):
+            values = [c.knobs[knobs[c]] for c in its]
+            # A little apart, so that error bars of several lines do not cover each other.
+            aside = (order - (len(series) - 1) / 2) * 0.03 * _width(places)
+            points = [
+                (places[canonical({"": value})] + aside, number(value) is not None, column)
+                for value, column in zip(values, its, strict=True)
+            ]
+            _line(axis, summary, row, points, title, order)
+            if line:
+                _reference(axis, summary, row, its, f"LT-SFT{title.removeprefix(its[0].title)}", order, len(series))
+        axis.set_title("mean over languages" if row == MEAN else row)
+        _ticks(axis, places, [column.knobs[knobs[column]] for column in columns])
+    across = min(4, len(axes))
+    for axis in axes[::across]:
+        axis.set_ylabel(f"{section.metric_name} × 100")
+    for axis in axes[-across:]:
+        axis.set_xlabel(label)
+    legend(made, axes[0], 3)
+    bars = "bars: standard deviation over seeds" if len(summary.seeds) > 1 else "one seed"
+    extra = ""
+    if line and any(section.baseline_of(column, "ltsft") is not None for column in columns):
+        extra = "; dashed: LT-SFT" + (", with its spread as a band" if len(series) == 1 else " of the same setting")
+    return Drawn(made, f"{section.metric_name} against {label}, for each language ({bars}{extra}; the y axes differ).")
+
+
+def _places(values: Sequence[Any]) -> dict[str, float]:
+    """Where each value stands: numbers at their logarithm, words to the right of them, one apart."""
+    ordered = ordered_values(values)
+    numbers = [value for value in ordered if (found := number(value)) is not None and found > 0]
+    words = [value for value in ordered if value not in numbers]
+    logs = [float(np.log2(number(value) or 1)) for value in numbers]
+    span = (logs[-1] - logs[0]) if len(logs) > 1 else 1.0
+    step = span / max(2.0, len(logs) - 1) if len(logs) > 1 else 1.0
+    start = logs[-1] if logs else 0.0
+    places = dict(zip((canonical({"": value}) for value in numbers), logs, strict=True))
+    for order, value in enumerate(words):
+        places[canonical({"": value})] = start + step * (order + 1.2)
+    return places
+
+
+def _width(places: Mapping[str, float]) -> float:
+    return max(places.values()) - min(places.values()) or 1.0
+
+
+def _ticks(axis: Axes, places: dict[str, float], values: Sequence[Any]) -> None:
+    shown = {canonical({"": value}): value for value in values}
+    ordered = sorted(places.items(), key=lambda item: item[1])
+    labels = [
+        shown_value(shown[key], "rank").replace("gavish_donoho", "gavish\ndonoho").replace(":", ":\n")
+        for key, _ in ordered
+    ]
+    axis.set_xticks([place for _, place in ordered], labels)
+    crowded = len(ordered) > 5
+    axis.tick_params(axis="x", labelsize=8, rotation=90 if crowded else 0)
+    words = [place for key, place in ordered if number(shown[key]) is None]
+    figures = [place for key, place in ordered if number(shown[key]) is not None]
+    if words and figures:
+        axis.axvline((figures[-1] + words[0]) / 2, color="#bbbbbb", linewidth=1, linestyle=(0, (2, 2)))
+
+
+def _line(
+    axis: Axes, summary: Summary, row: str, points: Sequence[tuple[float, bool, Column]], title: str, order: int
+) -> None:
+    found = [
+        (place, joined, summary.scores[column, row])
+        for place, joined, column in sorted(points, key=lambda item: item[0])
+        if (column, row) in summary.scores and not summary.scores[column, row].missing
+    ]
+    style = look_of("ltsft") if title == CONDITIONS["ltsft"] else look(order)
+    # A line joins numbers; policies are points of their own.
+    for numeric in (True, False):
+        part = [item for item in found if item[1] == numeric]
+        if part:
+            x, y = [place for place, _, _ in part], [100 * score.mean for _, _, score in part]
+            spread = [_spread(score) or 0.0 for _, _, score in part]
+            dash = style["linestyle"] if numeric else "none"
+            axis.errorbar(
+                x,
+                y,
+                yerr=spread if any(spread) else None,
+                capsize=3,
+                **{**style, "linestyle": dash},
+                label=title if found[0] is part[0] else None,
+            )
+
+
+def _reference(
+    axis: Axes, summary: Summary, row: str, columns: Sequence[Column], title: str, order: int, several: int
+) -> None:
+    bases = {base for column in columns if (base := summary.section.baseline_of(column, "ltsft")) is not None}
+    scores = [summary.scores[base, row] for base in bases if (base, row) in summary.scores]
+    if len(scores) != 1 or scores[0].missing:
+        return
+    colour = REFERENCE if several == 1 else look(order)["color"]
+    mean, spread = 100 * scores[0].mean, _spread(scores[0])
+    axis.axhline(mean, color=colour, linestyle=(0, (4, 2)), linewidth=1.3, label=title, zorder=1)
+    if spread and several == 1:
+        axis.axhspan(mean - spread, mean + spread, color=colour, alpha=0.1, linewidth=0, zorder=0)
+
+
+def rank_by_sparsity(summary: Summary) -> Drawn | str:
+    """Heat map of the mean over languages; LT-SFT is the last row."""
+    section = summary.section
+    columns = section.named(["deftx"])
+    rank = knob_of(columns, "rank")
+    size = knob_of(columns, "density") or knob_of(columns, "k")
+    if rank is None or size is None:
+        return "rank and density do not both vary between the runs"
+    row = MEAN if len(section.languages) > 1 else section.languages[0]
+    ranks = ordered_values(column.knobs[rank] for column in columns)
+    sizes = ordered_values(column.knobs[size] for column in columns)
+    own = (rank, size)
+    groups: dict[str, list[Column]] = {}
+    for column in columns:
+        rest = " ".join(
+            knob_text(k, v)
+            for k, v in column.knobs.items()
+            if k not in own and k.rpartition(".")[2] not in ("rank", "density", "k")
+        )
+        groups.setdefault(rest, []).append(column)
+    if len(groups) > 4:
+        return f"{len(groups)} heat maps would be needed: other knobs vary, too"
+    made, axes = panels(len(groups), height=0.9 + 0.36 * (len(ranks) + 1), most=2)
+    incomplete = False
+    for axis, (title, its) in zip(axes, groups.items(), strict=True):
+        values = np.full((len(ranks) + 1, len(sizes)), np.nan)
+        for column in its:
+            where = sizes.index(column.knobs[size])
+            base = section.baseline_of(column, "ltsft")
+            for place, cell in ((ranks.index(column.knobs[rank]), column), (len(ranks), base)):
+                score = summary.scores.get((cell, row)) if cell is not None else None
+                if score is not None and not score.missing:
+                    values[place][where] = 100 * score.mean
+                elif cell is not None:
+                    incomplete = True
+        names = [shown_value(value, "rank") for value in ranks] + ["none (LT-SFT)"]
+        if np.isnan(values[-1]).all():
+            values, names = values[:-1], names[:-1]
+        texts = [shown_value(value) for value in sizes]
+        heat_map(axis, values, names, texts, form=".1f", label=f"{section.metric_name} × 100")
+        axis.set_xlabel(size)
+        axis.set_ylabel(rank)
+        titled(axis, title or ("mean over languages" if row == MEAN else row))
+    more = "; a dash: a run or a language is missing" if incomplete else ""
+    return Drawn(
+        made,
+        f"{section.metric_name} by rank and {size}, {'mean over languages' if row == MEAN else row} and seeds{more}.",
+    )
+
+
+def _spread(score: Score) -> float | None:
+    return 100 * score.std if score.std is not None else None
+
+
+def _short(column: Column, summary: Summary, row: str) -> str:
+    score = summary.scores[column, row]
+    known = len(summary.section.languages) - len(score.missing)
+    return column.label + (f" ({known} of {len(summary.section.languages)})" if score.missing else "")

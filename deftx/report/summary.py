@@ -1,0 +1,294 @@
+"""Means over seeds, and differences to a baseline with their intervals, for every cell of a section's tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from deftx.report.bootstrap import METRICS, Doubles, Resampler, confusion, interval, shared_items
+from deftx.report.sections import MEAN, Cell, Column, Section
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+CELLS_AT_ONCE = 64  # of one matrix product: bounds its memory
+
+
+@dataclass(frozen=True)
+class Options:
+    """How intervals are computed.
+
+    Attributes:
+        samples: Number of resamples.
+        confidence: Of the intervals, such as 0.95.
+        seed: Of the draws.
+    """
+
+    samples: int = 2000
+    confidence: float = 0.95
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Score:
+    """A cell of the table of scores.
+
+    Attributes:
+        values: By seed.
+        n: Examples of a seed's score.
+        missing: Languages that a mean lacks.
+    """
+
+    values: dict[int, float]
+    n: int
+    missing: tuple[str, ...] = ()
+
+    @property
+    def mean(self) -> float:
+        """Over seeds."""
+        return float(np.mean(list(self.values.values())))
+
+    @property
+    def std(self) -> float | None:
+        """Sample standard deviation over seeds; None for one seed."""
+        return float(np.std(list(self.values.values()), ddof=1)) if len(self.values) > 1 else None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A score minus its baseline's, over the seeds both have.
+
+    Attributes:
+        value: Mean over the seeds.
+        seeds: The common seeds.
+        low, high: Interval; None where there is none.
+        why: Why there is none.
+    """
+
+    value: float
+    seeds: tuple[int, ...]
+    low: float | None = None
+    high: float | None = None
+    why: str = ""
+
+    @property
+    def clear(self) -> bool:
+        """Whether the interval leaves zero out."""
+        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+
+
+@dataclass(eq=False)
+class Summary:
+    """What the tables and plots of a section show.
+
+    Attributes:
+        baseline: Name of the baseline; None without one.
+        baselines: Of each column that has one.
+        scores: By column and language, :data:`MEAN` included where there are several languages.
+        differences: The same.
+        resampled: Resampled scores [B] by column, language and seed.
+        parallel: Languages in groups that share items.
+        notes: What a reader has to know about the numbers.
+        diagnostics: Those of the runs and what could not be read, once a plot has asked for them.
+    """
+
+    section: Section
+    options: Options
+    baseline: str | None
+    baselines: dict[Column, Column] = field(default_factory=dict)
+    scores: dict[tuple[Column, str], Score] = field(default_factory=dict)
+    differences: dict[tuple[Column, str], Difference] = field(default_factory=dict)
+    resampled: dict[tuple[Column, str, int], Doubles] = field(default_factory=dict)
+    parallel: list[list[str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    diagnostics: tuple[pd.DataFrame | None, list[str]] | None = None
+
+    @property
+    def rows(self) -> list[str]:
+        """Languages, and the mean where there are several."""
+        return [*self.section.languages, *([MEAN] if len(self.section.languages) > 1 else [])]
+
+    @property
+    def seeds(self) -> list[int]:
+        """Every seed of the section."""
+        return sorted({seed for _, _, seed in self.section.cells})
+
+    def method(self) -> str:
+        """How the intervals were computed, in one sentence."""
+        options, seeds = self.options, len(self.seeds)
+        several = [group for group in self.parallel if len(group) > 1]
+        over = "of seeds and items" if seeds > 1 else "of items (one seed: the spread over seeds is not in them)"
+        joint = ", items jointly across languages" if several else ""
+        if several and len(self.parallel) > 1:
+            joint = f", items jointly across {' and across '.join(', '.join(group) for group in several)}"
+        return (
+            f"paired bootstrap, {options.samples} resamples {over}{joint}, "
+            f"{100 * options.confidence:g} % percentile intervals, not corrected for their number"
+        )
+
+
+def summarise(section: Section, baseline: str | None, options: Options) -> Summary:
+    """Compute all of it.
+
+    Args:
+        section: Its cells.
+        baseline: A condition's name or a column's label; None: no differences.
+        options: Of the intervals.
+    """
+    summary = Summary(section, options, baseline)
+    for column in section.columns:
+        for language in section.languages:
+            values = {
+                seed: float(section.cells[column, language, seed].value or 0)
+                for seed in section.seeds(column, language)
+            }
+            if values:
+                sizes = [section.cells[column, language, seed].n for seed in values]
+                summary.scores[column, language] = Score(values, max(sizes))
+    if len(section.languages) > 1:
+        for column in section.columns:
+            _mean(summary, column)
+    resampler = Resampler(options.samples, options.seed)
+    if baseline is not None:
+        for column in section.columns:
+            found = section.baseline_of(column, baseline)
+            if found is not None:
+                summary.baselines[column] = found
+        _resample(summary, resampler)
+        for column in summary.baselines:
+            for row in summary.rows:
+                _difference(summary, column, row, resampler)
+    _remark(summary)
+    return summary
+
+
+def _mean(summary: Summary, column: Column) -> None:
+    """Mean over languages by seed, over the seeds that have all of the column's languages."""
+    section = summary.section
+    there = [language for language in section.languages if (column, language) in summary.scores]
+    if not there:
+        return
+    values = [summary.scores[column, language].values for language in there]
+    common = sorted(set(values[0]).intersection(*values[1:]))
+    if common:
+        means = {seed: float(np.mean([item[seed] for item in values])) for seed in common}
+        n = sum(summary.scores[column, language].n for language in there)
+        missing = tuple(language for language in section.languages if language not in there)
+        summary.scores[column, MEAN] = Score(means, n, missing)
+
+
+def _resample(summary: Summary, resampler: Resampler) -> None:
+    """Resampled scores of every cell that has predictions over the rows that most cells of its language have."""
+    section = summary.section
+    if section.metric not in METRICS:
+        return
+    usable: dict[str, list[tuple[Column, int, Cell]]] = {}
+    for (column, language, seed), cell in section.cells.items():
+        if cell.items is not None and cell.value is not None:
+            usable.setdefault(language, []).append((column, seed, cell))
+    ids = {}
+    for language, found in usable.items():
+        keys = [cell.items.key for _, _, cell in found if cell.items]
+        most = max(dict.fromkeys(keys), key=keys.count)
+        usable[language] = [entry for entry in found if entry[2].items and entry[2].items.key == most]
+        others = len(found) - len(usable[language])
+        if others:
+            summary.notes.append(
+                f"{language}: {others} of {len(found)} scores are of other examples or labels than the rest; "
+                "they cannot be paired and have no interval"
+            )
+        items = usable[language][0][2].items
+        ids[language] = items.ids if items else ()
+    summary.parallel = shared_items(ids)
+    weights = resampler.items(ids)
+    metric = METRICS[section.metric]
+    for language, found in usable.items():
+        for start in range(0, len(found), CELLS_AT_ONCE):
+            part = [
+                (column, seed, cell.items)
+                for column, seed, cell in found[start : start + CELLS_AT_ONCE]
+                if cell.items is not None
+            ]
+            predicted = np.concatenate([items.predicted for _, _, items in part])
+            values = metric(confusion(weights[language], part[0][2].gold, predicted, len(section.classes)))
+            first = 0
+            for column, seed, items in part:
+                variants = len(items.predicted)
+                summary.resampled[column, language, seed] = values[:, first : first + variants].mean(axis=1)
+                first += variants
+
+
+def _difference(summary: Summary, column: Column, row: str, resampler: Resampler) -> None:
+    base = summary.baselines[column]
+    if (column, row) not in summary.scores or (base, row) not in summary.scores:
+        return
+    mine, other = summary.scores[column, row], summary.scores[base, row]
+    seeds = tuple(sorted(set(mine.values) & set(other.values)))
+    if not seeds or mine.missing or other.missing:
+        return
+    value = float(np.mean([mine.values[seed] - other.values[seed] for seed in seeds]))
+    languages = summary.section.languages if row == MEAN else [row]
+    cells = [(c, language, seed) for c in (column, base) for language in languages for seed in seeds]
+    if any(cell not in summary.resampled for cell in cells):
+        why = "no predictions to resample, or of other examples than the baseline's"
+        summary.differences[column, row] = Difference(value, seeds, why=why)
+        return
+    by_seed = [
+        np.mean(
+            [
+                summary.resampled[column, language, seed] - summary.resampled[base, language, seed]
+                for language in languages
+            ],
+            axis=0,
+        )
+        for seed in seeds
+    ]
+    drawn = (np.stack(by_seed, axis=1) * resampler.seeds(seeds)).sum(axis=1)
+    low, high = interval(drawn, summary.options.confidence)
+    summary.differences[column, row] = Difference(value, seeds, low, high)
+
+
+def _remark(summary: Summary) -> None:
+    """Say where numbers stand on fewer seeds or languages than the others, and where differences are missing."""
+    section = summary.section
+    most = len(summary.seeds)
+    for column in section.columns:
+        lacking = [
+            f"{row} ({len(score.values)} of {most})"
+            for row in section.languages
+            if (score := summary.scores.get((column, row))) is not None and len(score.values) < most
+        ]
+        if lacking:
+            summary.notes.append(f"{column.label}: fewer seeds than others for {', '.join(lacking)}")
+        absent = [language for language in section.languages if (column, language) not in summary.scores]
+        if absent:
+            summary.notes.append(
+                f"{column.label}: no score for {', '.join(absent)}; its mean over languages does not compare"
+            )
+    if summary.baseline is None:
+        return
+    alone = [
+        column.label
+        for column in section.columns
+        if column not in summary.baselines and column.condition != summary.baseline and column.label != summary.baseline
+    ]
+    if alone:
+        summary.notes.append(
+            f"no {summary.baseline} run with the same settings and so no difference: {'; '.join(alone)}"
+        )
+    apart = [
+        f"{column.label}, {row}"
+        for (column, row), difference in summary.differences.items()
+        if difference.low is None and row != MEAN
+    ]
+    if apart:
+        few: Sequence[str] = apart[:4]
+        more = f" and {len(apart) - 4} more" if len(apart) > 4 else ""
+        summary.notes.append(f"no interval (no predictions that could be paired): {'; '.join(few)}{more}")
+    if 1 < most < 5:
+        summary.notes.append(
+            f"{most} seeds tell little about the spread over seeds: intervals are somewhat too narrow below five"
+        )

@@ -1,0 +1,307 @@
+"""Tables as values, and their four forms: Markdown, LaTeX (booktabs), HTML, terminal; tidy CSV beside them."""
+
+from __future__ import annotations
+
+import csv
+import html
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from deftx.report.sections import MEAN, Column
+from deftx.report.summary import Difference, Score, Summary
+
+if TYPE_CHECKING:
+    from rich.table import Table as RichTable
+
+WIDEST = 6  # columns of methods; more methods than this become rows
+
+
+@dataclass(frozen=True)
+class Text:
+    """What stands in a cell."""
+
+    text: str
+    bold: bool = False
+
+
+@dataclass
+class Table:
+    """A table of texts.
+
+    Attributes:
+        name: Of its files.
+        title: One line above.
+        header: Titles of the columns; the first column is text, the others are numbers.
+        rows: Cells.
+        ruled: Numbers of the rows that a line stands above.
+        caption: What a reader needs beside the numbers.
+    """
+
+    name: str
+    title: str
+    header: list[str]
+    rows: list[list[Text]]
+    ruled: list[int] = field(default_factory=list)
+    caption: str = ""
+
+    @property
+    def width(self) -> int:
+        """Columns that the terminal needs for it."""
+        rows = [self.header, *([cell.text for cell in row] for row in self.rows)]
+        return sum(max(map(len, column)) + 3 for column in zip(*rows, strict=True)) + 1
+
+    def markdown(self) -> str:
+        """GitHub's Markdown."""
+        rows = [
+            [_markdown(cell.text) if not cell.bold else f"**{_markdown(cell.text)}**" for cell in row]
+            for row in self.rows
+        ]
+        lines = [f"**{_markdown(self.title)}**", ""]
+        lines.append("| " + " | ".join(map(_markdown, self.header)) + " |")
+        lines.append("|" + "|".join([" --- ", *[" ---: "] * (len(self.header) - 1)]) + "|")
+        lines += ["| " + " | ".join(row) + " |" for row in rows]
+        return "\n".join([*lines, "", _markdown(self.caption), ""])
+
+    def latex(self) -> str:
+        r"""A ``table`` with booktabs rules; the document needs ``\usepackage{booktabs}``."""
+        columns = "l" + "r" * (len(self.header) - 1)
+        lines = ["% needs \\usepackage{booktabs}", "\\begin{table}", "\\centering", "\\small"]
+        lines += [f"\\caption{{{latex(self.title)}. {latex(self.caption)}}}", f"\\label{{tab:{_label(self.name)}}}"]
+        lines += [f"\\begin{{tabular}}{{{columns}}}", "\\toprule", _latex_row([latex(text) for text in self.header])]
+        lines.append("\\midrule")
+        for number, row in enumerate(self.rows):
+            if number in self.ruled:
+                lines.append("\\midrule")
+            lines.append(_latex_row([f"\\textbf{{{latex(c.text)}}}" if c.bold else latex(c.text) for c in row]))
+        return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", "\\end{table}", ""])
+
+    def html(self) -> str:
+        """A ``table`` element; everything escaped."""
+        head = "".join(f"<th scope=col>{html.escape(text)}</th>" for text in self.header)
+        body = []
+        for number, row in enumerate(self.rows):
+            first, *others = (f"<b>{html.escape(c.text)}</b>" if c.bold else html.escape(c.text) for c in row)
+            # A remark goes below its number: side by side they make wide tables wider.
+            cells = "".join(f"<td>{text.replace(' (', '<br>(')}</td>" for text in others)
+            ruled = " class=ruled" if number in self.ruled else ""
+            body.append(f"<tr{ruled}><th scope=row>{first}</th>{cells}</tr>")
+        return (
+            f"<div class=wide><table><caption>{html.escape(self.title)}</caption><thead><tr>{head}</tr></thead>"
+            f"<tbody>{''.join(body)}</tbody></table></div><p class=note>{html.escape(self.caption)}</p>"
+        )
+
+    def rich(self) -> RichTable:
+        """For the terminal."""
+        from rich.table import Table as RichTable
+        from rich.text import Text as RichText
+
+        table = RichTable()
+        for number, text in enumerate(self.header):
+            table.add_column(RichText(text), justify="right" if number else "left", no_wrap=True)
+        for number, row in enumerate(self.rows):
+            if number in self.ruled:
+                table.add_section()
+            table.add_row(*(RichText(cell.text, style="bold" if cell.bold else "") for cell in row))
+        return table
+
+
+def score_table(summary: Summary) -> Table:
+    """Languages × methods, mean ± standard deviation over seeds, × 100."""
+    section = summary.section
+    most = len(summary.seeds)
+    best = {
+        row: max(score.mean for column in section.columns if (score := summary.scores.get((column, row))) is not None)
+        for row in summary.rows
+        if any((column, row) in summary.scores for column in section.columns)
+    }
+
+    def cell(column: Column, row: str) -> Text:
+        score = summary.scores.get((column, row))
+        if score is None:
+            return Text("–")
+        known = len(section.languages) - len(score.missing)
+        marks = [f"{known} of {len(section.languages)}"] if score.missing else []
+        marks += [_seeds(len(score.values))] if len(score.values) < most else []
+        text = score_text(score) + (f" ({', '.join(marks)})" if marks else "")
+        return Text(text, bold=len(section.columns) > 1 and not marks and score.mean == best[row])
+
+    spread = f"mean ± standard deviation over {_seeds(most)}" if most > 1 else f"one seed ({summary.seeds[0]})"
+    caption = f"{section.metric_name} × 100, {spread}; n: examples; bold: the highest of its language."
+    return _laid_out(summary, section.columns, cell, f"{section.slug}-scores", f"Scores: {section.title}", caption)
+
+
+def difference_table(summary: Summary) -> Table | None:
+    """The same for differences to the baseline, with intervals; None where nothing can be compared."""
+    columns = [column for column in summary.section.columns if column in summary.baselines]
+    if not columns or summary.baseline is None:
+        return None
+    most = len(summary.seeds)
+
+    def cell(column: Column, row: str) -> Text:
+        found = summary.differences.get((column, row))
+        if found is None:
+            return Text("–")
+        marks = f" ({_seeds(len(found.seeds))})" if len(found.seeds) < most else ""
+        return Text(difference_text(found) + marks, bold=found.clear)
+
+    named = {
+        baseline.title if baseline.condition == summary.baseline else baseline.label
+        for baseline in summary.baselines.values()
+    }
+    against = " / ".join(sorted(named))
+    caption = f"{summary.section.metric_name} × 100 minus {against}'s; {summary.method()}; bold: zero is outside."
+    title = f"Difference to {against}: {summary.section.title}"
+    return _laid_out(summary, columns, cell, f"{summary.section.slug}-differences", title, caption)
+
+
+def _laid_out(summary: Summary, columns: Sequence[Column], cell: Any, name: str, title: str, caption: str) -> Table:
+    """Rows are languages, or methods where there are many; the number of examples stands with the languages."""
+    rows = summary.rows
+    sizes = {row: _size(summary, row) for row in rows}
+    shown = {row: f"mean of {len(summary.section.languages)}" if row == MEAN else row for row in rows}
+    last = [len(rows) - 1] if MEAN in rows else []
+    if len(columns) <= max(WIDEST, len(rows)) and len(columns) <= 2 * WIDEST:
+        header = ["target", "n", *(column.label for column in columns)]
+        cells = [[Text(shown[row]), Text(sizes[row]), *(cell(column, row) for column in columns)] for row in rows]
+        return Table(name, title, header, cells, last, caption)
+    header = ["method", *(shown[row] for row in rows)]
+    cells = [[Text("n"), *(Text(sizes[row]) for row in rows)]]
+    cells += [[Text(column.label), *(cell(column, row) for row in rows)] for column in columns]
+    ruled = [
+        number + 1
+        for number, column in enumerate(columns)
+        if number == 0 or column.condition != columns[number - 1].condition
+    ]
+    return Table(name, title, header, cells, ruled, caption)
+
+
+def _size(summary: Summary, row: str) -> str:
+    if row == MEAN:
+        return ""
+    sizes = sorted({cell.n for (_, language, _), cell in summary.section.cells.items() if language == row})
+    return str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]}–{sizes[-1]}"
+
+
+def _seeds(count: int) -> str:
+    return f"{count} seed{'s' if count != 1 else ''}"
+
+
+def score_text(score: Score) -> str:
+    """``61.3 ± 0.8``."""
+    return f"{100 * score.mean:.1f}" + (f" ± {100 * score.std:.1f}" if score.std is not None else "")
+
+
+def difference_text(found: Difference) -> str:
+    """``+1.2 [−0.3, 2.7]``."""
+    text = _signed(found.value, plus=True)
+    if found.low is None or found.high is None:
+        return text
+    return f"{text} [{_signed(found.low)}, {_signed(found.high)}]"
+
+
+def _signed(value: float, *, plus: bool = False) -> str:
+    text = f"{abs(100 * value):.1f}"
+    if text == "0.0":
+        return text
+    return f"−{text}" if value < 0 else f"+{text}" if plus else text
+
+
+# ------------------------------------------------------------------------------------------------------ tidy CSV
+
+
+def scores_csv(summaries: Sequence[Summary]) -> str:
+    """One row for each score of each seed, as fractions."""
+    header = ["study", "task", "split", "model", "base", "metric", "condition", "setting", "language", "seed"]
+    rows = []
+    for summary in summaries:
+        for (column, language, seed), cell in summary.section.cells.items():
+            value = "" if cell.value is None else repr(cell.value)
+            named = [*summary.section.key, column.condition, column.setting, language, seed]
+            rows.append([*named, value, cell.n, cell.run.name])
+    return _csv([*header, "value", "n", "run"], rows)
+
+
+def summary_csv(summaries: Sequence[Summary]) -> str:
+    """One row for each cell of the tables: mean, spread, difference, interval."""
+    header = ["study", "task", "split", "model", "base", "metric", "condition", "setting", "language", "mean", "std"]
+    header += ["seeds", "n", "languages", "baseline", "difference", "low", "high", "confidence", "resamples"]
+    rows = []
+    for summary in summaries:
+        for column in summary.section.columns:
+            for row in summary.rows:
+                score = summary.scores.get((column, row))
+                if score is None:
+                    continue
+                found = summary.differences.get((column, row))
+                base = summary.baselines.get(column)
+                languages = len(summary.section.languages) - len(score.missing) if row == MEAN else 1
+                named: list[Any] = [*summary.section.key, column.condition, column.setting, row]
+                named += [score.mean, score.std, len(score.values), score.n, languages]
+                if found is None:
+                    named += [None] * 6
+                else:
+                    options = summary.options if found.low is not None else None
+                    named += [base.label if base else None, found.value, found.low, found.high]
+                    named += [options.confidence, options.samples] if options else [None, None]
+                rows.append(named)
+    return _csv(header, rows)
+
+
+def _csv(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows([_safe(value) for value in row] for row in rows)
+    return text.getvalue()
+
+
+def _safe(value: Any) -> Any:
+    """A text that a spreadsheet would run as a formula is shown instead."""
+    return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "@", "+", "\t") else value
+
+
+# ------------------------------------------------------------------------------------------------------ escaping
+
+_LATEX = {
+    "\\": "\\textbackslash{}",
+    "&": "\\&",
+    "%": "\\%",
+    "$": "\\$",
+    "#": "\\#",
+    "_": "\\_",
+    "{": "\\{",
+    "}": "\\}",
+    "~": "\\textasciitilde{}",
+    "^": "\\textasciicircum{}",
+    "<": "\\textless{}",
+    ">": "\\textgreater{}",
+    "±": "$\\pm$",
+    "−": "$-$",
+    "×": "$\\times$",
+    "–": "--",
+    "·": "$\\cdot$",
+    "θ": "$\\theta$",
+    "φ": "$\\varphi$",
+}
+
+
+def latex(text: str) -> str:
+    """Text as LaTeX prints it."""
+    return "".join(_LATEX.get(char, char) for char in " ".join(text.split()))
+
+
+def _latex_row(cells: Sequence[str]) -> str:
+    # Not a bracket after a row's end: LaTeX would read it as the row's extra space.
+    return " & ".join(cells) + " \\\\"
+
+
+def _label(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9:.-]+", "-", name)
+
+
+def _markdown(text: str) -> str:
+    escaped = re.sub(r"([\\`*_{}\[\]<>|#])", r"\\\1", " ".join(text.split()))
+    return escaped.replace("&", "&amp;")

@@ -1,0 +1,225 @@
+"""Result folders with known random predictions, as runs write them, without any training."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from deftx import tracking
+
+LABELS = ("negative", "neutral", "positive")
+N = 60
+MODULES = ("attention.self.query", "attention.output.dense", "intermediate.dense", "output.dense")
+
+
+def macro_f1(gold: Sequence[int], predicted: Sequence[int]) -> float:
+    """Mean F1 of the classes that occur, by counting; what a run would have written."""
+    found = []
+    for label in sorted({*gold, *predicted}):
+        hits = sum(g == p == label for g, p in zip(gold, predicted, strict=True))
+        both = sum(g == label for g in gold) + sum(p == label for p in predicted)
+        found.append(2 * hits / both)
+    return sum(found) / len(found)
+
+
+def settings(**knobs: Any) -> dict[str, Any]:
+    """Flat settings as a run shows them; ``rank=None`` is LT-SFT."""
+    rank, density = knobs.pop("rank", "energy:0.9"), knobs.pop("density", 0.1)
+    flat: dict[str, Any] = {
+        "study": "demo",
+        "seed": 0,
+        "task": "nusax",
+        "split": "test",
+        "language": ["ace", "min"],
+        "model": "tiny",
+        "precision": "32-true",
+        "data.labels": list(LABELS),
+        "method": "deftx" if rank is not None else "ltsft",
+        "compare": [],
+        "controls": [],
+        "missing_text": "error",
+        "corpus.leak_threshold": 0.7,
+        "source.rank": "energy:0.9",
+    }
+    for prefix in ("", "lang.", "task."):
+        flat |= {f"{prefix}rank": rank, f"{prefix}residual": None if rank is None else "prune:0.05"}
+        flat |= {f"{prefix}density": density, f"{prefix}k": None}
+    return flat | {"lang.training.epochs": 3, "task.training.epochs": 5} | knobs
+
+
+def predictions(rng: np.random.Generator, gold: np.ndarray[Any, Any], skill: float) -> np.ndarray[Any, Any]:
+    """Right with probability ``skill``, else any class."""
+    guess = rng.integers(0, len(LABELS), len(gold))
+    return np.where(rng.random(len(gold)) < skill, gold, guess)
+
+
+def write_run(
+    folder: Path,
+    *,
+    conditions: Mapping[str, float] | None = None,
+    seed: int = 0,
+    n: int = N,
+    ids: Sequence[str] | None = None,
+    diagnostics: bool = False,
+    metric: str = "macro_f1",
+    draw: int | None = None,
+    languages_facts: Mapping[str, Mapping[str, float]] | None = None,
+    record: Mapping[str, Any] | None = None,
+    variants: Sequence[str] = ("",),
+    with_predictions: bool = True,
+    **knobs: Any,
+) -> Path:
+    """Write one run.
+
+    Args:
+        folder: Its directory.
+        conditions: Condition -> how often it is right.
+        seed: The run's seed, which also decides its predictions.
+        n: Examples of each language; the same gold labels for all runs.
+        ids: Of the examples.
+        diagnostics: Whether to write diagnostics.parquet, too.
+        metric: The first metric.
+        draw: Decides the predictions in place of seed and settings.
+        languages_facts: What ``languages`` says of a code.
+        record: Other fields of the record.
+        variants: Cells of each condition.
+        with_predictions: Whether to write predictions.parquet.
+        **knobs: Of :func:`settings`.
+    """
+    flat = settings(seed=seed, **knobs)
+    conditions = conditions or {"ltsft" if flat["rank"] is None else "deftx": 0.6}
+    frames, metrics = [], []
+    for language in flat["language"]:
+        gold = np.random.default_rng([7, n, zlib.crc32(language.encode())]).integers(0, len(LABELS), n)
+        for condition, skill in conditions.items():
+            read = (flat["rank"], flat["residual"]) if condition == "deftx" else ()
+            key = draw if draw is not None else zlib.crc32(repr((read, flat["density"], condition, language)).encode())
+            rng = np.random.default_rng([seed, key])
+            values = []
+            for variant in variants:
+                predicted = predictions(rng, gold, skill)
+                values.append((macro_f1(gold, predicted), float((gold == predicted).mean())))
+                frames.append(
+                    pd.DataFrame(
+                        {
+                            "id": list(ids) if ids is not None else [f"{number:04d}" for number in range(n)],
+                            "label": [LABELS[item] for item in gold],
+                            "prediction": [LABELS[item] for item in predicted],
+                            "score_negative": np.zeros(n, dtype=np.float32),
+                            "language": language,
+                            "condition": condition,
+                            "variant": variant,
+                        }
+                    )
+                )
+            f1, accuracy = np.mean(values, axis=0)
+            metrics += [
+                tracking.Metric(language, condition, "macro_f1", float(f1), n, flat["split"]),
+                tracking.Metric(language, condition, "accuracy", float(accuracy), n, flat["split"]),
+            ]
+    metrics.sort(key=lambda item: item.metric != metric)
+    made = tracking.RunRecord(
+        study=flat["study"],
+        job=f"run-{folder.name}",
+        settings=flat,
+        seed=seed,
+        status="done",
+        metrics=metrics,
+        fingerprints={"base": "b" * 64, **{f"test {code}": "f" * 64 for code in flat["language"]}},
+        provenance={
+            "git": {"deftx": {"commit": "a" * 40, "dirty": False}, "working_directory": None},
+            "versions": {"deftx": "0.1.0", "torch": "2.13.0"},
+            "python": "3.11.7",
+            "gpu": None,
+        },
+        sfts=sfts(flat, list(conditions)),
+        languages={code: {"name": code.title(), **(languages_facts or {}).get(code, {})} for code in flat["language"]},
+        finished=f"2026-01-01T00:00:{seed:02d}+00:00",
+    )
+    for name, value in (record or {}).items():
+        setattr(made, name, value)
+    tracking.write_result(folder, made)
+    if with_predictions:
+        tracking.write_predictions(folder, pd.concat(frames, ignore_index=True))
+    if diagnostics:
+        tracking.write_diagnostics(folder, diagnostic_rows(flat, [m for m in conditions if m in ("deftx", "ltsft")]))
+    return folder
+
+
+def sfts(flat: Mapping[str, Any], conditions: Sequence[str]) -> list[dict[str, Any]]:
+    """What a result says of its SFTs."""
+    size = int(1e6 * (flat["density"] or 0.1))
+    found = []
+    for method in [name for name in conditions if name in ("deftx", "ltsft")]:
+        tail = "ltsft" if method == "ltsft" else f"deftx rank={flat['rank']} residual={flat['residual']}"
+        for role, code in (*(("language", code) for code in flat["language"]), ("task", "")):
+            name = f"language {code} {tail}" if role == "language" else f"task on θ⁰+ind {tail}"
+            seconds = 60.0 if method == "ltsft" else 70.0 + len(str(flat["rank"]))
+            found.append(
+                {
+                    "name": name,
+                    "role": role,
+                    "method": method,
+                    "languages": [code] if code else ["ind"],
+                    "k": size,
+                    "bytes": 5 * size,
+                    "sha256": "0" * 64,
+                    "metrics": {"seconds": seconds, "peak_memory": 2**30, "full": {"seconds": 2 * seconds}},
+                }
+            )
+    return found
+
+
+def diagnostic_rows(flat: Mapping[str, Any], methods: Sequence[str]) -> pd.DataFrame:
+    """Spectra, ranks, energies, masks and overlaps of four layers."""
+    rng = np.random.default_rng(flat["seed"])
+    rows: list[dict[str, Any]] = []
+    selected: dict[str, int] = {}
+    named = [(item["name"], item["role"], item["method"], item["languages"][0]) for item in sfts(flat, methods)]
+    for name, _, method, _ in named:
+        for layer in (-1, 0, 1, 2, 3):
+            for module in MODULES if layer >= 0 else ("embeddings.word_embeddings", "embeddings.LayerNorm"):
+                size = 4096 if layer >= 0 else 20_000
+                spectrum = np.exp(-np.arange(32) / (6 + 2 * layer + len(module) % 5)) * (1 + 0.1 * rng.random())
+                count = int(size * (flat["density"] or 0.1) * (0.5 + rng.random()))
+                selected[name] = selected.get(name, 0) + count
+                row = {"what": "sft", "sft": name, "parameter": f"{layer}.{module}", "layer": layer, "module": module}
+                row |= {"size": size, "selected": count, "density": count / size}
+                if method == "deftx" and module != "embeddings.LayerNorm":
+                    text = str(flat["rank"])
+                    kept = int(text) if text.isdigit() else int(10 + 3 * layer + 2 * len(text) % 7)
+                    squares = spectrum**2
+                    energy = float(squares[:kept].sum() / squares.sum())
+                    row |= {"rank": kept, "energy": energy, "singular_values": spectrum.tolist()}
+                rows.append(row)
+    for method in methods:
+        task = next(name for name, role, its, _ in named if role == "task" and its == method)
+        for name, role, its, _ in named:
+            if role == "language" and its == method:
+                for layer in range(4):
+                    both = int(40 * (1 + rng.random()))
+                    row = {"what": "pair", "sft": task, "other": name, "layer": layer, "module": MODULES[0]}
+                    rows.append(row | {"overlap": both, "jaccard": 0.05, "sign_conflicts": both // 3})
+    columns = ["what", "sft", "other", "parameter", "layer", "module", "size", "selected", "density", "rank", "energy"]
+    return pd.DataFrame(rows, columns=[*columns, "singular_values", "overlap", "jaccard", "sign_conflicts"])
+
+
+def write_sweep(folder: Path, jobs: Sequence[tuple[Sequence[str], str]], **fields: Any) -> Path:
+    """A sweep.json over jobs given as (swept, status); folders are their numbers."""
+    made = [
+        tracking.SweepJob(
+            number=number,
+            overrides=["experiment=demo", *swept],
+            swept=list(swept),
+            folder=str(number),
+            status=status,
+            error="the disk is full" if status == "failed" else None,
+        )
+        for number, (swept, status) in enumerate(jobs)
+    ]
+    return tracking.write_sweep(folder, tracking.SweepRecord(study="demo", command="run", jobs=made, **fields))

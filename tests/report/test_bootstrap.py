@@ -1,0 +1,154 @@
+"""Resampling against independent computations: naive loops with sklearn, scipy's bootstrap, and coverage."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.stats
+from sklearn.metrics import accuracy_score, f1_score
+
+from deftx.report.bootstrap import METRICS, Resampler, confusion, interval, shared_items
+
+
+def cells(rng: np.random.Generator, n: int, count: int, classes: int = 3) -> tuple[np.ndarray, np.ndarray]:
+    gold = rng.integers(0, classes, n)
+    return gold, np.where(rng.random((count, n)) < 0.6, gold, rng.integers(0, classes, (count, n)))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_metrics_of_resamples_are_those_of_a_naive_loop(metric: str) -> None:
+    # Few items and four classes, so that some resamples lack a class.
+    gold, predicted = cells(np.random.default_rng(0), 12, 3, classes=4)
+    weights = Resampler(50, seed=1).items({"ace": [str(number) for number in range(12)]})["ace"]
+    fast = METRICS[metric](confusion(weights, gold, predicted, 4))
+    for sample, counts in enumerate(weights.astype(int)):
+        drawn = np.repeat(np.arange(12), counts)
+        for cell in range(3):
+            if metric == "accuracy":
+                slow = accuracy_score(gold[drawn], predicted[cell][drawn])
+            else:
+                slow = f1_score(gold[drawn], predicted[cell][drawn], average="macro")
+            assert fast[sample, cell] == pytest.approx(slow, abs=1e-12)
+
+
+def test_weights_are_draws_with_replacement() -> None:
+    weights = Resampler(4000, seed=0).items({"ace": list("abcdef")})["ace"]
+    assert (weights.sum(axis=1) == 6).all()
+    assert weights.mean(axis=0) == pytest.approx(np.ones(6), abs=0.08)
+    assert weights.var(axis=0) == pytest.approx(np.full(6, 5 / 6), abs=0.08)  # multinomial: n p (1 - p)
+
+
+def test_parallel_languages_draw_the_same_items_whatever_their_order() -> None:
+    drawn = Resampler(50, seed=0).items({"ace": ["a", "b", "c"], "min": ["c", "a", "b"], "xxx": ["p", "q", "r"]})
+    assert (drawn["ace"] == drawn["min"][:, [1, 2, 0]]).all()
+    assert (drawn["ace"] != drawn["xxx"]).any()
+
+
+def test_a_language_that_lacks_items_shares_those_it_has() -> None:
+    drawn = Resampler(50, seed=0).items({"ace": ["a", "b", "c", "d"], "nah": ["a", "c", "d"]})
+    assert (drawn["nah"] == drawn["ace"][:, [0, 2, 3]]).all()
+
+
+def test_draws_do_not_depend_on_what_else_is_drawn() -> None:
+    ids = {"ace": ["a", "b", "c"]}
+    alone = Resampler(20, seed=3).items(ids)["ace"]
+    beside = Resampler(20, seed=3)
+    beside.seeds([0, 1, 2])
+    assert (beside.items({"xxx": ["p", "q"], **ids})["ace"] == alone).all()
+    assert (Resampler(20, seed=4).items(ids)["ace"] != alone).any()
+
+
+@pytest.mark.parametrize(
+    ("ids", "groups"),
+    [
+        ({"a": ["1"], "b": ["1"], "c": ["2"]}, [["a", "b"], ["c"]]),
+        ({"a": ["1"], "b": ["2"], "c": ["1", "2"]}, [["a", "b", "c"]]),
+        ({"a": ["1"]}, [["a"]]),
+    ],
+)
+def test_languages_are_grouped_by_shared_items(ids: dict[str, list[str]], groups: list[list[str]]) -> None:
+    found = sorted(sorted(group) for group in shared_items(ids))
+    assert found == groups
+
+
+@pytest.mark.parametrize(("seeds", "shares"), [([5], {1.0}), ([1, 2], {0.0, 0.5, 1.0})])
+def test_seeds_are_drawn_with_replacement(seeds: list[int], shares: set[float]) -> None:
+    drawn = Resampler(300, seed=0).seeds(seeds)
+    assert drawn.sum(axis=1) == pytest.approx(np.ones(300))
+    assert set(np.unique(drawn)) == shares
+
+
+def test_one_language_and_one_seed_agree_with_scipy() -> None:
+    gold, predicted = cells(np.random.default_rng(5), 150, 2)
+    weights = Resampler(4000, seed=0).items({"ace": [str(number) for number in range(150)]})["ace"]
+    values = METRICS["macro_f1"](confusion(weights, gold, predicted, 3))
+    ours = interval(values[:, 0] - values[:, 1], 0.9)
+
+    def f1(labels: np.ndarray, guesses: np.ndarray) -> float:
+        parts = [
+            2 * ((labels == c) & (guesses == c)).sum() / ((labels == c).sum() + (guesses == c).sum()) for c in range(3)
+        ]
+        return float(np.mean(parts))
+
+    def difference(labels: np.ndarray, first: np.ndarray, second: np.ndarray) -> float:
+        return f1(labels, first) - f1(labels, second)
+
+    theirs = scipy.stats.bootstrap(
+        (gold, *predicted),
+        difference,
+        paired=True,
+        vectorized=False,
+        n_resamples=3000,
+        confidence_level=0.9,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    width = theirs.high - theirs.low
+    assert ours == pytest.approx((theirs.low, theirs.high), abs=0.1 * width)
+
+
+def coverage(noise: float, tries: int = 400, n: int = 100, seeds: int = 12) -> float:
+    """How often a 95 % interval holds the true difference, 0.7 - 0.6, of data drawn anew each time.
+
+    Errors go with the item and the seed; ``noise`` is the share that goes with neither.
+    """
+    rng = np.random.default_rng(11)
+    covered = 0
+    for _ in range(tries):
+        rates = np.array([0.7, 0.6])[:, None, None] + rng.normal(0, 0.06, (2, seeds, 1))
+        lucky = rng.random((2, seeds, n)) < noise
+        drawn = np.where(lucky, rng.random((2, seeds, n)), rng.random(n))
+        right = (drawn < rates).astype(np.int64)
+        resampler = Resampler(400, seed=int(rng.integers(1 << 30)))
+        weights = resampler.items({"ace": [str(number) for number in range(n)]})["ace"]
+        values = METRICS["accuracy"](confusion(weights, np.ones(n, dtype=np.int64), right.reshape(-1, n), 2))
+        by_seed = values[:, :seeds] - values[:, seeds:]
+        low, high = interval((by_seed * resampler.seeds(range(seeds))).sum(axis=1), 0.95)
+        covered += low <= 0.1 <= high
+    return covered / tries
+
+
+def test_intervals_cover_a_known_difference() -> None:
+    # Leaving either the items or the seeds alone would give less than 0.9.
+    assert 0.905 <= coverage(noise=0.0) <= 0.985
+
+
+def test_noise_of_single_predictions_makes_intervals_wider_never_narrower() -> None:
+    assert 0.93 <= coverage(noise=0.8) <= 1
+
+
+def test_joint_draws_widen_the_mean_over_parallel_languages() -> None:
+    # Four languages that err on the same items: as uncertain as one, not half as much.
+    gold, predicted = cells(np.random.default_rng(2), 200, 1)
+    ids = [str(number) for number in range(200)]
+    codes = ["ace", "ban", "bjn", "min"]
+
+    def width(names: dict[str, list[str]]) -> float:
+        weights = Resampler(1000, seed=0).items(names)
+        values = [METRICS["accuracy"](confusion(weights[code], gold, predicted, 3))[:, 0] for code in codes]
+        low, high = interval(np.mean(values, axis=0), 0.95)
+        return high - low
+
+    joint = width(dict.fromkeys(codes, ids))
+    apart = width({code: [f"{code}{item}" for item in ids] for code in codes})
+    assert joint == pytest.approx(2 * apart, rel=0.2)

@@ -1,0 +1,287 @@
+"""Sections, columns and baselines; means, spreads and intervals of whole result folders."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from fabricate import LABELS, N, write_run
+
+from deftx import tracking
+from deftx.report.collect import collect
+from deftx.report.knobs import ordered_values, read_by, score_settings, varying
+from deftx.report.sections import MEAN, Section, make_sections
+from deftx.report.summary import Options, Summary, summarise
+
+FEW = Options(samples=200)
+BOTH = {"ltsft": 0.5, "deftx": 0.7}
+
+
+def sections(folder: Path, metric: str | None = None) -> list[Section]:
+    return make_sections(collect([folder]).runs, metric)
+
+
+def summary(folder: Path, baseline: str | None = "ltsft", options: Options = FEW) -> Summary:
+    (section,) = sections(folder)
+    return summarise(section, baseline, options)
+
+
+def labels(section: Section) -> list[str]:
+    return [column.label for column in section.columns]
+
+
+def test_scores_are_means_and_sample_deviations_over_seeds(tmp_path: Path) -> None:
+    for seed in (0, 1, 2):
+        write_run(tmp_path / str(seed), conditions=BOTH, seed=seed)
+    found = summary(tmp_path)
+    values: dict[tuple[str, str], list[float]] = {}
+    for seed in (0, 1, 2):
+        for item in tracking.read_result(tmp_path / str(seed)).metrics:
+            if item.metric == "macro_f1" and item.value is not None:
+                values.setdefault((item.condition, item.language), []).append(item.value)
+    for column in found.section.columns:
+        by_language = [values[column.condition, language] for language in ("ace", "min")]
+        for language, expected in zip(("ace", "min"), by_language, strict=True):
+            score = found.scores[column, language]
+            assert score.mean == pytest.approx(np.mean(expected))
+            assert score.std == pytest.approx(np.std(expected, ddof=1))
+            assert score.n == N
+        means = np.mean(by_language, axis=0)  # by seed
+        assert found.scores[column, MEAN].std == pytest.approx(np.std(means, ddof=1))
+
+
+def test_differences_are_those_of_a_naive_loop_over_the_same_draws(tmp_path: Path) -> None:
+    from sklearn.metrics import f1_score
+
+    from deftx.report.bootstrap import Resampler
+
+    for seed in (0, 1):
+        write_run(tmp_path / str(seed), conditions=BOTH, seed=seed)
+    options = Options(samples=60)
+    found = summary(tmp_path, options=options)
+    parts, ids = {}, []
+    for seed in (0, 1):
+        frame = pd.read_parquet(tmp_path / str(seed) / "predictions.parquet").sort_values("id")
+        ids = sorted(frame["id"].unique())
+        for where, rows in frame.groupby(["language", "condition"]):
+            parts[(seed, *where)] = rows["label"].to_numpy(dtype=str), rows["prediction"].to_numpy(dtype=str)
+    resampler = Resampler(options.samples, options.seed)
+    weights = resampler.items({"ace": ids, "min": ids})
+    shares = resampler.seeds([0, 1])
+    drawn = np.zeros(options.samples)
+    for sample, (place, seed), language in itertools.product(range(options.samples), enumerate((0, 1)), ("ace", "min")):
+        items = np.repeat(np.arange(N), weights[language][sample].astype(int))
+        for condition, sign in (("deftx", 1), ("ltsft", -1)):
+            label, prediction = parts[seed, language, condition]
+            f1 = f1_score(label[items], prediction[items], average="macro")
+            drawn[sample] += sign * shares[sample, place] * f1 / 2
+    (column,) = found.section.named(["deftx"])
+    difference = found.differences[column, MEAN]
+    assert (difference.low, difference.high) == pytest.approx(tuple(np.quantile(drawn, [0.025, 0.975])))
+    assert difference.value == pytest.approx(
+        found.scores[column, MEAN].mean - found.scores[found.baselines[column], MEAN].mean
+    )
+
+
+def test_a_rank_sweep_has_one_ltsft_column_and_it_is_everybodys_baseline(tmp_path: Path) -> None:
+    for number, rank in enumerate(("4", "16", "energy:0.9", None)):
+        write_run(tmp_path / str(number), rank=rank)
+    found = summary(tmp_path)
+    assert labels(found.section) == ["LT-SFT", "DeFT-X rank=4", "DeFT-X rank=16", "DeFT-X rank=energy:0.9"]
+    assert {base.label for base in found.baselines.values()} == {"LT-SFT"}
+    assert len(found.baselines) == 3
+
+
+def test_runs_that_hold_both_methods_share_the_ltsft_column_of_the_sweep(tmp_path: Path) -> None:
+    for number, rank in enumerate(("4", "16")):
+        write_run(tmp_path / str(number), rank=rank, conditions=BOTH)
+    (section,) = sections(tmp_path)
+    assert labels(section) == ["LT-SFT", "DeFT-X rank=4", "DeFT-X rank=16"]
+    assert any("stand in more than one run" in text for text in section.warnings)
+
+
+def test_a_baseline_agrees_in_every_other_knob(tmp_path: Path) -> None:
+    number = 0
+    for rank in ("4", None):
+        for density in (0.05, 0.1):
+            write_run(tmp_path / str(number), rank=rank, density=density)
+            number += 1
+    write_run(tmp_path / "alone", rank="4", density=0.4)
+    found = summary(tmp_path)
+    assert {column.label: base.label for column, base in found.baselines.items()} == {
+        "DeFT-X density=0.05": "LT-SFT density=0.05",
+        "DeFT-X density=0.1": "LT-SFT density=0.1",
+    }
+    assert any("so no difference: DeFT-X density=0.4" in note for note in found.notes)
+
+
+def test_a_column_may_be_the_baseline(tmp_path: Path) -> None:
+    for number, rank in enumerate(("4", "16", None)):
+        write_run(tmp_path / str(number), rank=rank)
+    found = summary(tmp_path, "DeFT-X rank=4")
+    assert {column.label: base.label for column, base in found.baselines.items()} == {
+        "LT-SFT": "DeFT-X rank=4",
+        "DeFT-X rank=16": "DeFT-X rank=4",
+    }
+
+
+def test_only_common_seeds_are_compared(tmp_path: Path) -> None:
+    for seed in (0, 1, 2):
+        write_run(tmp_path / f"a{seed}", rank="4", seed=seed)
+    for seed in (1, 2, 3):
+        write_run(tmp_path / f"b{seed}", rank=None, seed=seed)
+    found = summary(tmp_path)
+    (column,) = found.section.named(["deftx"])
+    difference = found.differences[column, "ace"]
+    assert difference.seeds == (1, 2)
+    mine, base = found.scores[column, "ace"].values, found.scores[found.baselines[column], "ace"].values
+    assert difference.value == pytest.approx(np.mean([mine[1] - base[1], mine[2] - base[2]]))
+    assert any("fewer seeds than others" in note for note in found.notes)
+
+
+def test_a_mean_that_lacks_a_language_says_so_and_is_not_compared(tmp_path: Path) -> None:
+    write_run(tmp_path / "0", rank="4", language=["ace"])
+    write_run(tmp_path / "1", rank=None)
+    found = summary(tmp_path)
+    (column,) = found.section.named(["deftx"])
+    assert found.scores[column, MEAN].missing == ("min",)
+    assert (column, MEAN) not in found.differences
+    assert (column, "ace") in found.differences
+
+
+def test_one_language_a_run_is_one_section(tmp_path: Path) -> None:
+    for number, language in enumerate(("ace", "min")):
+        write_run(tmp_path / str(number), conditions=BOTH, language=[language])
+    (section,) = sections(tmp_path)
+    assert (section.languages, labels(section)) == (["ace", "min"], ["LT-SFT", "DeFT-X"])
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"task": "xnli"},
+        {"study": "another"},
+        {"split": "dev"},
+        {"model": "mbert"},
+        {"metric": "accuracy"},
+        {"record": {"fingerprints": {"base": "c" * 64}}},
+    ],
+    ids=lambda other: next(iter(other)),
+)
+def test_what_does_not_compare_is_a_section_of_its_own(tmp_path: Path, other: dict[str, object]) -> None:
+    write_run(tmp_path / "0")
+    write_run(tmp_path / "1", seed=1, **other)  # type: ignore[arg-type]
+    found = sections(tmp_path)
+    assert len(found) == len({section.slug for section in found}) == len({section.title for section in found}) == 2
+
+
+def test_another_metric_on_request(tmp_path: Path) -> None:
+    write_run(tmp_path / "0", conditions=BOTH)
+    (section,) = sections(tmp_path, "accuracy")
+    frame = pd.read_parquet(tmp_path / "0" / "predictions.parquet").query("language == 'ace' and condition == 'deftx'")
+    cell = section.cells[section.named(["deftx"])[0], "ace", 0]
+    assert cell.value == pytest.approx((frame["label"] == frame["prediction"]).mean())
+    assert cell.items is not None
+
+
+def test_variants_of_a_condition_are_averaged_in_each_resample(tmp_path: Path) -> None:
+    write_run(tmp_path, conditions={"ltsft": 0.5, "other_language_sft": 0.6}, variants=("ban", "bjn"))
+    found = summary(tmp_path)
+    (column,) = found.section.named(["other_language_sft"])
+    cell = found.section.cells[column, "ace", 0]
+    assert cell.items is not None
+    assert cell.items.predicted.shape == (2, N)
+    assert found.differences[column, "ace"].low is not None
+    assert found.section.warnings == []
+
+
+def test_other_examples_cannot_be_paired(tmp_path: Path) -> None:
+    write_run(tmp_path / "0", rank="4")
+    write_run(tmp_path / "1", rank=None, ids=[f"x{number}" for number in range(N)])
+    found = summary(tmp_path)
+    (column,) = found.section.named(["deftx"])
+    difference = found.differences[column, "ace"]
+    assert (difference.low, difference.high) == (None, None)
+    assert any("cannot be paired" in note for note in found.notes)
+
+
+def test_predictions_that_do_not_give_the_score_are_not_used(tmp_path: Path) -> None:
+    write_run(tmp_path, conditions=BOTH)
+    frame = pd.read_parquet(tmp_path / "predictions.parquet")
+    frame.loc[(frame["condition"] == "deftx") & (frame["language"] == "ace"), "prediction"] = LABELS[0]
+    tracking.write_predictions(tmp_path, frame)
+    found = summary(tmp_path)
+    assert any("do not give the macro-F1" in text and "ace deftx" in text for text in found.section.warnings)
+    (column,) = found.section.named(["deftx"])
+    assert found.differences[column, "ace"].low is None
+    assert found.differences[column, "min"].low is not None
+
+
+@pytest.mark.parametrize("labels_known", [True, False])
+def test_numbers_for_labels_are_read_too(tmp_path: Path, labels_known: bool) -> None:
+    write_run(tmp_path, conditions=BOTH, **({} if labels_known else {"data.labels": []}))
+    frame = pd.read_parquet(tmp_path / "predictions.parquet")
+    for name in ("label", "prediction"):
+        frame[name] = frame[name].map(LABELS.index)
+    tracking.write_predictions(tmp_path, frame.drop(columns="variant"))
+    found = summary(tmp_path)
+    assert found.section.warnings == []
+    assert found.differences[found.section.named(["deftx"])[0], MEAN].low is not None
+
+
+def test_conflicting_results_are_told_of_and_not_averaged(tmp_path: Path) -> None:
+    write_run(tmp_path / "old", rank="4")
+    write_run(tmp_path / "new", rank="4", draw=99, record={"finished": "2026-02-01T00:00:00+00:00"})
+    (section,) = sections(tmp_path)
+    assert any("other numbers" in text and "not averaged" in text for text in section.warnings)
+    newest = tracking.read_result(tmp_path / "new").metrics[0]
+    cell = section.cells[section.columns[0], newest.language, 0]
+    assert (cell.value, len(section.cells)) == (newest.value, 2)
+
+
+def test_a_run_found_twice_counts_once(tmp_path: Path) -> None:
+    for launch in ("first", "second"):
+        write_run(tmp_path / launch / "0", conditions=BOTH)
+    found = collect([tmp_path])
+    assert (len(found.runs), len(found.repeated)) == (1, 1)
+    # The same numbers from other predictions are not the same result.
+    write_run(tmp_path / "third", conditions=BOTH)
+    frame = pd.read_parquet(tmp_path / "third" / "predictions.parquet")
+    frame["prediction"] = frame["prediction"].to_numpy()[::-1]
+    tracking.write_predictions(tmp_path / "third", frame)
+    assert len(collect([tmp_path]).runs) == 2
+
+
+@pytest.mark.parametrize(
+    ("condition", "lost", "kept"),
+    [
+        ("ltsft", ["lang.rank", "task.residual"], ["lang.density", "source.rank"]),
+        ("no_language_sft", ["lang.rank", "source.rank", "corpus.leak_threshold"], ["task.rank"]),
+        ("source_sft", ["lang.rank"], ["task.rank", "source.rank"]),
+        ("deftx", [], ["lang.rank", "task.rank", "source.rank"]),
+    ],
+)
+def test_a_condition_reads_what_its_composition_is_made_of(condition: str, lost: list[str], kept: list[str]) -> None:
+    from fabricate import settings
+
+    read = read_by(condition, score_settings(settings(rank="4")))
+    assert all(read.get(key) is None for key in lost)
+    assert all(read[key] is not None for key in kept)
+    assert not {"seed", "rank", "study", "language"} & set(read)
+
+
+def test_varying_knobs_have_short_names_where_both_sfts_agree() -> None:
+    same = [{"lang.rank": r, "task.rank": r, "lang.k": 5, "x": 1} for r in ("4", "8")]
+    assert varying(same) == [{"rank": "4"}, {"rank": "8"}]
+    apart = [{"lang.rank": "4", "task.rank": r} for r in ("4", "8")]
+    assert varying(apart) == [{"task.rank": "4"}, {"task.rank": "8"}]
+    implied = [{"rank": "4", "residual": "drop"}, {"rank": None, "residual": None}]
+    assert varying(implied) == [{"rank": "4"}, {"rank": None}]
+
+
+def test_values_are_ordered_as_a_person_orders_them() -> None:
+    mixed = ["gavish_donoho", None, "16", "energy:0.9", "4", "energy:0.8", "128", "4"]
+    assert ordered_values(mixed) == ["4", "16", "128", "energy:0.8", "energy:0.9", "gavish_donoho", None]
