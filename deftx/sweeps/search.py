@@ -46,7 +46,10 @@ def search(
     Raises:
         DeftxError: Every trial failed.
     """
-    import optuna
+    try:
+        import optuna
+    except ImportError as error:
+        raise DeftxError("a search needs Optuna: pip install 'deftx[search]'") from error
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     role, direction = OBJECTIVES[settings.objective]
