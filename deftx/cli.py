@@ -106,8 +106,9 @@ def _dispatch(arguments: list[str]) -> int:
 
         return dashboard(rest)
     if name == "report":
-        pass
+        from deftx.report.command import main as report
 
+        return report(rest)
     return _command(name, rest)
 
 

@@ -15,18 +15,21 @@ GROUPS = (
     "method",
     "denoise",
     "sparsity",
+    "ablate",
     "task",
     "language",
     "source",
     "budget",
     "trainer",
     "logger",
+    "launcher",
 )
 EXAMPLES = {
     "run": (
         "deftx run experiment=demo",
         "deftx run experiment=nusax model=minilm model.path=FOLDER data.root=FOLDER budget=small sparsity=share",
         "deftx run -m experiment=demo rank=8,energy:0.9,gavish_donoho,none",
+        "deftx run experiment=rank_x_sparsity --dry-run",
     ),
     "sft": (
         "deftx sft kind=language language=qba out=sfts/qba",
@@ -47,7 +50,7 @@ def command_help(name: str, purpose: str) -> str:
     lines = [
         f"deftx {name}: {purpose}",
         "",
-        f"usage: deftx {name} [GROUP=OPTION ...] [key=value ...] [-m]",
+        f"usage: deftx {name} [GROUP=OPTION ...] [key=value ...] [-m]{' [--dry-run]' if name == 'run' else ''}",
         "",
     ]
     shared = [text for text in _knobs("run") if name == "run" or text.split(":")[0] in READS[name]]
@@ -67,6 +70,12 @@ def command_help(name: str, purpose: str) -> str:
         lines += [
             "",
             "budgets: lang.training.*, task.training.* and source.training.* (learning_rate, batch_size, epochs, ...)",
+        ]
+    if name == "run":
+        lines += [
+            "",
+            "sweeps: -m runs every combination of key=a,b,c: stages that jobs share first, finished jobs not again;",
+            "--dry-run only says what would run, launcher=joblib launcher.workers=4 runs four jobs at a time",
         ]
     lines += [
         "",
