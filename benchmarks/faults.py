@@ -2,9 +2,9 @@
 
     python -m benchmarks.faults --kills 10 [--reference CACHE] [override ...]
 
-Without overrides it is the demo family's ``rank_x_sparsity`` for two languages. The whole process group gets SIGKILL, so
-launchers' workers die, too. After each kill every entry that the cache shows is verified: a partial one would be damaged.
-At the end the SFTs' tensors, predictions and metrics of both caches are compared byte by byte, by stage key.
+Without overrides it is the demo family's ``rank_x_sparsity`` for two languages. The whole process group gets SIGKILL,
+so that launchers' workers die, too. After each kill all entries the cache shows are verified: a partial one would be
+damaged. At the end tensors, predictions and metrics of both caches are compared byte by byte, by stage key.
 """
 
 from __future__ import annotations
@@ -99,9 +99,7 @@ def main() -> int:
         count = sum(1 for _ in StageCache(cache).entries())
         seen["kills"] += 1
         seen["partial"] += len(partial)
-        print(
-            f"kill {number + 1} after {wait:.1f} s: {count} entries, {len(partial)} partial; {scratch[-1:]}", flush=True
-        )
+        print(f"kill {number + 1} after {wait:.1f} s: {count} entries, {len(partial)} partial", *scratch, flush=True)
     seconds = finish(options.overrides, cache, options.folder / "finished", log)
     print(f"finished in {seconds:.0f} s more", flush=True)
     one, other = contents(reference), contents(cache)

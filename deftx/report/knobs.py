@@ -19,7 +19,7 @@ BOOKKEEPING = frozenset(
 )
 """Names, what the sections and the rows of a table say already, and what changes no score."""
 
-SHORT = ("rank", "residual", "k", "density", "value_dtype")
+SHORT = ("rank", "residual", "k", "density", "value_dtype", "mask", "second_phase")
 """Knobs that repeat what ``lang.*`` and ``task.*`` say."""
 
 _DENOISING = ("rank", "residual", "exclude")
