@@ -213,8 +213,12 @@ def morphology(summary: Summary) -> Drawn | str:
     if len(others) > 1:
         return "other knobs vary beside density, so there is no one best density"
     facts: dict[str, dict[str, float]] = {}
+    unspaced: set[str] = set()
     for run in section.runs:
         for code, known in run.record.languages.items():
+            if known.get("spaced") is False:
+                unspaced.add(code)
+                continue
             found = {name: value for name in MEASURES if (value := number(known.get(name))) is not None}
             facts.setdefault(code, {}).update(found)
     best: dict[str, tuple[float, float, float]] = {}
@@ -263,12 +267,13 @@ def morphology(summary: Summary) -> Drawn | str:
     axes[0].set_ylabel(f"best {key}")
     bars_told = "; bars: where resamples of items and seeds find the best one" if summary.resampled else ""
     n = max(sum(name in facts.get(code, {}) for code in best) for name in measures)
+    left_out = f" Without {', '.join(sorted(unspaced))}: no words between spaces to count." if unspaced else ""
     small = f" {n} languages are few: a ρ of this size says little on its own." if n < 20 else ""
     return Drawn(
         made,
         f"The {key} with the highest {section.metric_name} in each language against measures of its text"
         f"{bars_told}. Spearman's ρ with a two-sided permutation p, not corrected for {len(measures)} "
-        f"measures.{small} The best {key} is chosen on the split that is shown.",
+        f"measures.{small}{left_out} The best {key} is chosen on the split that is shown.",
     )
 
 
