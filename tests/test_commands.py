@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from deftx.cli import COMMANDS, _parse
-from deftx.config import check_command, hydra_session, resolve_command
+from deftx.cli import COMMANDS, _parse, main
+from deftx.config import READS, check_command, hydra_session, resolve_command
 from deftx.help import EXAMPLES
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -18,9 +18,9 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 def shown() -> list[str]:
     """Command lines, continuation lines joined, trailing comments cut."""
     found = [example for examples in EXAMPLES.values() for example in examples]
-    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
-    results = (REPOSITORY / "docs" / "results.md").read_text(encoding="utf-8").replace("\\\n", " ")
-    found += re.findall(r"^deftx .*$", f"{readme}\n{results}", re.MULTILINE)
+    pages = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+    text = "\n".join(path.read_text(encoding="utf-8").replace("\\\n", " ") for path in pages)
+    found += [line.strip() for line in re.findall(r"^ *deftx [a-z]+ .*$", text, re.MULTILINE)]
     for path in sorted((REPOSITORY / "conf").rglob("*.yaml")):
         # The files of a kind of language open alike (tests/data/test_languages.py): one of each kind is resolved.
         if path.parent.name == "language" and path.stem not in {"ace", "quy", "eng", "qba"}:
@@ -32,9 +32,15 @@ def shown() -> list[str]:
 
 
 @pytest.mark.parametrize("line", shown())
-def test_a_command_that_is_shown_resolves(line: str) -> None:
+def test_a_command_that_is_shown_resolves(line: str, capsys: pytest.CaptureFixture[str]) -> None:
     _, name, *arguments = shlex.split(line, comments=True)
     assert name in COMMANDS
+    if name not in READS:  # not Hydra's: its options are those of its help page
+        with pytest.raises(SystemExit):
+            main([name, "--help"])
+        page = capsys.readouterr().out
+        assert all(word in page for word in arguments if word.startswith("--"))
+        return
     # README's own language is any that is there.
     arguments = ["language=ace" if item == "language=xyz" else item for item in arguments]
     if "--help" in arguments:
