@@ -2,8 +2,8 @@
 
     python -m benchmarks.sharing
 
-The generated family and its base are made before, for both sides: they stand for data and a download. Jobs are the demo's,
-two ranks by two densities; each side runs in processes of its own, one job after the other.
+The generated family and its base are made before, for both sides: they stand for data and a download. The jobs are the
+demo's, two ranks by two densities; each side runs in processes of its own, one job after the other.
 """
 
 from __future__ import annotations

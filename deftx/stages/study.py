@@ -8,163 +8,25 @@ from __future__ import annotations
 
 import logging
 import shutil
-import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from deftx import tracking
-from deftx.cache import StageCache, Workspace
-from deftx.data.corpora import MissingTextError
+from deftx.cache import StageCache
 from deftx.data.settings import LanguageSettings
-from deftx.data.tasks import fingerprint_rows, load_test, own_test_rows
 from deftx.errors import DeftxError
-from deftx.stages.diagnostics import diagnostics
-from deftx.stages.evaluate import SFT, Cell, Evaluator, Outcome, plan_cells
-from deftx.stages.inputs import Base, Corpus, TaskRows, base_model, corpus, data_settings, family, task_rows
+from deftx.stages.bench import Bench
+from deftx.stages.evaluate import SFT, Cell, Evaluator, plan_cells
+from deftx.stages.inputs import base_model, family
 from deftx.stages.knobs import SFT_KNOBS, flat_knobs, given_knobs
-from deftx.stages.parts import split
-from deftx.stages.plan import run_stage
-from deftx.stages.preflight import NEEDS, Needs, refuse_used
-from deftx.stages.profile import profile
-from deftx.stages.settings import SFTSettings, StudySettings
-from deftx.stages.sft import Trainer
+from deftx.stages.outputs import fill, keep, short, show, write_tables
+from deftx.stages.preflight import NEEDS, refuse_used
+from deftx.stages.settings import StudySettings
 from deftx.stages.sources import open_sft, open_task_sft
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class Products:
-    """What a study made, filled in as it goes so that a failed run can say how far it got."""
-
-    base: Base | None = None
-    sfts: list[SFT] = field(default_factory=list)
-    outcomes: list[Outcome] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)
-    reports: dict[str, Any] = field(default_factory=dict)
-    tests: dict[str, str] = field(default_factory=dict)
-    drawn: bool = False
-    profiles: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-
-@dataclass
-class Bench:
-    """A study under way: its settings, its cache, and what it reads."""
-
-    study: StudySettings
-    cache: StageCache
-    loggers: Callable[[str], list[Any]]
-    products: Products = field(default_factory=Products)
-    tests: dict[str, pd.DataFrame] = field(default_factory=dict)
-    rows: dict[str, TaskRows] = field(default_factory=dict)
-    texts: dict[str, Corpus] = field(default_factory=dict)
-
-    def open(self, needs: Needs) -> Trainer:
-        """Find or make all that the study reads before anything trains: no bad row is found hours later."""
-        study, products = self.study, self.products
-        data = data_settings(study, self.cache)
-        if needs.tests:
-            self.tests = {
-                code: load_test(study.task, language, data, split=study.split)
-                for code, language in study.targets.items()
-            }
-            products.tests = {f"{study.split} {code}": fingerprint_rows(rows) for code, rows in self.tests.items()}
-        own = own_test_rows(study.task, list({**study.sources, **study.targets}.values()), data)
-        if needs.task:
-            for code, language in study.sources.items():
-                self.rows[code] = task_rows(study, language, data, self.cache, own)
-                products.reports[f"rows {study.train} {code}"] = self.rows[code].report
-        read = study.sources if needs.task and study.source_sft is not None else {}
-        for code, language in {**read, **(study.targets if needs.lang else {})}.items():
-            try:
-                self.texts[code] = corpus(study, language, data, self.cache, own)
-                products.reports[f"text {code}"] = self.texts[code].report
-            except MissingTextError as error:
-                if study.missing_text != "skip" or code in read:
-                    raise
-                log.warning("%s: no unlabelled text, evaluated without a language SFT (%s)", code, error)
-                products.skipped.append(code)
-        self._refuse_mixed_forms()
-        products.base = base_model(study, data, self.cache)
-        products.profiles = {
-            code: profile(code, text, products.base, self.cache)
-            for code, text in self.texts.items()
-            if code in study.targets
-        }
-        return Trainer(study, products.base, self.cache, self.loggers)
-
-    def _refuse_mixed_forms(self) -> None:
-        """Pairs to learn from and single sentences to predict, or the reverse, are two tasks."""
-        learnt = {bool(item.rows("train")["text_pair"].notna().any()) for item in self.rows.values()}
-        for code, rows in self.tests.items():
-            if learnt and learnt != {bool(rows["text_pair"].notna().any())}:
-                form = {True: "pairs", False: "single sentences"}
-                raise DeftxError(
-                    f"the test rows of {code} are {form[bool(rows['text_pair'].notna().any())]}, the training rows are "
-                    f"{' and '.join(form[pair] for pair in sorted(learnt))}"
-                )
-
-    def language_sft(self, trainer: Trainer, language: LanguageSettings, sft: SFTSettings) -> SFT:
-        """The SFT of one language."""
-        made = trainer.language_sft(language, self.texts[language.code], sft)
-        self.products.sfts.append(made)
-        self.products.drawn |= bool(made.facts["head_drawn"])
-        return made
-
-    def target_sfts(self, trainer: Trainer, method: str) -> dict[str, SFT]:
-        """φ_L of each target that has text, as ``method`` trains it."""
-        sft = self.study.sft_for(method, self.study.language_sft)
-        return {
-            code: self.language_sft(trainer, language, sft)
-            for code, language in self.study.targets.items()
-            if code in self.texts
-        }
-
-    def source_sfts(self, trainer: Trainer) -> dict[str, SFT]:
-        """φ_S by source language; none under ``source=none``."""
-        sft = self.study.source_sft
-        if sft is None:
-            return {}
-        return {code: self.language_sft(trainer, language, sft) for code, language in self.study.sources.items()}
-
-    def task_sft(self, trainer: Trainer, method: str, on: dict[str, SFT]) -> SFT:
-        """φ_T on θ⁰ + φ_S, or on θ⁰."""
-        made = trainer.task_sft(self.rows, self.study.sft_for(method, self.study.task_sft), on)
-        self.products.sfts.append(made)
-        return made
-
-    def make(self, trainer: Trainer, name: str) -> None:
-        """One part of the study (:mod:`deftx.stages.parts`)."""
-        study = self.study
-        phase, whose, code, method = split(name)
-        method = method or study.methods[0]
-        languages = study.sources if whose == "source" else study.targets
-        if (whose == "source" and study.source_sft is None) or (code is not None and code not in languages):
-            raise DeftxError(f"only={name!r}: this study trains no such SFT; its languages: {', '.join(languages)}")
-        if method not in study.methods:
-            raise DeftxError(f"only={name!r}: this study has no such method; it has {', '.join(study.methods)}")
-        if phase == "base" or (code is not None and code not in self.texts):
-            return  # made when the study was opened; a target without text has nothing to make
-        if code is not None:
-            own = study.source_sft if whose == "source" else study.sft_for(method, study.language_sft)
-            if own is None:
-                raise RuntimeError("checked above")
-            if phase == "sft":
-                self.language_sft(trainer, languages[code], own)
-            else:
-                trainer.prepare(trainer.language_recipe(languages[code], self.texts[code], own))
-            return
-        on = self.source_sfts(trainer) if whose == "task" else {}
-        if phase == "sft":
-            self.task_sft(trainer, method, on)
-        else:
-            trainer.prepare(trainer.task_recipe(self.rows, study.sft_for(method, study.task_sft), on))
 
 
 def run_study(study: StudySettings, run_dir: Path) -> tracking.RunRecord:
@@ -201,7 +63,7 @@ def run_study(study: StudySettings, run_dir: Path) -> tracking.RunRecord:
         )
         _evaluate(bench, cells, study.task_sft.training.max_length)
 
-    return _run(study, run_dir, "run", flat_knobs(study), body, keep=True)
+    return _run(study, run_dir, "run", flat_knobs(study), body, kept=True)
 
 
 def run_parts(study: StudySettings, run_dir: Path) -> tracking.RunRecord:
@@ -245,7 +107,7 @@ def run_sft(study: StudySettings, kind: str, out: Path | None, run_dir: Path) ->
         for name, sft in made.items():
             place = destination if single else destination / name
             _copy(sft.folder, place)
-            print(f"{sft.name}: {_short(place)}")
+            print(f"{sft.name}: {short(place)}")
 
     return _run(study, run_dir, f"sft-{kind}", flat_knobs(study), body)
 
@@ -302,7 +164,7 @@ def run_pretrain(study: StudySettings, text: Sequence[str], out: Path) -> None:
     data = study.data if text or not study.pretrains_on_family else family(study, cache)
     base = base_model(study, data, cache)
     _copy(base.folder, out)
-    print(f"model: {_short(out.absolute())}\nuse it with: model=local model.path={_short(out.absolute())}")
+    print(f"model: {short(out.absolute())}\nuse it with: model=local model.path={short(out.absolute())}")
 
 
 def _evaluate(bench: Bench, cells: Sequence[Cell], max_length: int) -> None:
@@ -355,11 +217,11 @@ def _run(
     knobs: dict[str, Any],
     body: Callable[[Bench], None],
     *,
-    keep: bool = False,
+    kept: bool = False,
 ) -> tracking.RunRecord:
     """Run ``body`` around everything a run leaves behind, whether it succeeds or not.
 
-    With ``keep``, a finished run goes into the cache: the same job of another sweep is then a copy of its files.
+    With ``kept``, a finished run goes into the cache: the same job of another sweep is then a copy of its files.
     """
     cache = _open_cache(study)
     record = tracking.RunRecord(
@@ -383,164 +245,13 @@ def _run(
         try:
             body(bench)
         finally:
-            _fill(record, bench)
-            tables = _write_tables(run_dir, bench)
+            fill(record, bench)
+            tables = write_tables(run_dir, bench)
             tracker.finish_run(record, tables, {sft.key: sft.folder for sft in bench.products.sfts})
-    if keep:
-        _keep(study, bench, run_dir)
+    if kept:
+        keep(study, bench, run_dir)
     if study.trainer.profile:
         tracking.print_steps(record.sfts)
     if bench.products.outcomes:
-        _show(study, record, run_dir, cache)
+        show(study, record, run_dir, cache)
     return record
-
-
-def _keep(study: StudySettings, bench: Bench, run_dir: Path) -> None:
-    """Publish what the run wrote, under the keys of what it evaluated; a cache that cannot be written loses nothing."""
-    names = (tracking.RESULT, tracking.METRICS, tracking.PREDICTIONS, tracking.DIAGNOSTICS)
-
-    def publish(work: Workspace) -> None:
-        for name in names:
-            shutil.copyfile(run_dir / name, work.out / name)
-
-    try:
-        bench.cache.get_or_compute(run_stage(study, [outcome.key for outcome in bench.products.outcomes]), publish)
-    except (DeftxError, OSError) as error:
-        log.warning("the finished run is not kept in the cache, a sweep will run it again: %s", error)
-
-
-def _fill(record: tracking.RunRecord, bench: Bench) -> None:
-    """What a run has to say so far, also when it is about to fail."""
-    study, products = bench.study, bench.products
-    loaded = "torch" in sys.modules  # else nothing was computed, and no device used
-    record.provenance = bench.cache.provenance if loaded else tracking.provenance(threads=study.trainer.threads)
-    record.peak_memory["gpu"] = _peak_gpu_memory() if loaded else None
-    record.metrics = scores(products.outcomes, list(study.targets), study.task_spec.metric, study.split)
-    record.stages = [event._asdict() for event in bench.cache.events]
-    record.sfts = [_about(sft) for sft in dict.fromkeys(products.sfts)]
-    record.languages = {
-        code: {"name": language.name, "family": language.family, "script": language.script}
-        | products.profiles.get(code, {})
-        for code, language in study.targets.items()
-    }
-    record.data = dict(products.reports)
-    record.fingerprints = dict(products.tests)
-    if products.base is not None:
-        record.fingerprints["base files"] = products.base.key
-    for sft in products.sfts[:1]:
-        record.fingerprints["base"] = str(sft.facts["base_fingerprint"])
-    if study.split != "test":
-        record.notes.append(f"evaluated on the {study.split} split, not on test")
-    record.notes += [f"{code}: no unlabelled text, so no language SFT in its row" for code in products.skipped]
-    record.notes += [
-        f"{code}: labelled rows of this language were trained on, so its row is not zero-shot"
-        for code in study.targets
-        if code in study.sources
-    ]
-    if "source_sft" in study.controls and study.source_sft is None:
-        record.notes.append("source=none: there is no source SFT to leave in")
-    if "other_language_sft" in study.controls and len(study.targets) == 1:
-        record.notes.append("one target: there is no other target's language SFT to compose with")
-    constant = [
-        " ".join(part for part in (cell.language, cell.condition, cell.variant) if part)
-        for cell, predictions in ((outcome.cell, outcome.predictions) for outcome in products.outcomes)
-        if predictions["prediction"].nunique() == 1
-    ]
-    if constant:
-        record.notes.append(
-            f"one class is predicted throughout, nothing was learnt or transferred: {', '.join(constant)}"
-        )
-    if products.drawn:
-        record.notes.append(
-            "the base has no trained MLM head: language SFTs started from a drawn one, which weakens them"
-        )
-    for event in bench.cache.events:
-        record.times[event.kind] = round(record.times.get(event.kind, 0.0) + event.seconds, 3)
-
-
-def _about(sft: SFT) -> dict[str, Any]:
-    """An SFT as ``result.json`` tells of it; its curve is in ``curves/``."""
-    facts = sft.facts
-    return {
-        "name": sft.name,
-        "role": sft.role,
-        "method": facts.get("method"),
-        "languages": facts.get("languages"),
-        "k": facts.get("k"),
-        "bytes": (sft.folder / "sft.safetensors").stat().st_size,
-        "sha256": sft.key,
-        "metrics": {name: value for name, value in sft.metrics.items() if name != "history"},
-    }
-
-
-def _peak_gpu_memory() -> int | None:
-    import torch
-
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
-
-
-def scores(outcomes: Sequence[Outcome], targets: Sequence[str], metric: str, split: str) -> list[tracking.Metric]:
-    """One score for each language, condition and metric: the task's own metric first, targets in the order given.
-
-    A condition with several cells for one language (each other target's φ_L in turn) gives their mean.
-    """
-    found: list[tracking.Metric] = []
-    for name in dict.fromkeys((metric, "macro_f1", "accuracy")):
-        groups: dict[tuple[str, str], list[dict[str, float]]] = {}
-        for outcome in outcomes:
-            groups.setdefault((outcome.cell.language, outcome.cell.condition), []).append(outcome.metrics)
-        known = list(tracking.CONDITIONS)
-        for (language, condition), items in sorted(
-            groups.items(), key=lambda item: (targets.index(item[0][0]), known.index(item[0][1]))
-        ):
-            value = sum(item[name] for item in items) / len(items)
-            found.append(tracking.Metric(language, condition, name, value, int(items[0]["n"]), split))
-    return found
-
-
-def _write_tables(run_dir: Path, bench: Bench) -> pd.DataFrame | None:
-    """Predictions and diagnostics, so far as there are any; the diagnostics are returned."""
-    import pandas as pd
-
-    outcomes = bench.products.outcomes
-    if outcomes:
-        words = dict(enumerate(bench.study.task_spec.labels))
-        frames = [
-            outcome.predictions.assign(
-                label=outcome.predictions["label"].map(words),
-                prediction=outcome.predictions["prediction"].map(words),
-                language=outcome.cell.language,
-                condition=outcome.cell.condition,
-                variant=outcome.cell.variant,
-            )
-            for outcome in outcomes
-        ]
-        tracking.write_predictions(run_dir, pd.concat(frames, ignore_index=True))
-    if not bench.products.sfts or bench.products.base is None:
-        return None
-    found = diagnostics(bench.products.sfts, outcomes, bench.products.base.folder)
-    tracking.write_diagnostics(run_dir, found)
-    return found
-
-
-def _show(study: StudySettings, record: tracking.RunRecord, run_dir: Path, cache: StageCache) -> None:
-    metric = study.task_spec.metric
-    files = {"result": tracking.RESULT, "predictions": tracking.PREDICTIONS, "diagnostics": tracking.DIAGNOSTICS}
-    where = {what: _short(run_dir / name) for what, name in files.items()} | {"stage cache": _short(cache.root)}
-    work = f"{cache.computed} stages computed, {cache.hits} from the cache, {record.seconds or 0:.0f} s"
-    if not cache.computed and "imports" in record.times:
-        work += f"; imports took {record.times['imports']:.0f} s"
-    tracking.print_results(
-        [item for item in record.metrics if item.metric == metric],
-        title=f"{study.name}, {study.task} ({study.split}) from {'+'.join(study.sources)}",
-        where=where,
-        notes=[*record.notes, work],
-    )
-
-
-def _short(path: Path) -> Path:
-    """Relative to where the command was given, or to ``~``, where it lies below one of them."""
-    for start, shown in ((Path.cwd(), Path()), (Path.home(), Path("~"))):
-        if path.is_relative_to(start):
-            return shown / path.relative_to(start)
-    return path
