@@ -106,7 +106,7 @@ def main() -> int:
     differing = sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
     print(f"{seen['kills']} kills, {seen['partial']} partial entries seen; {len(one)} stages compared, ", end="")
     print(f"{len(differing)} differ" + (f": {', '.join(differing[:5])}" if differing else ""))
-    return 1 if differing or seen["partial"] else 0
+    return 1 if differing or seen["partial"] or seen["kills"] < options.kills else 0
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import pytest
 
 from deftx.errors import DeftxError
 from deftx.launch import LauncherSettings, Lost, run_all
-from deftx.launch.processes import visible_gpus
+from deftx.launch.processes import _claim, visible_gpus
 
 BASIC = LauncherSettings()
 JOBLIB = LauncherSettings(name="joblib", workers=2)
@@ -30,6 +32,8 @@ def trouble(task: dict[str, Any]) -> str:
             file.write(f"{task['name']}\n")
     if task.get("do") == "die":
         os.kill(os.getpid(), signal.SIGKILL)
+    if task.get("do") == "stop":
+        raise KeyboardInterrupt
     if task.get("do") == "raise":
         raise ValueError("no such luck")
     time.sleep(task.get("seconds", 0))
@@ -82,6 +86,27 @@ def test_submitit_tells_of_each_job(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert isinstance(found[2], Lost)
     assert "no such luck" in found[2]
     assert all(str(tmp_path) in found[number] for number in (1, 2)), "where its log is"
+
+
+@pytest.mark.parametrize("settings", [BASIC, JOBLIB], ids=["basic", "joblib"])
+def test_a_task_that_raises_ends_alone(settings: LauncherSettings, tmp_path: Path) -> None:
+    tasks: list[dict[str, Any]] = [{"name": "a"}, {"name": "b", "do": "raise"}, {"name": "c"}]
+    if settings is JOBLIB:
+        tasks.append({"name": "d", "do": "stop"})  # what a fit makes of a SIGTERM to its process
+    found = answers(settings, trouble, tasks, tmp_path)
+    assert [number for number, answer in found.items() if not isinstance(answer, Lost)] == [0, 2]
+    assert found[1] == "ValueError: no such luck"
+    assert settings is BASIC or "told to stop" in found[3]
+
+
+def test_a_worker_takes_the_claim_of_a_dead_one(tmp_path: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    (tmp_path / "0").write_text(str(os.getpid()))
+    (tmp_path / "1").write_text(str(ended.pid))
+    assert _claim(tmp_path) == 1
+    assert (tmp_path / "1").read_text() == str(os.getpid())
+    assert _claim(tmp_path) == 2
 
 
 def test_each_worker_gets_its_own_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,4 +74,6 @@ def _ends(values: Any) -> list[Any]:
 
 def override(knob: str, value: Any) -> str:
     """A knob and its value as an override."""
-    return f"{knob}={value}" if not isinstance(value, str) else f"{knob}='{value}'"
+    if isinstance(value, str):
+        return f"{knob}='{value}'"
+    return f"{knob}={'null' if value is None else value}"

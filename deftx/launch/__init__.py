@@ -32,6 +32,7 @@ def run_all(
     tasks: Sequence[T],
     ended: Callable[[int, R | Lost], None],
     folder: Path,
+    began: Callable[[int], None] = lambda number: None,
 ) -> None:
     """Run every task and return when all have ended.
 
@@ -41,6 +42,7 @@ def run_all(
         tasks: Its arguments, picklable.
         ended: Called here, with a task's number and its answer, as each one ends.
         folder: For the launcher's own files (a cluster's logs).
+        began: Called here, with a task's number, as it is given to what runs it (a process, a cluster's queue).
 
     Raises:
         DeftxError: The launcher cannot be had (a library or a cluster is missing).
@@ -58,7 +60,7 @@ def run_all(
         from deftx.launch.on_ray import run_all as launcher
     else:
         launcher = _one_by_one
-    launcher(settings, work, tasks, ended, folder)
+    launcher(settings, work, tasks, ended, folder, began)
 
 
 def _one_by_one(
@@ -67,6 +69,12 @@ def _one_by_one(
     tasks: Sequence[T],
     ended: Callable[[int, R | Lost], None],
     folder: Path,
+    began: Callable[[int], None],
 ) -> None:
     for number, task in enumerate(tasks):
-        ended(number, work(task))
+        began(number)
+        try:
+            answer: R | Lost = work(task)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is this task's end
+            answer = Lost(f"{type(error).__name__}: {error}")
+        ended(number, answer)

@@ -48,6 +48,7 @@ def run_all(
     tasks: Sequence[T],
     ended: Callable[[int, R | Lost], None],
     folder: Path,
+    began: Callable[[int], None],
 ) -> None:
     """See :func:`deftx.launch.run_all`."""
     executor = _executor(settings, folder / "submitit")
@@ -59,7 +60,10 @@ def run_all(
             batch, waiting = waiting[: limit - len(jobs)], waiting[limit - len(jobs) :]
             if batch:
                 jobs |= dict(zip(batch, _submit(executor, work, [tasks[number] for number in batch]), strict=True))
-            over = [number for number, job in jobs.items() if job.done(force_check=True)]
+                for number in batch:
+                    began(number)
+            # One question to the cluster a round, about all jobs.
+            over = [number for place, (number, job) in enumerate(jobs.items()) if job.done(force_check=place == 0)]
             for number in over:
                 ended(number, _answer(jobs.pop(number)))
             if not over:
@@ -76,8 +80,9 @@ def _executor(settings: LauncherSettings, folder: Path) -> Any:
         raise DeftxError("launcher=submitit needs submitit: pip install 'deftx[slurm]'") from error
     if settings.cluster == "slurm":
         _without_accounts()
-    # Read again and again until a job's result file is there; by default it blocks 15 s for each job that left none.
-    submitit.Job._results_timeout_s = 2
+    if settings.cluster == "local":
+        # On one machine a result that is not there now does not come; on a shared file system it may be seconds late.
+        submitit.Job._results_timeout_s = 2
     try:
         executor = submitit.AutoExecutor(
             folder=folder, cluster=settings.cluster, slurm_max_num_timeout=settings.requeues
@@ -122,6 +127,10 @@ def _without_accounts() -> None:
     class QueueWatcher(SlurmInfoWatcher):
         """Asks ``squeue`` for the states of jobs."""
 
+        def __init__(self, delay_s: int) -> None:
+            super().__init__(delay_s=delay_s)
+            self.seen: set[str] = set()
+
         def _make_command(self) -> list[str] | None:
             known = sorted({name.split("_")[0] for name in self._registered - self._finished})
             if not known:
@@ -132,7 +141,11 @@ def _without_accounts() -> None:
             """States by job id, from lines ``id|state|nodes``."""
             text = string if isinstance(string, str) else string.decode()
             rows = [line.split("|") for line in text.splitlines() if line.count("|") == 2]
-            return {name: {"JobID": name, "State": state, "NodeList": nodes} for name, state, nodes in rows}
+            found = {name: {"JobID": name, "State": state, "NodeList": nodes} for name, state, nodes in rows}
+            # The queue forgets a job some minutes after its end: one that was there and is not any more has ended.
+            gone = {name: {"JobID": name, "State": "FORGOTTEN"} for name in self.seen - found.keys()}
+            self.seen |= found.keys()
+            return found | gone
 
     SlurmJob.watcher = QueueWatcher(delay_s=30)
 

@@ -20,6 +20,7 @@ def run_all(
     tasks: Sequence[T],
     ended: Callable[[int, R | Lost], None],
     folder: Path,
+    began: Callable[[int], None],
 ) -> None:
     """See :func:`deftx.launch.run_all`."""
     try:
@@ -38,12 +39,14 @@ def run_all(
             while waiting and len(running) < limit:
                 number = waiting.pop(0)
                 running[remote.remote(tasks[number])] = number
+                began(number)
             for reference in ray.wait(list(running), num_returns=1)[0]:
                 number = running.pop(reference)
                 try:
                     answer: R | Lost = ray.get(reference)
                 except Exception as error:  # noqa: BLE001 - whatever it is, it is this task's end
-                    answer = Lost(f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}")
+                    told = str(error).strip().splitlines()
+                    answer = Lost(f"{type(error).__name__}: {told[-1] if told else 'no message'}")
                 ended(number, answer)
     finally:
         for reference in running:

@@ -31,13 +31,14 @@ def run_all(
     tasks: Sequence[T],
     ended: Callable[[int, R | Lost], None],
     folder: Path,
+    began: Callable[[int], None],
 ) -> None:
     """See :func:`deftx.launch.run_all`."""
     workers = min(settings.workers or 1, len(tasks))
     waiting, broken = list(range(len(tasks))), Counter[int]()
     while waiting:
         alone = [number for number in waiting if broken[number] >= _TOGETHER][:1]
-        done, died = _one_pool(1 if alone else workers, work, tasks, alone or waiting, ended)
+        done, died = _one_pool(1 if alone else workers, work, tasks, alone or waiting, ended, began)
         if alone and died:
             ended(alone[0], Lost("its process died three times (killed, or out of memory?)"))
             done = alone
@@ -51,6 +52,7 @@ def _one_pool(
     tasks: Sequence[T],
     batch: Sequence[int],
     ended: Callable[[int, R | Lost], None],
+    began: Callable[[int], None],
 ) -> tuple[list[int], list[int]]:
     """Run a batch in one pool until it is done or the pool breaks; returns tasks that ended, and those lost with it."""
     from joblib.externals.loky.process_executor import BrokenProcessPool, ProcessPoolExecutor
@@ -65,7 +67,8 @@ def _one_pool(
                 # No more than there are workers: of a pool that breaks, only what was really under way is suspected.
                 while waiting and len(futures) < workers:
                     number = waiting.pop(0)
-                    futures[pool.submit(work, tasks[number])] = number
+                    futures[pool.submit(_answer, work, tasks[number])] = number
+                    began(number)
                 for future in wait(futures, return_when=FIRST_COMPLETED).done:
                     number = futures.pop(future)
                     try:
@@ -84,6 +87,14 @@ def _one_pool(
             raise
         pool.shutdown(wait=True)
     return done, lost + list(futures.values())
+
+
+def _answer(work: Callable[[T], R], task: T) -> R | Lost:
+    """In a worker: a signal that ends one job (SIGTERM becomes KeyboardInterrupt in a fit) must not end the sweep."""
+    try:
+        return work(task)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        return Lost(f"its process was told to stop ({type(stop).__name__})")
 
 
 def visible_gpus() -> list[str]:
@@ -112,12 +123,26 @@ def _begin(claims: str, workers: int, gpus: Sequence[str]) -> None:
 
 
 def _claim(folder: Path) -> int:
-    """The first number no other worker of the pool has."""
+    """The first number that no living worker of the pool has; loky replaces workers that grew too large."""
     number = 0
     while True:
+        place = folder / str(number)
         try:
-            (folder / str(number)).touch(exist_ok=False)
-        except FileExistsError:
-            number += 1
-        else:
+            with place.open("x", encoding="ascii") as file:
+                file.write(str(os.getpid()))
             return number
+        except FileExistsError:
+            if _holder_died(place):
+                place.unlink(missing_ok=True)
+            else:
+                number += 1
+
+
+def _holder_died(place: Path) -> bool:
+    try:
+        os.kill(int(place.read_text(encoding="ascii")), 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, ValueError):  # not ours to ask, or it is just being written
+        return False
+    return False

@@ -16,7 +16,7 @@ from deftx.stages.evaluate import SFT, Outcome
 from deftx.stages.inputs import Base, Corpus, TaskRows, base_model, corpus, data_settings, task_rows
 from deftx.stages.parts import split
 from deftx.stages.preflight import Needs
-from deftx.stages.profile import profile
+from deftx.stages.profile import profile, profile_stage
 from deftx.stages.settings import SFTSettings, StudySettings
 from deftx.stages.sft import Trainer
 
@@ -38,6 +38,7 @@ class Products:
     tests: dict[str, str] = field(default_factory=dict)
     drawn: bool = False
     profiles: dict[str, dict[str, Any]] = field(default_factory=dict)
+    profile_keys: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -79,11 +80,10 @@ class Bench:
                 products.skipped.append(code)
         self._refuse_mixed_forms()
         products.base = base_model(study, data, self.cache)
-        products.profiles = {
-            code: profile(code, text, products.base, self.cache)
-            for code, text in self.texts.items()
-            if code in study.targets
-        }
+        for code, text in self.texts.items():
+            if code in study.targets:
+                products.profiles[code] = profile(code, text, products.base, self.cache)
+                products.profile_keys[code] = profile_stage(code, text, products.base).key
         return Trainer(study, products.base, self.cache, self.loggers)
 
     def _refuse_mixed_forms(self) -> None:

@@ -15,7 +15,7 @@ from deftx.errors import DeftxError
 from deftx.stages.bench import Bench
 from deftx.stages.diagnostics import diagnostics
 from deftx.stages.evaluate import SFT, Outcome
-from deftx.stages.plan import run_stage
+from deftx.stages.plan import cell_name, run_stage
 from deftx.stages.settings import StudySettings
 
 if TYPE_CHECKING:
@@ -33,7 +33,9 @@ def keep(study: StudySettings, bench: Bench, run_dir: Path) -> None:
             shutil.copyfile(run_dir / name, work.out / name)
 
     try:
-        bench.cache.get_or_compute(run_stage(study, [outcome.key for outcome in bench.products.outcomes]), publish)
+        products = bench.products
+        evaluated = {cell_name(outcome.cell): outcome.key for outcome in products.outcomes}
+        bench.cache.get_or_compute(run_stage(study, evaluated, products.profile_keys), publish)
     except (DeftxError, OSError) as error:
         log.warning("the finished run is not kept in the cache, a sweep will run it again: %s", error)
 

@@ -27,6 +27,7 @@ from deftx.stages.profile import profile_stage
 from deftx.stages.recipes import Recipe
 from deftx.stages.settings import SFTSettings, StudySettings
 from deftx.stages.sft import SFT_FOLDER, Plan, Trainer, sft_sha
+from deftx.tracking import SCHEMA_VERSION
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,7 +46,7 @@ class PlannedStage:
         stage: Its kind, label and key.
         cached: Whether its result is there.
         size: Bytes its result takes, as its shapes say; 0 for small ones.
-        base: Key of the base encoder, where it trains on one.
+        base: Key of the base encoder.
     """
 
     part: str
@@ -75,21 +76,28 @@ class StudyPlan:
         return [item for item in self.stages if not item.cached]
 
 
-def run_stage(study: StudySettings, cells: Sequence[str]) -> Stage:
-    """The finished run as a stage: its knobs, and the keys of everything it evaluated.
+def run_stage(study: StudySettings, evaluated: Mapping[str, str], profiles: Mapping[str, str]) -> Stage:
+    """The finished run as a stage: all that its files are made from.
 
     Args:
         study: Resolved settings.
-        cells: Keys of its evaluations.
+        evaluated: Key of each evaluation, by :func:`cell_name`.
+        profiles: Key of each target's text measures, by language.
     """
+    about = {code: [item.name, item.family, item.script] for code, item in study.targets.items()}
     return Stage(
         kind="run",
         version=1,
-        settings={"knobs": flat_knobs(study)},
-        inputs={f"cell {number}": key for number, key in enumerate(sorted(set(cells)))},
+        settings={"knobs": flat_knobs(study), "languages": about, "schema": SCHEMA_VERSION},
+        inputs={**evaluated, **{f"profile {code}": key for code, key in profiles.items()}},
         seed=study.seed,
         label=study.name,
     )
+
+
+def cell_name(cell: Cell) -> str:
+    """Language, condition and variant of an evaluation."""
+    return " ".join(filter(None, (cell.language, cell.condition, cell.variant)))
 
 
 class _MissingError(Exception):
@@ -156,11 +164,12 @@ class Planner:
         inputs = self._read(study)
         trainer = Trainer(study, inputs.base, self.cache, lambda _: [], shapes=inputs.shapes)
         walk = _Walk(study, trainer, inputs, list(inputs.stages))
-        cells = walk.cells()
+        evaluated, profiles = walk.evaluations(), walk.profiles()
         known = not any(item.stage.version == 0 or _pending(item.stage) for item in walk.stages)
         plan = StudyPlan(walk.stages)
-        if known and all(item.cached for item in walk.stages if item.stage.kind == "evaluate"):
-            plan.result = run_stage(study, cells)
+        # Parts of a study are no result: they are made, whatever was finished before.
+        if known and not study.only and all(i.cached for i in walk.stages if i.stage.kind in ("evaluate", "profile")):
+            plan.result = run_stage(study, evaluated, profiles)
             plan.done = self.cache.peek(plan.result)
         return plan
 
@@ -249,13 +258,19 @@ class _Walk:
     def __init__(self, study: StudySettings, trainer: Trainer, inputs: _Inputs, stages: list[PlannedStage]) -> None:
         self.study, self.trainer, self.inputs, self.stages = study, trainer, inputs, stages
 
-    def cells(self) -> list[str]:
-        """Note every stage; return the keys of the evaluations."""
-        study, texts = self.study, self.inputs.texts
-        for code in study.targets:
-            if code in texts:
-                stage = profile_stage(code, texts[code], self.inputs.base)
+    def profiles(self) -> dict[str, str]:
+        """Note the stages of the targets' text measures; their keys by language."""
+        keys = {}
+        for code in self.study.targets:
+            if code in self.inputs.texts:
+                stage = profile_stage(code, self.inputs.texts[code], self.inputs.base)
                 self._note("", stage, not _pending(stage) and self.trainer.cache.peek(stage) is not None)
+                keys[code] = stage.key
+        return keys
+
+    def evaluations(self) -> dict[str, str]:
+        """Note every stage of SFTs and evaluations; the keys of the latter by :func:`cell_name`."""
+        study, texts = self.study, self.inputs.texts
         on: dict[str, SFT] = {}
         if study.source_sft is not None:
             for code, language in study.sources.items():
@@ -283,10 +298,10 @@ class _Walk:
             controls=study.controls,
         )
         evaluator = Evaluator(study, self.inputs.base, self.trainer.cache, study.task_sft.training.max_length)
-        keys = []
+        keys = {}
         for cell in cells:
             stage = self._evaluation(evaluator, cell)
-            keys.append(stage.key)
+            keys[cell_name(cell)] = stage.key
             cached = not _pending(stage) and self.trainer.cache.peek(stage) is not None
             self._note("", stage, cached, 80 * len(self.inputs.tests.get(cell.language, ())))
         return keys
@@ -296,8 +311,7 @@ class _Walk:
         if rows is not None:
             return evaluator.stage(cell, rows)
         inputs = {"task": cell.task.key, "language": cell.language_sft.key if cell.language_sft else ""}
-        label = " ".join(filter(None, (cell.language, cell.condition, cell.variant)))
-        return Stage("evaluate", 0, {"language": cell.language}, inputs, None, label)
+        return Stage("evaluate", 0, {"language": cell.language}, inputs, None, cell_name(cell))
 
     def _language(self, language: Any, text: Corpus, sft: SFTSettings) -> Recipe:
         return self.trainer.language_recipe(language, text, sft)
@@ -349,34 +363,31 @@ class History:
     """How long stages took that are in the cache, as a guess at those that are not."""
 
     def __init__(self, cache_root: str | Path) -> None:
-        self._exact: dict[str, list[float]] = {}
-        self._alike: dict[tuple[str, str], list[float]] = {}
-        for entry in StageCache(cache_root).entries():
-            seconds = float(entry.manifest.get("seconds") or 0.0)
-            settings = entry.manifest.get("settings") or {}
-            self._exact.setdefault(_budget(entry.kind, settings), []).append(seconds)
-            self._alike.setdefault((entry.kind, _steps(settings)), []).append(seconds)
+        self._seconds: dict[str, list[float]] = {}
+        manifests = [entry.manifest for entry in StageCache(cache_root).entries()]
+        bases = {str(item["key"]): str(item["inputs"].get("base", "")) for item in manifests if item["kind"] == "full"}
+        for item in manifests:
+            inputs = item["inputs"]
+            base = str(inputs.get("base") or bases.get(str(inputs.get("full")), ""))
+            likeness = _likeness(str(item["kind"]), item["settings"], base)
+            self._seconds.setdefault(likeness, []).append(float(item["seconds"]))
 
-    def seconds(self, stage: Stage) -> float | None:
-        """The median of stages of the same kind and budget, whatever their language; None where none ever ran."""
-        found = self._exact.get(_budget(stage.kind, stage.settings)) or self._alike.get(
-            (stage.kind, _steps(stage.settings))
-        )
+    def seconds(self, item: PlannedStage) -> float | None:
+        """The median of stages of the same kind, budget and base, whatever their language; None where none ran."""
+        found = self._seconds.get(_likeness(item.stage.kind, item.stage.settings, item.base))
         return statistics.median(found) if found else None
 
 
-def _budget(kind: str, settings: Mapping[str, Any]) -> str:
+def _likeness(kind: str, settings: Mapping[str, Any], base: str) -> str:
+    """What stages that take about as long have in common."""
     training = settings.get("training") or {}
     told = {name: value for name, value in training.items() if not name.startswith("l1_")}
-    return repr((kind, settings.get("objective"), sorted(told.items(), key=str)))
-
-
-def _steps(settings: Mapping[str, Any]) -> str:
-    return str(settings.get("objective", ""))
+    own = base if kind in ("full", "decompose", "select", "sparse", "direct", "evaluate") else ""
+    return repr((kind, settings.get("objective"), sorted(told.items(), key=str), own))
 
 
 def totals(stages: Sequence[PlannedStage], history: History) -> tuple[float, int, int]:
     """Seconds, bytes, and how many of the stages have no seconds to go by."""
-    guesses = [history.seconds(item.stage) for item in stages]
+    guesses = [history.seconds(item) for item in stages]
     known = [value for value in guesses if value is not None]
     return math.fsum(known), sum(item.size for item in stages), len(guesses) - len(known)

@@ -173,7 +173,8 @@ class Trainer:
         # Asked for from the end: a finished SFT needs none of its earlier stages, which may have been pruned.
         def sparse(work: Workspace) -> None:
             selection = self.cache.get_or_compute(plan.select, select)
-            done = self.cache.find(plan.full)  # None: pruned, and the selection was still there
+            # None: pruned, and the selection was still there; or it has no part in this SFT.
+            done = self.cache.find(plan.full) if sft.needs_full else None
             full = {} if done is None else json.loads(done.file("metrics.json").read_text(encoding="utf-8"))
             self._sparse_phase(recipe, selection, full, plan.maskable, work)
 

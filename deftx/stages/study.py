@@ -82,7 +82,7 @@ def run_parts(study: StudySettings, run_dir: Path) -> tracking.RunRecord:
         for name in study.only:
             bench.make(trainer, name)
 
-    return _run(study, run_dir, "stage", flat_knobs(study), body)
+    return _run(study, run_dir, "stage", flat_knobs(study) | {"only": list(study.only)}, body)
 
 
 def run_sft(study: StudySettings, kind: str, out: Path | None, run_dir: Path) -> tracking.RunRecord:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from deftx.cache import StageCache
+from deftx.cache import Entry, StageCache
 from deftx.config import OBJECTIVES, SearchSettings
 from deftx.errors import DeftxError
 from deftx.jobs import End, Task, work
@@ -19,7 +20,9 @@ from deftx.stages.settings import StudySettings
 from deftx.sweeps.search import search
 from deftx.sweeps.show import job_line, print_plan, print_summary, swept
 from deftx.sweeps.waves import Part, shared_parts
-from deftx.tracking import RESULT, SweepJob, SweepRecord, mean_scores, read_result, write_sweep
+from deftx.tracking import RESULT, SWEEP, SweepJob, SweepRecord, mean_scores, read_result, write_sweep
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -43,7 +46,6 @@ class Sweep:
     studies: Sequence[StudySettings] = ()
     scores: dict[int, Mapping[str, float]] = field(default_factory=dict)
     _plans: dict[int, StudyPlan] = field(default_factory=dict)
-    _lost_keys: dict[str, str] = field(default_factory=dict)
 
     @property
     def cache_root(self) -> str:
@@ -96,11 +98,7 @@ def run_sweep(sweep: Sweep) -> int:
             _run_waves(sweep, record)
         _run_jobs(sweep, record)
     finally:
-        record.finished = datetime.now(UTC).isoformat(timespec="seconds")
-        for job in [*record.jobs, *record.stages]:
-            job.status = "waiting" if job.status == "running" else job.status
-        write_sweep(sweep.folder, record)
-        print_summary(record.jobs, sweep.scores, _shown(sweep.folder))
+        _close(sweep, record)
     return 1 if any(job.status == "failed" for job in record.jobs) else 0
 
 
@@ -134,14 +132,14 @@ def run_search(sweep: Sweep, settings: SearchSettings) -> int:
         ]
         record.stages += trials
         ends: dict[int, End | Lost] = {}
-        with _states(sweep, record, trials, quiet=True) as ended:
+        with _states(sweep, record, trials, quiet=True) as (began, ended):
 
             def keep(number: int, end: End | Lost) -> None:
                 ends[number] = end
                 ended(number, end)
 
             tasks = [sweep.task(trial.overrides, sweep.folder / trial.folder) for trial in trials]
-            run_all(sweep.launcher, work, tasks, keep, sweep.folder)
+            run_all(sweep.launcher, work, tasks, keep, sweep.folder, began)
         return [ends[number] for number in range(len(trials))]
 
     at_once = 1 if sweep.launcher.name == "basic" else sweep.launcher.workers or 1
@@ -150,10 +148,17 @@ def run_search(sweep: Sweep, settings: SearchSettings) -> int:
         record.jobs.append(SweepJob(0, [*common, *best], best, "best"))
         _run_jobs(sweep, record)
     finally:
-        record.finished = datetime.now(UTC).isoformat(timespec="seconds")
-        write_sweep(sweep.folder, record)
-    print_summary(record.jobs, sweep.scores, _shown(sweep.folder))
+        _close(sweep, record)
     return 1 if any(job.status == "failed" for job in record.jobs) else 0
+
+
+def _close(sweep: Sweep, record: SweepRecord) -> None:
+    """The last word of ``sweep.json``, also after an interruption, and the summary."""
+    record.finished = datetime.now(UTC).isoformat(timespec="seconds")
+    for job in [*record.jobs, *record.stages]:
+        job.status = "waiting" if job.status == "running" else job.status
+    write_sweep(sweep.folder, record)
+    print_summary(record.jobs, sweep.scores, _shown(sweep.folder))
 
 
 def _make(folder: Path) -> None:
@@ -161,6 +166,10 @@ def _make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         used = next(folder.iterdir(), None)
+        if used is None:
+            (folder / SWEEP).touch(exist_ok=False)  # of two that begin at once, one
+    except FileExistsError:
+        used = folder / SWEEP
     except OSError as error:
         raise DeftxError(
             f"the sweep's folder cannot be made: {folder}: {error.strerror}; choose another hydra.sweep.dir=FOLDER"
@@ -176,7 +185,8 @@ def _restore(sweep: Sweep, record: SweepRecord) -> None:
         plan = sweep._plans[job.number]
         # Read once more, checksums and all: what is copied is published again.
         entry = caches[sweep.studies[job.number].cache_root].find(plan.result) if plan.done and plan.result else None
-        if entry is None:
+        scores = None if entry is None else _scores_of(entry)
+        if entry is None or scores is None:
             continue
         place = sweep.folder / job.folder
         partial = place.with_name(f".{place.name}.partial")
@@ -189,8 +199,17 @@ def _restore(sweep: Sweep, record: SweepRecord) -> None:
         except OSError as error:
             raise DeftxError(f"cannot write {place}: {error.strerror}; free space and run the command again") from error
         job.status = "cached"
-        sweep.scores[job.number] = mean_scores(read_result(place / RESULT))
+        sweep.scores[job.number] = scores
     write_sweep(sweep.folder, record)
+
+
+def _scores_of(entry: Entry) -> dict[str, float] | None:
+    """Mean scores of a finished run; None where this deftx cannot read it, and the job simply runs again."""
+    try:
+        return mean_scores(read_result(entry.file(RESULT)))
+    except DeftxError as error:
+        log.warning("a finished run is not taken from the cache: %s", error)
+        return None
 
 
 def _run_waves(sweep: Sweep, record: SweepRecord) -> None:
@@ -198,7 +217,11 @@ def _run_waves(sweep: Sweep, record: SweepRecord) -> None:
     waiting = {job.number: sweep._plans[job.number] for job in record.jobs if job.status == "waiting"}
     waves = shared_parts(waiting) if len(waiting) > 1 else []
     for number, wave in enumerate(waves, 1):
-        parts = [part for part in wave if not (part.keys & sweep._lost_keys.keys())]
+        # What only jobs need that have failed by now would be trained for nobody, and fail the same way.
+        alive = {job.number for job in record.jobs if job.status == "waiting"}
+        parts = [part for part in wave if part.jobs & alive]
+        for part in parts:
+            part.job = part.job if part.job in alive else min(part.jobs & alive)
         stages = [
             SweepJob(
                 len(record.stages) + place,
@@ -210,7 +233,7 @@ def _run_waves(sweep: Sweep, record: SweepRecord) -> None:
         ]
         record.stages += stages
         print(f"wave {number} of {len(waves)}: {len(parts)} shared parts", flush=True)
-        with _states(sweep, record, stages) as ended:
+        with _states(sweep, record, stages) as (began, ended):
             run_all(
                 sweep.launcher,
                 work,
@@ -220,15 +243,15 @@ def _run_waves(sweep: Sweep, record: SweepRecord) -> None:
                 ],
                 ended,
                 sweep.folder,
+                began,
             )
         for part, stage in zip(parts, stages, strict=True):
             if stage.status == "failed":
-                _give_up(sweep, record, part, stage.error or "unknown")
+                _give_up(record, part, stage.error or "unknown")
 
 
-def _give_up(sweep: Sweep, record: SweepRecord, part: Part, reason: str) -> None:
+def _give_up(record: SweepRecord, part: Part, reason: str) -> None:
     """A part that failed: whatever needs it would train it again and fail the same way."""
-    sweep._lost_keys |= dict.fromkeys(part.keys, reason)
     for job in record.jobs:
         if job.status == "waiting" and job.number in part.jobs:
             job.status, job.error = "failed", f"{part.label}, which it shares with other jobs: {reason}"
@@ -245,19 +268,21 @@ def _run_jobs(sweep: Sweep, record: SweepRecord) -> None:
         )
         for job in jobs
     ]
-    with _states(sweep, record, jobs) as ended:
-        run_all(sweep.launcher, work, tasks, ended, sweep.folder)
+    with _states(sweep, record, jobs) as (began, ended):
+        run_all(sweep.launcher, work, tasks, ended, sweep.folder, began)
 
 
 @contextlib.contextmanager
 def _states(
     sweep: Sweep, record: SweepRecord, jobs: Sequence[SweepJob], *, quiet: bool = False
-) -> Iterator[Callable[[int, End | Lost], None]]:
-    """Mark jobs as running, and note in ``sweep.json`` how each ends."""
-    for job in jobs:
-        job.status = "running"
+) -> Iterator[tuple[Callable[[int], None], Callable[[int, End | Lost], None]]]:
+    """What to call as a job begins and ends: ``sweep.json`` then says so."""
     write_sweep(sweep.folder, record)
     count = 0
+
+    def began(number: int) -> None:
+        jobs[number].status = "running"
+        write_sweep(sweep.folder, record)
 
     def ended(number: int, end: End | Lost) -> None:
         nonlocal count
@@ -273,7 +298,7 @@ def _states(
         if not quiet:
             print(job_line(count, len(jobs), job), flush=True)
 
-    yield ended
+    yield began, ended
 
 
 def _shown(path: Path) -> str:

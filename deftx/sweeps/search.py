@@ -36,7 +36,7 @@ def search(
 
     Args:
         settings: What is searched for.
-        folder: ``trials.csv`` and Optuna's journal go here.
+        folder: ``trials.csv`` goes here.
         run: Runs jobs with these overrides on top of the study's, and says how each ended.
         at_once: Trials proposed together.
 

@@ -102,8 +102,8 @@ class TrainerSettings:
         compile: compile the encoder with ``torch.compile``; needs a C++ compiler on the CPU.
         checkpointing: recompute a layer's activations in backward: less memory, about a third more arithmetic.
         profile: record where the time of a step goes (data, forward, head, backward, optimizer).
-        checkpoint_minutes: minutes of training between two states that a killed phase resumes from; 0 keeps one after
-            every step. Writing takes at most a twentieth of the time, whatever is said here.
+        checkpoint_minutes: minutes of training between two states that a killed phase resumes from, more where writing
+            one would take over a twentieth of the time; 0 keeps one after every step, whatever it costs.
     """
 
     accelerator: str = "auto"

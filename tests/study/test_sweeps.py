@@ -85,11 +85,14 @@ def test_only_what_failed_runs_again(deftx: Command, tmp_path: Path) -> None:
 
 
 def test_a_shared_part_that_fails_fails_the_jobs_that_need_it(deftx: Command, tmp_path: Path) -> None:
-    # The language's full phase diverges; both densities need it, and it is tried once.
-    outcome = deftx("run", "-m", *FEW, "lang.training.learning_rate=1e38", "density=0.1,0.2", cache=tmp_path / "c")
+    # The language's full phase diverges; both ranks need it, so does the LT-SFT they share, and it is tried once.
+    grid = ("-m", "language=qba", "controls=[]", "compare=[ltsft]", "lang.training.learning_rate=1e38", "rank=2,3")
+    outcome = deftx("run", *grid, cache=tmp_path / "c")
     assert outcome.status == 1
     jobs = sweep_of(outcome.folder)["jobs"]
     assert {job["status"] for job in jobs} == {"failed"}
+    parts = {stage["swept"][0]: stage["status"] for stage in sweep_of(outcome.folder)["stages"]}
+    assert parts == {"base": "done", "sft:source:qaa": "done", "full:language:qba": "failed"}
     assert all("language qba, which it shares with other jobs" in job["error"] for job in jobs)
     assert not (outcome.folder / "0").exists()
 
@@ -177,7 +180,6 @@ def test_a_part_the_study_has_not_is_named(deftx: Command) -> None:
 def test_each_component_can_be_left_out(deftx: Command, tmp_path: Path, shared_cache: Path) -> None:
     outcome = deftx("run", "experiment=component_ablation", "language=qba")
     assert outcome.status == 0, outcome.err
-    runs = {run["settings"]["density"] or 0: run for run in outcome.runs() if run["job_type"] == "run"}
     by_knobs = {
         (s["mask"], s["second_phase"], s["rank"], s["density"]): run
         for run in outcome.runs()
@@ -191,7 +193,6 @@ def test_each_component_can_be_left_out(deftx: Command, tmp_path: Path, shared_c
         ("magnitude", False, "energy:0.9", 0.3),
         ("random", True, None, 0.3),
     }
-    assert runs
     conditions = {key: {row["condition"] for row in run["metrics"]} for key, run in by_knobs.items()}
     assert conditions["random", True, None, 0.3] == {"random_mask"}
     assert conditions["magnitude", True, None, 0.3] == {"ltsft"}
