@@ -200,6 +200,7 @@ def _single(name: str, overrides: Sequence[str], config_dir: str | None) -> int:
 def _sweep(name: str, command: Command, known: argparse.Namespace) -> int:
     """Run a sweep or a search, or say what a sweep or a single run would compute."""
     from deftx.config import launcher_settings, search_settings, study_settings
+    from deftx.launch import check
     from deftx.sweeps import Sweep, dry_run, run_search, run_sweep
 
     if known.dry_run and name != "run":
@@ -212,10 +213,14 @@ def _sweep(name: str, command: Command, known: argparse.Namespace) -> int:
         known.config_dir,
         [study_settings(config) for config in command.configs] if name == "run" else [],
     )
+    check(sweep.launcher)
+    searched = command.configs[0].search.space
     if known.dry_run:
+        if searched:
+            print("a search: its trials are not known yet; this is the plan of one run at the base settings")
         dry_run(sweep)
         return 0
-    if command.configs[0].search.space:
+    if searched:
         return run_search(sweep, search_settings(command.configs[0]))
     return run_sweep(sweep)
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from deftx.errors import DeftxError
-from deftx.launch import LauncherSettings, Lost, run_all
+from deftx.launch import LauncherSettings, Lost, check, run_all
 from deftx.launch.processes import _claim, visible_gpus
 
 BASIC = LauncherSettings()
@@ -126,8 +126,12 @@ def test_gpus_are_counted_without_torch(monkeypatch: pytest.MonkeyPatch, told: s
 
 def test_a_missing_cluster_is_told_before_anything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(DeftxError, match=r"launcher.cluster=slurm.*launcher=joblib"):
-        answers(LauncherSettings(name="submitit", cluster="slurm"), square, [1], tmp_path)
+    with pytest.raises(DeftxError, match=r"launcher.cluster=slurm: no sbatch.*launcher=joblib"):
+        check(LauncherSettings(name="submitit", cluster="slurm"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(DeftxError, match=r"needs ray: pip install 'deftx\[ray\]'"):
+        check(LauncherSettings(name="ray"))
+    check(BASIC)
 
 
 def test_slurm_gets_what_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

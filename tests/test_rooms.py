@@ -25,7 +25,7 @@ ROOMS = {
     "help": {"config"},
     "report": {"tracking"},
     "dashboard": {"tracking"},
-    "cli": {"stages", "config", "help", "cache", "tracking", "jobs", "sweeps", "report", "dashboard"},
+    "cli": {"stages", "config", "help", "cache", "tracking", "jobs", "launch", "sweeps", "report", "dashboard"},
 }
 
 

@@ -186,7 +186,7 @@ class StageCache:
             total = time.perf_counter() - started
             seconds = total - self._inner_seconds
             self._inner_seconds = around + total
-        log.info("%s: %s in %.1f s", stage, outcome, seconds)
+        (log.info if outcome == "computed" else log.debug)("%s: %s in %.1f s", stage, outcome, seconds)
         self.events.append(Event(stage.kind, stage.label, stage.key, outcome, seconds, waited))
         return entry
 

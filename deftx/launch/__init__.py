@@ -8,13 +8,16 @@ extras.
 
 from __future__ import annotations
 
+import importlib.util
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from deftx.errors import DeftxError
 from deftx.launch.settings import LauncherSettings
 
-__all__ = ["LauncherSettings", "Lost", "run_all"]
+__all__ = ["LauncherSettings", "Lost", "check", "run_all"]
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -24,6 +27,24 @@ class Lost(str):
     """Why a task has no answer."""
 
     __slots__ = ()
+
+
+def check(settings: LauncherSettings) -> None:
+    """Refuse a launcher that cannot be had here, before anything is made for it.
+
+    Raises:
+        DeftxError: Its library or its cluster is missing; the message says what to install or to choose.
+    """
+    library, extra = {"submitit": ("submitit", "slurm"), "ray": ("ray", "ray")}.get(settings.name, ("joblib", ""))
+    if settings.name != "basic" and importlib.util.find_spec(library) is None:
+        raise DeftxError(f"launcher.name={settings.name} needs {library}: pip install 'deftx[{extra}]'")
+    if settings.name == "submitit" and settings.cluster == "slurm":
+        missing = [name for name in ("sbatch", "srun", "squeue") if shutil.which(name) is None]
+        if missing:
+            raise DeftxError(
+                f"launcher.cluster=slurm: no {', '.join(missing)} on the PATH; launch from a login node of the "
+                "cluster, or choose launcher=joblib, which runs jobs on this machine"
+            )
 
 
 def run_all(

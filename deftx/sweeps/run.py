@@ -67,10 +67,9 @@ class Sweep:
 def dry_run(sweep: Sweep) -> None:
     """Print what a sweep, or a single run, would compute; nothing is written."""
     plans = sweep.plans()
-    names = {number: " ".join(texts) for number, texts in enumerate(swept(sweep.overrides))}
     open_plans = {number: plan for number, plan in plans.items() if plan.done is None}
     waves = shared_parts(open_plans) if len(plans) > 1 else []
-    print_plan(plans, names, waves, sweep.cache_root)
+    print_plan(plans, waves, sweep.cache_root)
 
 
 def run_sweep(sweep: Sweep) -> int:

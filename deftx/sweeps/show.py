@@ -6,11 +6,12 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from deftx.cache import Stage
 from deftx.stages.plan import History, PlannedStage, StudyPlan, totals
 from deftx.sweeps.waves import Part
 from deftx.tracking import SweepJob, print_sweep
 
-_LISTED = 40
+_LISTED = 24
 
 
 def swept(overrides: Sequence[Sequence[str]]) -> list[list[str]]:
@@ -21,14 +22,11 @@ def swept(overrides: Sequence[Sequence[str]]) -> list[list[str]]:
     return [[text.replace("\\", "") for text in job if text not in common] for job in overrides]
 
 
-def print_plan(
-    plans: Mapping[int, StudyPlan], names: Mapping[int, str], waves: Sequence[Sequence[Part]], cache_root: str
-) -> None:
+def print_plan(plans: Mapping[int, StudyPlan], waves: Sequence[Sequence[Part]], cache_root: str) -> None:
     """Print what would run: stages by kind, what is missing, the waves, guesses at time and disk.
 
     Args:
         plans: Of every job.
-        names: What was swept, by job.
         waves: From :func:`~deftx.sweeps.waves.shared_parts`, of the jobs that are not finished.
         cache_root: The stage cache.
     """
@@ -55,16 +53,17 @@ def print_plan(
         told = guess + (f" + {unknown} × ?" if 0 < unknown < len(missing) else "")
         table.add_row(kind or "all", str(len(missing)), str(len(mine) - len(missing)), told, disk(size))
     console.print(table)
-    lines = [f"to compute: {item.stage.kind} {item.stage.label}" for item in stages.values() if not item.cached]
-    if len(lines) > _LISTED:
-        lines = [*lines[:_LISTED], f"... and {len(lines) - _LISTED} more"]
+    wanted = [item.stage for item in stages.values() if not item.cached]
+    names = list(dict.fromkeys(f"{stage.kind} {stage.label}{_seed(stage, wanted)}" for stage in wanted))
+    lines = [f"to compute: {name}" for name in names[:_LISTED]]
+    if len(names) > _LISTED:
+        lines.append(f"... and {len(names) - _LISTED} more")
     done = [number for number, plan in plans.items() if plan.done is not None]
     if len(plans) > 1:
         lines.append(f"jobs: {len(plans)}, of which {len(done)} were finished before")
-        lines += [
-            f"wave {number}: {', '.join(part.label for part in wave)}, shared by {max(len(p.jobs) for p in wave)} jobs"
-            for number, wave in enumerate(waves, 1)
-        ]
+        for number, wave in enumerate(waves, 1):
+            labels = ", ".join(dict.fromkeys(part.label for part in wave))
+            lines.append(f"wave {number}: {labels}, shared by up to {max(len(part.jobs) for part in wave)} jobs")
     elif done:
         lines.append("this very run was finished before")
     unknown = totals([item for item in stages.values() if not item.cached], history)[2]
@@ -75,6 +74,12 @@ def print_plan(
     lines.append("dry run: nothing was computed and nothing written")
     for line in lines:
         console.print(Text(line), soft_wrap=True, highlight=False)
+
+
+def _seed(stage: Stage, stages: Sequence[Stage]) -> str:
+    """The seed of a stage, where it tells it from another of the same name."""
+    alike = {item.seed for item in stages if (item.kind, item.label) == (stage.kind, stage.label)}
+    return f", seed {stage.seed}" if len(alike) > 1 else ""
 
 
 def duration(seconds: float) -> str:

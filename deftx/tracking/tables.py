@@ -169,7 +169,7 @@ def print_sweep(jobs: Sequence[tuple[str, Mapping[str, float], str | None]], *, 
     asked = {condition for _, scores, _ in jobs for condition in scores}
     conditions = [name for name in CONDITIONS if name in asked]
     table = Table()
-    table.add_column("job")
+    table.add_column("job", overflow="fold")  # cut short, two jobs could read the same
     for name in conditions:
         table.add_column(Text(CONDITIONS[name]), justify="right")
     for swept, scores, error in jobs:

@@ -146,6 +146,8 @@ class Tracker:
             # Error reports of wandb go over the network even when the run does not.
             self._set_environment("WANDB_ERROR_REPORTING", "false")
             self._start("offline")
+            if self.run is not None and mode == "online":
+                log.warning("W&B: the run is kept offline below %s; `wandb sync` publishes it later", self.folder)
         if self.run is None:
             self._restore_environment()
         return self
