@@ -273,6 +273,39 @@ def test_a_condition_reads_what_its_composition_is_made_of(condition: str, lost:
     assert not {"seed", "rank", "study", "language"} & set(read)
 
 
+def test_another_language_is_another_target(tmp_path: Path) -> None:
+    """``other_language_sft`` composes the other targets' SFTs: other targets, another score."""
+    conditions = {"deftx": 0.7, "other_language_sft": 0.4}
+    write_run(tmp_path / "0", conditions=conditions, language=["ace", "min"])
+    write_run(tmp_path / "1", conditions=conditions, language=["ace", "ban"], draw=5)
+    write_run(tmp_path / "2", conditions=conditions, language=["min", "ace"], seed=1)
+    (section,) = sections(tmp_path)
+    others = section.named(["other_language_sft"])
+    assert [column.knobs for column in others] == [{"targets": ["ace", "ban"]}, {"targets": ["ace", "min"]}]
+    assert [section.seeds(column, "ace") for column in others] == [[0], [0, 1]]
+    (deftx,) = section.named(["deftx"])
+    assert deftx.knobs == {}
+
+
+def test_results_from_before_a_knob_hold_its_default(tmp_path: Path) -> None:
+    later: dict[str, object] = {"task.source": "ind", "task.more_sources": [], "task.training.length_buckets": 0}
+    for prefix in ("", "lang.", "task.", "source."):
+        later |= {f"{prefix}value_dtype": "float32", f"{prefix}mask": "magnitude", f"{prefix}second_phase": True}
+    later |= {"lang.training.length_buckets": 0, "task.training.mlm_probability": None}
+    write_run(tmp_path / "old", conditions={"ltsft": 0.5}, rank=None, **{"task.source": "ind"})
+    write_run(tmp_path / "old, too", conditions={"deftx": 0.7}, seed=1, **{"task.source": "ind"})
+    for seed in (0, 1):
+        write_run(tmp_path / f"new {seed}", conditions=BOTH, seed=seed, **later)
+    write_run(tmp_path / "ablation", conditions={"deftx": 0.6}, **(later | {"lang.mask": "random", "mask": None}))
+    (section,) = sections(tmp_path)
+    ltsft = section.named(["ltsft"])
+    deftx = section.named(["deftx"])
+    assert [section.seeds(column, "ace") for column in ltsft] == [[0, 1]]
+    assert [column.knobs for column in deftx] == [{"lang.mask": "magnitude"}, {"lang.mask": "random"}]
+    assert [section.seeds(column, "ace") for column in deftx] == [[0, 1], [0]]
+    assert section.baseline_of(deftx[0], "ltsft") is ltsft[0]
+
+
 def test_varying_knobs_have_short_names_where_both_sfts_agree() -> None:
     same = [{"lang.rank": r, "task.rank": r, "lang.k": 5, "x": 1} for r in ("4", "8")]
     assert varying(same) == [{"rank": "4"}, {"rank": "8"}]
