@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from fabricate import LABELS, N, write_run
+from fabricate import LABELS, N, write_run, write_sweep
 
 from deftx import tracking
 from deftx.report.collect import collect
@@ -271,6 +271,60 @@ def test_a_condition_reads_what_its_composition_is_made_of(condition: str, lost:
     assert all(read.get(key) is None for key in lost)
     assert all(read[key] is not None for key in kept)
     assert not {"seed", "rank", "study", "language"} & set(read)
+
+
+FAILED = {"status": "failed", "metrics": [], "error": {"type": "DeftxError", "message": "no text", "traceback": None}}
+
+
+@pytest.mark.parametrize(
+    ("prints", "other", "made_up"),
+    [
+        ({}, {}, True),
+        ({"base files": "c"}, {}, True),
+        ({"base files": "d"}, {}, False),
+        ({"base": "d"}, {}, False),
+        ({}, {"seed": 1}, False),
+        ({}, {"rank": "8"}, False),
+        ({}, {"language": ["ace"]}, False),
+    ],
+)
+def test_a_run_that_failed_early_is_made_up_for_by_its_rerun(
+    tmp_path: Path, prints: dict[str, str], other: dict[str, object], made_up: bool
+) -> None:
+    write_run(tmp_path / "failed", record=FAILED | {"fingerprints": prints}, with_predictions=False, **other)
+    write_run(tmp_path / "done", record={"fingerprints": {"base": "b", "base files": "c"}})
+    (trouble,) = collect([tmp_path]).troubles
+    assert (trouble.kind, trouble.finished_in) == ("failed", f"{tmp_path.name}/done" if made_up else "")
+
+
+@pytest.mark.parametrize(
+    ("failed", "done", "made_up"),
+    [
+        (["a", "b"], ["b", "a"], True),
+        (["task deftx"], ["language ace deftx"], False),
+        (None, None, False),  # an older result does not say which part it is
+    ],
+)
+def test_parts_of_a_job_are_told_apart(
+    tmp_path: Path, failed: list[str] | None, done: list[str] | None, made_up: bool
+) -> None:
+    for name, only, status in (("0", failed, FAILED), ("1", done, {"metrics": []})):
+        record = {**status, "job_type": "stage"}
+        write_run(tmp_path / name, record=record, with_predictions=False, **({} if only is None else {"only": only}))
+    (trouble,) = collect([tmp_path]).troubles
+    assert bool(trouble.finished_in) is made_up
+
+
+def test_a_sweep_started_again_makes_up_for_what_results_do_not_say(tmp_path: Path) -> None:
+    """Older results of parts: what was asked for tells them apart."""
+    for launch, status in (("0", "failed"), ("1", "done")):
+        record = {**(FAILED if status == "failed" else {"metrics": []}), "job_type": "stage"}
+        for number in ("0", "1"):
+            write_run(tmp_path / launch / number, record=record, with_predictions=False)
+        write_sweep(tmp_path / launch, [(["only=[a]"], status), (["only=[b]"], status)])
+    found = {item.name.split(" ")[0]: item.finished_in.split(" ")[0] for item in collect([tmp_path]).troubles}
+    name = tmp_path.name
+    assert found == {f"{name}/0/{number}": f"{name}/1/{number}" for number in (0, 1)}
 
 
 def test_another_language_is_another_target(tmp_path: Path) -> None:
