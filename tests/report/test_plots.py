@@ -121,3 +121,49 @@ def test_mask_density_is_that_of_composed_sfts(tmp_path: Path, source: str) -> N
             for row in np.ma.asarray(drawn_map)
             if np.ma.compressed(np.ma.masked_invalid(row)).size == len(sums)
         )
+
+
+CODES = ["ace", "ban", "bjn", "mad", "min"]
+
+
+def morphology(folder: Path, words: dict[str, int]) -> Drawn:
+    """Of two densities in five languages whose samples have some numbers of words."""
+    measured = {"fertility": 1.5, "type_token_ratio": 0.3, "words_per_sentence": 9.0}
+    for number, density in enumerate((0.05, 0.1)):
+        known = {
+            code: {name: value + place / 10 for name, value in measured.items()}
+            | ({"words": words[code]} if code in words else {})
+            for place, code in enumerate(CODES)
+        }
+        write_run(
+            folder / str(number), conditions={"deftx": 0.7}, density=density, languages_facts=known, language=CODES
+        )
+    return drawn(facts.morphology(summary(folder)))
+
+
+def panels_of(result: Drawn) -> dict[str, list[str]]:
+    return {axis.get_xlabel(): [text.get_text() for text in axis.texts] for axis in result.figure.axes}
+
+
+@pytest.mark.parametrize(
+    ("words", "left"),
+    [
+        (dict.fromkeys(CODES, 10_000), CODES),
+        ({}, CODES),  # older results do not say it
+        (dict.fromkeys(CODES, 10_000) | {"ban": 4_000}, ["ace", "bjn", "mad", "min"]),
+        ({"ace": 10_000, "ban": 10_000, "bjn": 10_000, "mad": 9_999}, ["ace", "ban", "bjn"]),
+        ({"ace": 10_000, "ban": 9_000, "bjn": 8_000, "mad": 7_000, "min": 6_000}, []),
+    ],
+)
+def test_type_token_ratios_are_of_samples_of_one_size(tmp_path: Path, words: dict[str, int], left: list[str]) -> None:
+    result = morphology(tmp_path, words)
+    panels = panels_of(result)
+    assert panels.get("type-token ratio", []) == left
+    assert panels["subword fertility (pieces a word)"] == panels["words a sentence"] == CODES
+    absent = ", ".join(code for code in CODES if code not in left) if left else "ban, bjn, mad, min"
+    told = f"The type-token ratio is without {absent}: of fewer words than 10,000."
+    assert (told in result.caption) is (left != CODES)
+    for axis in result.figure.axes:
+        if axis.get_xlabel() == "type-token ratio":
+            x = axis.containers[0].lines[0].get_xdata()
+            assert list(x) == pytest.approx([0.3 + CODES.index(code) / 10 for code in left])

@@ -23,6 +23,9 @@ MEASURES = {
     "type_token_ratio": "type-token ratio",
     "words_per_sentence": "words a sentence",
 }
+OF_SAMPLE = "type_token_ratio"
+"""The measure that falls as a sample grows, so that only samples of one size compare."""
+WORDS = "words"  # how many it is over
 EXACT = 8  # languages up to which every permutation is counted
 
 
@@ -226,7 +229,7 @@ def morphology(summary: Summary) -> Drawn | str:
             if known.get("spaced") is False:
                 unspaced.add(code)
                 continue
-            found = {name: value for name in MEASURES if (value := number(known.get(name))) is not None}
+            found = {name: value for name in (*MEASURES, WORDS) if (value := number(known.get(name))) is not None}
             facts.setdefault(code, {}).update(found)
     best: dict[str, tuple[float, float, float]] = {}
     for language in section.languages:
@@ -237,6 +240,10 @@ def morphology(summary: Summary) -> Drawn | str:
         ]
         if len(scored) > 1:
             best[language] = _best_with_range(summary, language, [column for column, _ in scored], key)
+    most = max((facts[code].get(WORDS, 0.0) for code in best if code in facts), default=0.0)
+    short = [c for c in best if OF_SAMPLE in facts.get(c, {}) and facts[c].get(WORDS, 0.0) < most]
+    for code in short:
+        del facts[code][OF_SAMPLE]
     measures = [name for name in MEASURES if sum(name in facts.get(code, {}) for code in best) >= 3]
     if not measures:
         return (
@@ -275,6 +282,8 @@ def morphology(summary: Summary) -> Drawn | str:
     bars_told = "; bars: where resamples of items and seeds find the best one" if summary.resampled else ""
     n = max(sum(name in facts.get(code, {}) for code in best) for name in measures)
     left_out = f" Without {', '.join(sorted(unspaced))}: no words between spaces to count." if unspaced else ""
+    if short:
+        left_out += f" The type-token ratio is without {', '.join(sorted(short))}: of fewer words than {most:,.0f}."
     small = f" {n} languages are few: a ρ of this size says little on its own." if n < 20 else ""
     return Drawn(
         made,
