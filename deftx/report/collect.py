@@ -47,16 +47,30 @@ class Run:
         return f"{self.name} ({self.swept})" if self.swept else self.name
 
     @property
-    def identity(self) -> str:
-        """Equal for two runs of one job, wherever they were launched."""
+    def job(self) -> str:
+        """Equal for two runs of one job, whatever came of them: a run that failed early knows no base."""
         record = self.record
         about = {
             "settings": score_settings(record.settings),
             "targets": record.settings.get("language"),
             "conditions": [record.settings.get(key) for key in ("method", "compare", "controls")],
-            "section": section_key(record),
+            "parts": sorted(map(str, record.settings.get("only") or [])),
+            "section": section_key(record)[:-1],
         }
+        if record.job_type == "stage" and "only" not in record.settings:
+            about["name"] = self.name  # an older result does not say which part of a job it is
         return canonical({"job": record.job_type, "seed": record.seed, **about})
+
+    @property
+    def identity(self) -> str:
+        """Equal for two finished runs of one job, wherever they were launched."""
+        return canonical({"job": self.job, "base": section_key(self.record)[-1]})
+
+    def made_up_by(self, other: Run) -> bool:
+        """Whether a finished run is the same job on the same base, as far as this one came to know its base."""
+        mine, its = self.record.fingerprints, other.record.fingerprints
+        known = [name for name in ("base", "base files") if mine.get(name) and its.get(name)]
+        return self.job == other.job and all(mine[name] == its[name] for name in known)
 
 
 @dataclass(frozen=True)
@@ -165,10 +179,10 @@ def _read(place: Path, name: str) -> Run | Trouble:
     return Run(name, place, record)
 
 
-def _sort(results: dict[Path, Run | Trouble], found: Collection) -> tuple[dict[str, Run], list[tuple[str, Trouble]]]:
-    """Finished runs by identity, repeated ones set aside; failed ones with their identity."""
+def _sort(results: dict[Path, Run | Trouble], found: Collection) -> tuple[list[Run], list[tuple[Run, Trouble]]]:
+    """Finished runs, repeated ones set aside; failed ones with what is wrong."""
     done: dict[str, Run] = {}
-    failed: list[tuple[str, Trouble]] = []
+    failed: list[tuple[Run, Trouble]] = []
     runs = sorted(
         (item for item in results.values() if isinstance(item, Run)),
         key=lambda run: (run.record.finished or "", run.name),
@@ -183,7 +197,7 @@ def _sort(results: dict[Path, Run | Trouble], found: Collection) -> tuple[dict[s
                 reason = f"{error.get('type')}: {reason}"
             kind = "failed" if record.status == "failed" else "missing"
             told = reason if kind == "failed" else f"status {record.status}: it has not finished"
-            failed.append((run.identity, Trouble(kind, run.name, told)))
+            failed.append((run, Trouble(kind, run.name, told)))
         elif record.metrics:
             first = done.setdefault(run.identity, run)
             if first is run:
@@ -195,7 +209,7 @@ def _sort(results: dict[Path, Run | Trouble], found: Collection) -> tuple[dict[s
         else:
             done.setdefault(run.identity, run)
             found.without_scores.append(run)
-    return done, failed
+    return list(done.values()), failed
 
 
 def _same_scores(first: Run, second: Run) -> bool:
@@ -290,15 +304,21 @@ def _sweep(
 
 def _settle(
     found: Collection,
-    done: dict[str, Run],
-    failed: list[tuple[str, Trouble]],
+    done: list[Run],
+    failed: list[tuple[Run, Trouble]],
     jobs: list[tuple[tuple[str, ...], Trouble | Run]],
 ) -> None:
     """Say of each failed or missing job whether another launch finished it."""
     finished = {asked: item for asked, item in jobs if isinstance(item, Run) and item.record.status == "done"}
     names = {item.name: item.shown for _, item in jobs if isinstance(item, Run)}
-    for identity, trouble in failed:
-        later = done.get(identity)
+    asked_of = {item.name: asked for asked, item in jobs if isinstance(item, Run)}
+    by_job: dict[str, list[Run]] = {}
+    for run in done:
+        by_job.setdefault(run.job, []).append(run)
+    for run, trouble in failed:
+        later = next((other for other in by_job.get(run.job, []) if run.made_up_by(other)), None)
+        if later is None and run.name in asked_of:
+            later = finished.get(asked_of[run.name])
         name = names.get(trouble.name, trouble.name)
         found.troubles.append(Trouble(trouble.kind, name, trouble.reason, later.shown if later else ""))
     for asked, item in jobs:

@@ -15,28 +15,48 @@ from typing import Any
 Settings = dict[str, Any]
 
 BOOKKEEPING = frozenset(
-    ("study", "seed", "language", "compare", "controls", "missing_text", "method", "task", "split", "model")
+    ("study", "seed", "language", "compare", "controls", "missing_text", "method", "task", "split", "model", "only")
 )
 """Names, what the sections and the rows of a table say already, and what changes no score."""
 
 SHORT = ("rank", "residual", "k", "density", "value_dtype", "mask", "second_phase")
 """Knobs that repeat what ``lang.*`` and ``task.*`` say."""
 
+ADDED = {
+    "value_dtype": ("rank", "float32"),
+    "mask": ("rank", "magnitude"),
+    "second_phase": ("rank", True),
+    "training.length_buckets": ("training.epochs", 0),
+    "more_sources": ("source", []),
+}
+"""Knobs of an SFT (``lang.*``, ``task.*``, ``source.*``) that came later: what older results hold that could have had
+them, and what they were computed with."""
+
+TARGETS = "targets"
+"""The targets of a run as a setting: other targets' SFTs are what ``other_language_sft`` composes."""
+
 _DENOISING = ("rank", "residual", "exclude")
 _ORDER = ("rank", "residual", "density", "k")
 
 
 def score_settings(settings: Mapping[str, Any]) -> Settings:
-    """The settings of a run that can change a score, each once."""
+    """The settings of a run that can change a score, each once; what older results do not say is filled in."""
     kept = {key: value for key, value in settings.items() if key not in BOOKKEEPING}
+    for prefix in ("lang.", "task.", "source."):
+        for key, (beside, default) in ADDED.items():
+            if f"{prefix}{beside}" in kept:
+                kept.setdefault(f"{prefix}{key}", default)
     for key in SHORT:
         if f"lang.{key}" in kept and f"task.{key}" in kept:
             kept.pop(key, None)
+    kept = {key: value for key, value in kept.items() if value is not None}  # as good as not there
+    if isinstance(targets := settings.get("language"), list):
+        kept[TARGETS] = sorted(map(str, targets))
     return kept
 
 
 def read_by(condition: str, settings: Mapping[str, Any]) -> Settings:
-    """The part of :func:`score_settings` that a condition reads; what it ignores is ``None`` or left out.
+    """The part of :func:`score_settings` that a condition reads; what it ignores is left out.
 
     Args:
         condition: One of :data:`deftx.tracking.CONDITIONS`, or another name (which is taken to read everything).
@@ -48,9 +68,11 @@ def read_by(condition: str, settings: Mapping[str, Any]) -> Settings:
     elif condition == "source_sft":
         dropped = ("lang.",)
     kept = {key: value for key, value in settings.items() if not key.startswith(dropped)} if dropped else dict(settings)
+    if condition != "other_language_sft":
+        kept.pop(TARGETS, None)
     if condition == "ltsft":
         silent = {f"{prefix}{key}" for prefix in ("", "lang.", "task.") for key in _DENOISING}
-        kept = {key: None if key in silent else value for key, value in kept.items()}
+        kept = {key: value for key, value in kept.items() if key not in silent}
     return kept
 
 

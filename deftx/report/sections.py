@@ -128,6 +128,15 @@ class Section:
         """The column that holds a run's scores under a condition."""
         return self.column(condition, score_settings(run.record.settings))
 
+    def runs_of(self, column: Column) -> list[Run]:
+        """Runs that scored a column themselves; settings alone would also name runs that never trained it."""
+        return [
+            run
+            for run in self.runs
+            if any(item.condition == column.condition for item in run.record.metrics)
+            and self.column_of(run, column.condition) is column
+        ]
+
     def named(self, conditions: Iterable[str]) -> list[Column]:
         """Columns of some conditions, in order."""
         wanted = set(conditions)

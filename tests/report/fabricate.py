@@ -45,6 +45,7 @@ def settings(**knobs: Any) -> dict[str, Any]:
         "missing_text": "error",
         "corpus.leak_threshold": 0.7,
         "source.rank": "energy:0.9",
+        "source.residual": "prune:0.05",
     }
     for prefix in ("", "lang.", "task."):
         flat |= {f"{prefix}rank": rank, f"{prefix}residual": None if rank is None else "prune:0.05"}
@@ -147,14 +148,22 @@ def write_run(
     if with_predictions:
         tracking.write_predictions(folder, pd.concat(frames, ignore_index=True))
     if diagnostics:
-        tracking.write_diagnostics(folder, diagnostic_rows(flat, [m for m in conditions if m in ("deftx", "ltsft")]))
+        tracking.write_diagnostics(folder, diagnostic_rows(flat, list(conditions)))
     return folder
 
 
 def sfts(flat: Mapping[str, Any], conditions: Sequence[str]) -> list[dict[str, Any]]:
-    """What a result says of its SFTs."""
+    """What a result says of its SFTs: φ_S where ``task.source`` is given, and the task SFT of ``no_language_sft``."""
     size = int(1e6 * (flat["density"] or 0.1))
-    found = []
+    found: list[dict[str, Any]] = []
+    extra = {"method": "deftx", "sha256": "1" * 64, "metrics": {"seconds": 1000.0, "peak_memory": 2**28}}
+    if source := flat.get("task.source"):
+        name = f"language {source} deftx rank={flat['source.rank']} residual=prune:0.05"
+        found.append({"name": name, "role": "language", "languages": [source], "k": 7, "bytes": 77 * size, **extra})
+    if "no_language_sft" in conditions:
+        name = f"task on θ⁰ deftx rank={flat['rank']} residual={flat['residual']}"
+        alone = extra | {"metrics": {"seconds": 7000.0, "peak_memory": 2**33}}
+        found.append({"name": name, "role": "task", "languages": ["ind"], "k": 7, "bytes": 99 * size, **alone})
     for method in [name for name in conditions if name in ("deftx", "ltsft")]:
         tail = "ltsft" if method == "ltsft" else f"deftx rank={flat['rank']} residual={flat['residual']}"
         for role, code in (*(("language", code) for code in flat["language"]), ("task", "")):
@@ -175,32 +184,36 @@ def sfts(flat: Mapping[str, Any], conditions: Sequence[str]) -> list[dict[str, A
     return found
 
 
-def diagnostic_rows(flat: Mapping[str, Any], methods: Sequence[str]) -> pd.DataFrame:
+def diagnostic_rows(flat: Mapping[str, Any], conditions: Sequence[str]) -> pd.DataFrame:
     """Spectra, ranks, energies, masks and overlaps of four layers."""
     rng = np.random.default_rng(flat["seed"])
     rows: list[dict[str, Any]] = []
     selected: dict[str, int] = {}
-    named = [(item["name"], item["role"], item["method"], item["languages"][0]) for item in sfts(flat, methods)]
+    named = [(item["name"], item["role"], item["method"], item["languages"][0]) for item in sfts(flat, conditions)]
+    methods = [name for name in conditions if name in ("deftx", "ltsft")]
+    tasks = {its: name for name, role, its, _ in named if role == "task"}  # the last one: a control's stands before it
+    own = [item for item in named if item[1] == "language" and not (flat.get("task.source") and item is named[0])]
     for name, _, method, _ in named:
         for layer in (-1, 0, 1, 2, 3):
             for module in MODULES if layer >= 0 else ("embeddings.word_embeddings", "embeddings.LayerNorm"):
                 size = 4096 if layer >= 0 else 20_000
-                spectrum = np.exp(-np.arange(32) / (6 + 2 * layer + len(module) % 5)) * (1 + 0.1 * rng.random())
+                slow = 9 if name.startswith("task on θ⁰ ") else 0  # a control's own energy
+                spectrum = np.exp(-np.arange(32) / (6 + slow + 2 * layer + len(module) % 5)) * (1 + 0.1 * rng.random())
                 count = int(size * (flat["density"] or 0.1) * (0.5 + rng.random()))
                 selected[name] = selected.get(name, 0) + count
                 row = {"what": "sft", "sft": name, "parameter": f"{layer}.{module}", "layer": layer, "module": module}
                 row |= {"size": size, "selected": count, "density": count / size}
                 if method == "deftx" and module != "embeddings.LayerNorm":
-                    text = str(flat["rank"])
+                    text = str(flat["source.rank"] if flat.get("task.source") and name == named[0][0] else flat["rank"])
                     kept = int(text) if text.isdigit() else int(10 + 3 * layer + 2 * len(text) % 7)
                     squares = spectrum**2
                     energy = float(squares[:kept].sum() / squares.sum())
                     row |= {"rank": kept, "energy": energy, "singular_values": spectrum.tolist()}
                 rows.append(row)
     for method in methods:
-        task = next(name for name, role, its, _ in named if role == "task" and its == method)
-        for name, role, its, _ in named:
-            if role == "language" and its == method:
+        task = tasks[method]
+        for name, _, its, _ in own:
+            if its == method:
                 for layer in range(4):
                     both = int(40 * (1 + rng.random()))
                     row = {"what": "pair", "sft": task, "other": name, "layer": layer, "module": MODULES[0]}

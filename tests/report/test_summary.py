@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from fabricate import LABELS, N, write_run
+from fabricate import LABELS, N, write_run, write_sweep
 
 from deftx import tracking
 from deftx.report.collect import collect
@@ -271,6 +271,93 @@ def test_a_condition_reads_what_its_composition_is_made_of(condition: str, lost:
     assert all(read.get(key) is None for key in lost)
     assert all(read[key] is not None for key in kept)
     assert not {"seed", "rank", "study", "language"} & set(read)
+
+
+FAILED = {"status": "failed", "metrics": [], "error": {"type": "DeftxError", "message": "no text", "traceback": None}}
+
+
+@pytest.mark.parametrize(
+    ("prints", "other", "made_up"),
+    [
+        ({}, {}, True),
+        ({"base files": "c"}, {}, True),
+        ({"base files": "d"}, {}, False),
+        ({"base": "d"}, {}, False),
+        ({}, {"seed": 1}, False),
+        ({}, {"rank": "8"}, False),
+        ({}, {"language": ["ace"]}, False),
+    ],
+)
+def test_a_run_that_failed_early_is_made_up_for_by_its_rerun(
+    tmp_path: Path, prints: dict[str, str], other: dict[str, object], made_up: bool
+) -> None:
+    write_run(tmp_path / "failed", record=FAILED | {"fingerprints": prints}, with_predictions=False, **other)
+    write_run(tmp_path / "done", record={"fingerprints": {"base": "b", "base files": "c"}})
+    (trouble,) = collect([tmp_path]).troubles
+    assert (trouble.kind, trouble.finished_in) == ("failed", f"{tmp_path.name}/done" if made_up else "")
+
+
+@pytest.mark.parametrize(
+    ("failed", "done", "made_up"),
+    [
+        (["a", "b"], ["b", "a"], True),
+        (["task deftx"], ["language ace deftx"], False),
+        (None, None, False),  # an older result does not say which part it is
+    ],
+)
+def test_parts_of_a_job_are_told_apart(
+    tmp_path: Path, failed: list[str] | None, done: list[str] | None, made_up: bool
+) -> None:
+    for name, only, status in (("0", failed, FAILED), ("1", done, {"metrics": []})):
+        record = {**status, "job_type": "stage"}
+        write_run(tmp_path / name, record=record, with_predictions=False, **({} if only is None else {"only": only}))
+    (trouble,) = collect([tmp_path]).troubles
+    assert bool(trouble.finished_in) is made_up
+
+
+def test_a_sweep_started_again_makes_up_for_what_results_do_not_say(tmp_path: Path) -> None:
+    """Older results of parts: what was asked for tells them apart."""
+    for launch, status in (("0", "failed"), ("1", "done")):
+        record = {**(FAILED if status == "failed" else {"metrics": []}), "job_type": "stage"}
+        for number in ("0", "1"):
+            write_run(tmp_path / launch / number, record=record, with_predictions=False)
+        write_sweep(tmp_path / launch, [(["only=[a]"], status), (["only=[b]"], status)])
+    found = {item.name.split(" ")[0]: item.finished_in.split(" ")[0] for item in collect([tmp_path]).troubles}
+    name = tmp_path.name
+    assert found == {f"{name}/0/{number}": f"{name}/1/{number}" for number in (0, 1)}
+
+
+def test_another_language_is_another_target(tmp_path: Path) -> None:
+    """``other_language_sft`` composes the other targets' SFTs: other targets, another score."""
+    conditions = {"deftx": 0.7, "other_language_sft": 0.4}
+    write_run(tmp_path / "0", conditions=conditions, language=["ace", "min"])
+    write_run(tmp_path / "1", conditions=conditions, language=["ace", "ban"], draw=5)
+    write_run(tmp_path / "2", conditions=conditions, language=["min", "ace"], seed=1)
+    (section,) = sections(tmp_path)
+    others = section.named(["other_language_sft"])
+    assert [column.knobs for column in others] == [{"targets": ["ace", "ban"]}, {"targets": ["ace", "min"]}]
+    assert [section.seeds(column, "ace") for column in others] == [[0], [0, 1]]
+    (deftx,) = section.named(["deftx"])
+    assert deftx.knobs == {}
+
+
+def test_results_from_before_a_knob_hold_its_default(tmp_path: Path) -> None:
+    later: dict[str, object] = {"task.source": "ind", "task.more_sources": [], "task.training.length_buckets": 0}
+    for prefix in ("", "lang.", "task.", "source."):
+        later |= {f"{prefix}value_dtype": "float32", f"{prefix}mask": "magnitude", f"{prefix}second_phase": True}
+    later |= {"lang.training.length_buckets": 0, "task.training.mlm_probability": None}
+    write_run(tmp_path / "old", conditions={"ltsft": 0.5}, rank=None, **{"task.source": "ind"})
+    write_run(tmp_path / "old, too", conditions={"deftx": 0.7}, seed=1, **{"task.source": "ind"})
+    for seed in (0, 1):
+        write_run(tmp_path / f"new {seed}", conditions=BOTH, seed=seed, **later)
+    write_run(tmp_path / "ablation", conditions={"deftx": 0.6}, **(later | {"lang.mask": "random", "mask": None}))
+    (section,) = sections(tmp_path)
+    ltsft = section.named(["ltsft"])
+    deftx = section.named(["deftx"])
+    assert [section.seeds(column, "ace") for column in ltsft] == [[0, 1]]
+    assert [column.knobs for column in deftx] == [{"lang.mask": "magnitude"}, {"lang.mask": "random"}]
+    assert [section.seeds(column, "ace") for column in deftx] == [[0, 1], [0]]
+    assert section.baseline_of(deftx[0], "ltsft") is ltsft[0]
 
 
 def test_varying_knobs_have_short_names_where_both_sfts_agree() -> None:

@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from deftx.report.collect import Run
 from deftx.report.knobs import canonical, number
 from deftx.report.plots.layers import facts_of
 from deftx.report.plots.scores import knob_of
 from deftx.report.plots.style import COLOURS, MARKERS, Drawn, legend, look, look_of, panels, titled
 from deftx.report.sections import MEAN, Column
+from deftx.report.sfts import composed, told, under_tasks
 from deftx.report.summary import Summary
 
 MEASURES = {
@@ -21,6 +23,9 @@ MEASURES = {
     "type_token_ratio": "type-token ratio",
     "words_per_sentence": "words a sentence",
 }
+OF_SAMPLE = "type_token_ratio"
+"""The measure that falls as a sample grows, so that only samples of one size compare."""
+WORDS = "words"  # how many it is over
 EXACT = 8  # languages up to which every permutation is counted
 
 
@@ -34,7 +39,7 @@ def overlap(summary: Summary) -> Drawn | str:
     single = frame[frame["what"] == "sft"]
     sizes = single.groupby(["run", "sft"])["selected"].sum()
     pairs = frame[frame["what"] == "pair"].groupby(["run", "sft", "other"])[["overlap", "sign_conflicts"]].sum()
-    first = single.drop_duplicates(["run", "sft"])
+    first = single[single["composed"]].drop_duplicates(["run", "sft"])
     keys = zip(first["run"], first["sft"], strict=True)
     about = dict(zip(keys, zip(first["language"], first["method"], strict=True), strict=True))
     points: list[tuple[str, str, float, float, float]] = []
@@ -108,12 +113,12 @@ def cost(summary: Summary) -> Drawn | str:
     """Training time, peak memory and size of the SFTs against the score of each setting."""
     section = summary.section
     row = MEAN if len(section.languages) > 1 else section.languages[0]
+    paired = _paired(summary)
     points: dict[str, list[tuple[Column, float]]] = {"time": [], "memory": [], "size": []}
     for column in section.named(("deftx", "ltsft", "composed")):
-        runs = [run for run in section.runs if section.column_of(run, column.condition) is column]
         facts: dict[str, list[float]] = {"time": [], "memory": [], "size": []}
-        for run in runs:
-            for key, value in _cost(run.record.sfts, column.condition, section.languages).items():
+        for run in section.runs_of(column):
+            for key, value in _cost(run, column.condition, paired[run]).items():
                 facts[key].append(value)
         for key, values in facts.items():
             if values and (column, row) in summary.scores and not summary.scores[column, row].missing:
@@ -169,37 +174,42 @@ def _annotate(axis: Any, points: list[tuple[float, float, str]]) -> None:
             placed.append((x, y))
 
 
-def _cost(sfts: list[Any], condition: str, targets: list[str]) -> dict[str, float]:
+def _paired(summary: Summary) -> dict[Run, set[str]]:
+    """SFTs that each run's diagnostics say were composed."""
+    found: dict[Run, set[str]] = {run: set() for run in summary.section.runs}
+    frame, _ = facts_of(summary)
+    if frame is not None:
+        for number, rows in frame[frame["what"] == "pair"].groupby("run"):
+            found[summary.section.runs[int(str(number))]] = {*map(str, rows["sft"]), *map(str, rows["other"])}
+    return found
+
+
+def _cost(run: Run, condition: str, paired: set[str]) -> dict[str, float]:
     """Seconds as minutes, memory as GiB, size as MiB, of the SFTs that a method's compositions use."""
-    mine = [sft for sft in sfts if condition == "composed" or _method(sft) == condition or _of_source(sft, targets)]
+    known = told(run)
+    mine = {name for name in composed(run, known, paired) if condition in ("composed", known[name].method)}
+    # What the task SFT was trained on was trained for it, but is no part of what is composed.
+    used = mine | under_tasks(run, known)
     seconds, memory = 0.0, 0.0
-    language: list[float] = []
-    task: list[float] = []
-    for sft in mine:
+    sizes: dict[str, list[float]] = {"language": [], "task": []}
+    for sft in run.record.sfts:
+        name = str(sft.get("name"))
+        if name not in used:
+            continue
         facts = sft.get("metrics") or {}
         full = facts.get("full") or {}
         seconds += (facts.get("seconds") or 0.0) + (full.get("seconds") or 0.0)
         memory = max(memory, facts.get("peak_memory") or 0, full.get("peak_memory") or 0)
-        if sft.get("bytes") and not _of_source(sft, targets):
-            (task if sft.get("role") == "task" else language).append(float(sft["bytes"]))
+        if sft.get("bytes") and name in mine:
+            sizes["task" if known[name].role == "task" else "language"].append(float(sft["bytes"]))
     found = {}
     if seconds:
         found["time"] = seconds / 60
     if memory:
         found["memory"] = memory / 2**30
-    if language and task:
-        found["size"] = (float(np.mean(language)) + float(np.mean(task))) / 2**20
+    if all(sizes.values()):
+        found["size"] = sum(float(np.mean(values)) for values in sizes.values()) / 2**20
     return found
-
-
-def _method(sft: Any) -> str:
-    words = str(sft.get("name", "")).split()
-    return str(sft.get("method") or next((word for word in words if word in ("deftx", "ltsft")), ""))
-
-
-def _of_source(sft: Any, targets: list[str]) -> bool:
-    words = str(sft.get("name", "")).split()
-    return words[:1] == ["language"] and words[1:2] != [] and words[1] not in targets
 
 
 def morphology(summary: Summary) -> Drawn | str:
@@ -219,7 +229,7 @@ def morphology(summary: Summary) -> Drawn | str:
             if known.get("spaced") is False:
                 unspaced.add(code)
                 continue
-            found = {name: value for name in MEASURES if (value := number(known.get(name))) is not None}
+            found = {name: value for name in (*MEASURES, WORDS) if (value := number(known.get(name))) is not None}
             facts.setdefault(code, {}).update(found)
     best: dict[str, tuple[float, float, float]] = {}
     for language in section.languages:
@@ -230,6 +240,10 @@ def morphology(summary: Summary) -> Drawn | str:
         ]
         if len(scored) > 1:
             best[language] = _best_with_range(summary, language, [column for column, _ in scored], key)
+    most = max((facts[code].get(WORDS, 0.0) for code in best if code in facts), default=0.0)
+    short = [c for c in best if OF_SAMPLE in facts.get(c, {}) and facts[c].get(WORDS, 0.0) < most]
+    for code in short:
+        del facts[code][OF_SAMPLE]
     measures = [name for name in MEASURES if sum(name in facts.get(code, {}) for code in best) >= 3]
     if not measures:
         return (
@@ -268,6 +282,8 @@ def morphology(summary: Summary) -> Drawn | str:
     bars_told = "; bars: where resamples of items and seeds find the best one" if summary.resampled else ""
     n = max(sum(name in facts.get(code, {}) for code in best) for name in measures)
     left_out = f" Without {', '.join(sorted(unspaced))}: no words between spaces to count." if unspaced else ""
+    if short:
+        left_out += f" The type-token ratio is without {', '.join(sorted(short))}: of fewer words than {most:,.0f}."
     small = f" {n} languages are few: a ρ of this size says little on its own." if n < 20 else ""
     return Drawn(
         made,

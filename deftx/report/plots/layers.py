@@ -11,6 +11,7 @@ from deftx.report.collect import Run, read_diagnostics
 from deftx.report.knobs import ordered_values, score_settings, shown_value
 from deftx.report.plots.style import DASHES, MARKERS, Drawn, heat_map, legend, look, panels, shades, titled
 from deftx.report.sections import MEAN, Column
+from deftx.report.sfts import composed, told
 from deftx.report.summary import Summary
 from deftx.tracking import DIAGNOSTICS
 
@@ -26,8 +27,8 @@ MOST_LINES = 7
 
 
 def facts_of(summary: Summary) -> tuple[pd.DataFrame | None, list[str]]:
-    """Diagnostics of a section's runs below each other, with the columns ``run`` (number), ``role``, ``language`` and
-    ``method`` from the SFTs' names; and what could not be read.
+    """Diagnostics of a section's runs below each other, with the columns ``run`` (number), ``role``, ``language``,
+    ``method`` and ``composed`` of :mod:`deftx.report.sfts`; and what could not be read.
     """
     if summary.diagnostics is None:
         summary.diagnostics = _read(summary)
@@ -48,25 +49,21 @@ def _read(summary: Summary) -> tuple[pd.DataFrame | None, list[str]]:
         if lacking:
             missing.append(f"{run.name}/{DIAGNOSTICS} lacks the columns {', '.join(lacking)}")
         else:
-            frames.append(frame.assign(run=number, **_named(frame["sft"], run)))
+            frames.append(frame.assign(run=number, **_named(frame, run)))
     return (pd.concat(frames, ignore_index=True) if frames else None), missing
 
 
-def _named(names: pd.Series[Any], run: Run) -> dict[str, Any]:
-    """Role, language and method of SFTs: as the result says, else from the name (``language ace deftx rank=16``)."""
-    known = {str(sft.get("name")): sft for sft in run.record.sfts}
-
-    def about(name: str) -> tuple[str, str, str]:
-        words = name.split()
-        said = known.get(name, {})
-        languages = said.get("languages") or (words[1:2] if words[:1] == ["language"] else [])
-        method = said.get("method") or next((word for word in words if word in ("deftx", "ltsft")), "")
-        return str(said.get("role") or (words or [""])[0]), "+".join(map(str, languages)), str(method)
-
-    parts = {name: about(str(name)) for name in names.unique()}
+def _named(frame: pd.DataFrame, run: Run) -> dict[str, Any]:
+    """Role, language and method of SFTs, and whether the run's methods compose them."""
+    names = frame["sft"]
+    known = told(run, (str(name) for name in names.unique()))
+    pairs = frame[frame["what"] == "pair"]
+    mine = composed(run, known, {*map(str, pairs["sft"]), *map(str, pairs.get("other", ()))})
     return {
-        key: names.map({name: part[place] for name, part in parts.items()})
-        for place, key in enumerate(("role", "language", "method"))
+        "role": names.map({name: item.role for name, item in known.items()}),
+        "language": names.map({name: "+".join(item.languages) for name, item in known.items()}),
+        "method": names.map({name: item.method for name, item in known.items()}),
+        "composed": names.isin(mine),
     }
 
 
@@ -90,7 +87,7 @@ def _by_layer(summary: Summary, what: str, label: str, sentence: str) -> Drawn |
     if frame is None:
         return missing[0] if missing else "no diagnostics"
     frame = frame[(frame["what"] == "sft") & frame[what].notna() & frame["role"].isin(list(ROLES))]
-    frame = frame[frame["method"] != "ltsft"]
+    frame = frame[(frame["method"] != "ltsft") & frame["composed"]]
     if not len(frame):
         return "no run denoised anything (LT-SFT only)"
     settings = [score_settings(run.record.settings) for run in summary.section.runs]
@@ -123,7 +120,7 @@ def _by_layer(summary: Summary, what: str, label: str, sentence: str) -> Drawn |
         axes[0].set_ylabel(f"{label} (directions)")
     legend(made, axes[0])
     some = f"; {len(shown)} of {len(ordered)} policies are drawn" if len(shown) < len(ordered) else ""
-    return Drawn(made, f"{sentence}: means over a layer's matrices, SFTs and seeds{some}.")
+    return Drawn(made, f"{sentence}: means over a layer's matrices, composed SFTs and seeds{some}.")
 
 
 def _spread_out(values: list[str]) -> list[str]:
@@ -149,7 +146,7 @@ def spectra(summary: Summary) -> Drawn | str:
         frame = frame[(frame["what"] == "sft") & frame["singular_values"].notna()]
         frame = frame[[len(values) > 1 for values in frame["singular_values"]]]
         if len(frame):
-            return _spectra(frame.assign(**_named(frame["sft"], run)), run)
+            return _spectra(frame.assign(**_named(frame, run)), run)
     return "no run holds singular values (nothing was denoised, or no diagnostics)"
 
 
@@ -215,6 +212,7 @@ def mask_density(summary: Summary) -> Drawn | str:
     if frame is None:
         return missing[0] if missing else "no diagnostics"
     frame = frame[(frame["what"] == "sft") & frame["density"].notna() & frame["role"].isin(list(ROLES))]
+    frame = frame[frame["composed"]]
     chosen: list[tuple[str, Column]] = []
     for condition in ("deftx", "ltsft"):
         best = _best(summary, condition)
@@ -223,11 +221,8 @@ def mask_density(summary: Summary) -> Drawn | str:
     drawn = []
     for role in ROLES:
         for condition, column in chosen:
-            runs = {
-                number
-                for number, run in enumerate(summary.section.runs)
-                if summary.section.column_of(run, condition) is column
-            }
+            held = summary.section.runs_of(column)
+            runs = {number for number, run in enumerate(summary.section.runs) if run in held}
             part = frame[(frame["role"] == role) & (frame["method"] == condition) & frame["run"].isin(runs)]
             if len(part):
                 sums = part.groupby(["module", "layer"])[["selected", "size"]].sum()
@@ -250,8 +245,8 @@ def mask_density(summary: Summary) -> Drawn | str:
     which = " (of several settings the one that scores highest)" if _several(summary) else ""
     return Drawn(
         made,
-        f"Share of each module's coordinates that the mask selects, by layer{which}: sums over SFTs and "
-        "seeds; white: the layer has no such module.",
+        f"Share of each module's coordinates that the mask selects, by layer{which}: sums over composed "
+        "SFTs and seeds; white: the layer has no such module.",
     )
 
 
