@@ -281,7 +281,7 @@ def _remark(summary: Summary) -> None:
         ]
         summary.notes.append(
             f"no {summary.baseline} run with the same settings and so no difference: {'; '.join(alone)} (another "
-            f'baseline can be chosen: --baseline "{others[0]}")'
+            f'baseline can be chosen: --baseline "{other}")'
         )
     apart = [
         f"{column.label}, {row}"
