@@ -276,9 +276,8 @@ def _remark(summary: Summary) -> None:
         if column not in summary.baselines and column.condition != summary.baseline and column.label != summary.baseline
     ]
     if alone:
-        others = [column.label for column in section.columns if column in summary.baselines] or [
-            section.columns[0].label
-        ]
+        compared = [column.label for column in section.columns if column in summary.baselines]
+        other = compared[0] if compared else section.columns[0].label
         summary.notes.append(
             f"no {summary.baseline} run with the same settings and so no difference: {'; '.join(alone)} (another "
             f'baseline can be chosen: --baseline "{other}")'
