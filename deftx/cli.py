@@ -143,6 +143,11 @@ def _command(name: str, arguments: list[str]) -> int:
             _check_search(overrides, command)
     if command.multirun and any(config.trainer.devices > 1 for config in command.configs):
         raise DeftxError("trainer.devices: a job of a sweep has one device; several would each repeat the sweep")
+    if (command.multirun or known.dry_run) and any(config.only for config in command.configs):
+        raise DeftxError(
+            "only=[...] makes parts of one study; it is neither swept nor planned: leave out only= (a sweep makes what "
+            "its jobs share by itself), or -m and --dry-run"
+        )
     if command.multirun or known.dry_run:
         return _sweep(name, command, known)
     return _single(name, command.overrides[0], known.config_dir)

@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -21,6 +22,7 @@ __all__ = ["DAMAGED", "DamageError", "Verifier", "entry_folders", "identity", "l
 log = logging.getLogger(__name__)
 
 DAMAGED = "damaged"
+_KEY = re.compile("[0-9a-f]{16}")
 
 
 class DamageError(Exception):
@@ -32,7 +34,8 @@ def entry_folders(root: Path) -> Iterator[Path]:
     for kind in sorted(root.iterdir()) if root.is_dir() else []:
         if kind.name in RESERVED or kind.name.startswith(".") or not kind.is_dir():
             continue
-        yield from (path for path in sorted(kind.iterdir()) if not path.name.startswith(".") and path.is_dir())
+        # By the form of their names: of a folder that is no cache nothing is read, moved or pruned.
+        yield from (path for path in sorted(kind.iterdir()) if _KEY.fullmatch(path.name) and path.is_dir())
 
 
 def load(folder: Path) -> Entry:

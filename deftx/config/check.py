@@ -70,7 +70,7 @@ def check_command(
     parsed: list[Override] = []
     for text in overrides:
         try:
-            parsed.append(parser.parse_override(text))
+            parsed += parser.parse_overrides([text])
         except (OverrideParseException, HydraException):
             quoted = (
                 ", values with spaces, commas or other letters in inner quotes: key='\"value\"'" if "=" in text else ""
@@ -82,6 +82,8 @@ def check_command(
         if item.key_or_group.startswith(_NOT_OURS)
     ]
     problems += [text for item in parsed for text in _group_problems(item)]
+    swept = [item.key_or_group for item in parsed if item.is_sweep_override()]
+    problems += [f"{key} is swept twice: give all of its values at once" for key in swept if swept.count(key) > 1]
     problems += unread(name, [item.key_or_group for item in parsed])
     if not problems:
         try:
@@ -127,6 +129,10 @@ def _composed(name: str, items: Sequence[Override], parser: OverridesParser, mul
     if wrong:
         raise DeftxError("\n".join(wrong))
     jobs = BasicSweeper.split_arguments([item for item in every if not _is_hydra(item)], None)[0]
+    jobs = [list(job) for job in dict.fromkeys(map(tuple, jobs))]  # rank=2,2 is one job
+    if not jobs:
+        swept = [item.input_line or "" for item in every if item.is_sweep_override()]
+        raise DeftxError(f"{', '.join(swept)}: no value, so the sweep has no jobs; write key=a,b,c")
     kept = [item.input_line or "" for item in items if _is_hydra(item) and not item.key_or_group.startswith(_OF_SWEEPS)]
     return Command(
         True,
@@ -224,6 +230,8 @@ def _first_line(error: BaseException) -> str:
     if isinstance(error, AssertionError):
         return "there is nothing to set below a null of this configuration"
     lines = str(error).strip().splitlines()
+    if "Cannot merge DictConfig with ListConfig" in str(error):
+        return "a list and a {low, high} range cannot take each other's place here; set both in a file of your own"
     if isinstance(error, YAMLError):
         return "; ".join(line.strip() for line in lines)
     # Hydra says where, its cause says what.

@@ -113,8 +113,6 @@ def resolve(cfg: DictConfig, command: str = "run") -> tuple[StudySettings | None
     if config.missing_text not in ("error", "skip"):
         problems.append(f"missing_text={config.missing_text!r}: must be error or skip")
     with collected(problems):
-        check_parts(config.only)
-    with collected(problems):
         plain(config.launcher, LauncherSettings).check()
     if not 0 <= config.seed < 2**32:
         problems.append(f"seed={config.seed}: must lie in [0, 2**32)")
@@ -154,6 +152,10 @@ def resolve(cfg: DictConfig, command: str = "run") -> tuple[StudySettings | None
         methods = list(dict.fromkeys("ltsft" if name == "deftx" else name for name in methods))
         if language_sft.method == "random_mask":
             methods = ["random_mask"]
+    with collected(problems):
+        sources = [config.task.source, *config.task.more_sources] if source is not None and source_sft else []
+        check_parts(config.only, sources, list(targets), methods)
+    problems += _ablation_problems(config)
     corpus, data = plain(config.corpus, CorpusSettings), plain(config.data, DataSettings)
     synthetic, trainer = plain(config.synthetic, SyntheticSettings), plain(config.trainer, TrainerSettings)
     logger = plain(config.logger, LoggerSettings)
@@ -196,6 +198,20 @@ def resolve(cfg: DictConfig, command: str = "run") -> tuple[StudySettings | None
             only=tuple(config.only),
         ),
         problems,
+    )
+
+
+def _ablation_problems(config: RunConfig) -> list[str]:
+    """An ablation whose own knob was set to something else is none."""
+    kept = {
+        "denoising": ("rank=none", str(config.rank) == "none"),
+        "sparsity": ("density=1.0", config.density == 1.0 and config.k is None),
+        "second_phase": ("second_phase=false", config.second_phase is False),
+        "selection": ("mask=random", config.mask == "random"),
+    }
+    knob, whole = kept.get(config.ablate, ("", True))
+    return (
+        [] if whole else [f"ablate={config.ablate} is {knob}, and the command sets it to something else: leave out one"]
     )
 
 

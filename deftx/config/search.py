@@ -13,6 +13,14 @@ OBJECTIVES = {
     "target_mlm_loss": ("language", "minimize"),
 }
 """Objective -> whose SFTs are judged, and which way is better."""
+# fmt: off
+FIXED = (
+    "language", "seed", "split", "study", "logger", "launcher", "paths",
+    "only", "controls", "compare", "search", "missing_text", "data", "synthetic",
+    "trainer", "model", "ablate", "experiment", "corpus", "hydra",
+)
+# fmt: on
+"""What a search must not choose: the question it is asked, where things lie, and how it runs."""
 
 
 @dataclass
@@ -39,7 +47,11 @@ class SearchSettings:
             found.append(f"search.objective={self.objective!r}{hint}; available: {', '.join(OBJECTIVES)}")
         if self.trials < 1:
             found.append(f"search.trials={self.trials}: at least 1")
+        if not 0 <= self.sampler_seed < 2**32:
+            found.append(f"search.sampler_seed={self.sampler_seed}: must lie in [0, 2**32)")
         for knob, values in self.space.items():
+            if knob == "task" or knob.split(".")[0] in FIXED:
+                found.append(f"search.space.{knob}: it says what is studied or how it runs: no knob of the method")
             if isinstance(values, Mapping):
                 found += _range_problems(knob, values)
             elif not isinstance(values, list | tuple) or not values:
@@ -65,6 +77,9 @@ def _range_problems(knob: str, values: Mapping[str, Any]) -> list[str]:
         return [f"search.space.{knob}: low={low!r}, high={high!r}: a range needs two numbers, low below high"]
     if values.get("log") and low <= 0:
         return [f"search.space.{knob}: low={low}: a logarithmic range begins above 0"]
+    step = values.get("step")
+    if step is not None and (values.get("log") or not isinstance(step, int | float) or not 0 < step <= high - low):
+        return [f"search.space.{knob}: step={step!r}: between 0 and high - low, and not with log: true"]
     return []
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 import subprocess
 import tempfile
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -22,6 +24,7 @@ from deftx.launch.settings import LauncherSettings
 T = TypeVar("T")
 R = TypeVar("R")
 
+_LOOK_SECONDS = 2.0
 _TOGETHER = 2  # how often a task may be under way when a pool breaks before it is run alone
 
 
@@ -115,11 +118,22 @@ def _begin(claims: str, workers: int, gpus: Sequence[str]) -> None:
     import logging
 
     logging.captureWarnings(True)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ.setdefault(name, str(max(1, cores // workers)))
     if len(gpus) > 1:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus[_claim(Path(claims)) % len(gpus)]
+
+
+def _end_with(parent: int) -> None:
+    """End when the sweep's process has died: nobody would get what is computed here, and cores are scarce.
+
+    At any moment, as by SIGKILL: the stage cache keeps what is finished, a phase its last state.
+    """
+    while os.getppid() == parent:
+        time.sleep(_LOOK_SECONDS)
+    os._exit(1)
 
 
 def _claim(folder: Path) -> int:

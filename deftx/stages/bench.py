@@ -132,10 +132,6 @@ class Bench:
         phase, whose, code, method = split(name)
         method = method or study.methods[0]
         languages = study.sources if whose == "source" else study.targets
-        if (whose == "source" and study.source_sft is None) or (code is not None and code not in languages):
-            raise DeftxError(f"only={name!r}: this study trains no such SFT; its languages: {', '.join(languages)}")
-        if method not in study.methods:
-            raise DeftxError(f"only={name!r}: this study has no such method; it has {', '.join(study.methods)}")
         if phase == "base" or (code is not None and code not in self.texts):
             return  # made when the study was opened; a target without text has nothing to make
         if code is not None:

@@ -37,12 +37,30 @@ def split(name: str) -> tuple[str, str, str | None, str | None]:
     return phase, kind, code or None, method[1:] if method else None
 
 
-def check_parts(names: Sequence[str]) -> None:
-    """Refuse names that are no parts.
+def check_parts(names: Sequence[str], sources: Sequence[str], targets: Sequence[str], methods: Sequence[str]) -> None:
+    """Refuse names that are no parts of a study.
+
+    Args:
+        names: What ``only`` says.
+        sources: Source languages that get an SFT.
+        targets: Target languages.
+        methods: Methods of the study.
 
     Raises:
         DeftxError: One line for each.
     """
-    wrong = [name for name in names if not _PART.fullmatch(name)]
+    wrong = []
+    for name in names:
+        if not _PART.fullmatch(name):
+            wrong.append(f"only={name!r} is no part of a study; the parts are {FORMS}")
+            continue
+        _, whose, code, method = split(name)
+        languages = sources if whose == "source" else targets
+        if code is not None and code not in languages:
+            wrong.append(
+                f"only={name!r}: this study trains no such SFT; its languages: {', '.join(languages) or 'none'}"
+            )
+        if method is not None and method not in methods:
+            wrong.append(f"only={name!r}: this study has no such method; it has {', '.join(methods)}")
     if wrong:
-        raise DeftxError("\n".join(f"only={name!r} is no part of a study; the parts are {FORMS}" for name in wrong))
+        raise DeftxError("\n".join(wrong))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import shutil
+import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -91,11 +93,12 @@ def run_sweep(sweep: Sweep) -> int:
     record = SweepRecord(study, sweep.command, jobs)
     write_sweep(sweep.folder, record)
     try:
-        if sweep.studies:
-            sweep._plans = sweep.plans()
-            _restore(sweep, record)
-            _run_waves(sweep, record)
-        _run_jobs(sweep, record)
+        with _ending_in_order(sweep.launcher):
+            if sweep.studies:
+                sweep._plans = sweep.plans()
+                _restore(sweep, record)
+                _run_waves(sweep, record)
+            _run_jobs(sweep, record)
     finally:
         _close(sweep, record)
     return 1 if any(job.status == "failed" for job in record.jobs) else 0
@@ -143,12 +146,41 @@ def run_search(sweep: Sweep, settings: SearchSettings) -> int:
 
     at_once = 1 if sweep.launcher.name == "basic" else sweep.launcher.workers or 1
     try:
-        best = search(settings, sweep.folder, run, at_once=at_once)
-        record.jobs.append(SweepJob(0, [*common, *best], best, "best"))
-        _run_jobs(sweep, record)
+        with _ending_in_order(sweep.launcher):
+            best = search(settings, sweep.folder, run, at_once=at_once)
+            record.jobs.append(SweepJob(0, [*common, *best], best, "best"))
+            _run_jobs(sweep, record)
     finally:
         _close(sweep, record)
     return 1 if any(job.status == "failed" for job in record.jobs) else 0
+
+
+@contextlib.contextmanager
+def _ending_in_order(launcher: LauncherSettings) -> Iterator[None]:
+    """SIGTERM, which batch systems send, ends a sweep as Ctrl-C does: workers stopped, summary printed.
+
+    Not where jobs run in this process: a phase answers SIGTERM itself, by keeping its state before it stops.
+    """
+    if launcher.name == "basic" or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _note(sweep: Sweep, record: SweepRecord) -> None:
+    """Bring ``sweep.json`` up to date; a disk that is full by now must not stop the jobs."""
+    try:
+        write_sweep(sweep.folder, record)
+    except DeftxError as error:
+        log.warning("%s", error)
 
 
 def _close(sweep: Sweep, record: SweepRecord) -> None:
@@ -156,7 +188,7 @@ def _close(sweep: Sweep, record: SweepRecord) -> None:
     record.finished = datetime.now(UTC).isoformat(timespec="seconds")
     for job in [*record.jobs, *record.stages]:
         job.status = "waiting" if job.status == "running" else job.status
-    write_sweep(sweep.folder, record)
+    _note(sweep, record)
     print_summary(record.jobs, sweep.scores, _shown(sweep.folder))
 
 
@@ -196,6 +228,7 @@ def _restore(sweep: Sweep, record: SweepRecord) -> None:
                 shutil.copyfile(entry.file(name), partial / name)
             partial.replace(place)
         except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
             raise DeftxError(f"cannot write {place}: {error.strerror}; free space and run the command again") from error
         job.status = "cached"
         sweep.scores[job.number] = scores
@@ -281,7 +314,7 @@ def _states(
 
     def began(number: int) -> None:
         jobs[number].status = "running"
-        write_sweep(sweep.folder, record)
+        _note(sweep, record)
 
     def ended(number: int, end: End | Lost) -> None:
         nonlocal count
@@ -293,7 +326,7 @@ def _states(
             job.status, job.error, job.seconds = ("failed" if end.error else "done"), end.error, end.seconds
             if job in record.jobs:
                 sweep.scores[job.number] = end.scores
-        write_sweep(sweep.folder, record)
+        _note(sweep, record)
         if not quiet:
             print(job_line(count, len(jobs), job), flush=True)
 

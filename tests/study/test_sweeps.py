@@ -157,6 +157,14 @@ def test_a_sweeps_folder_is_never_shared(deftx: Command, tmp_path: Path) -> None
         (["search.space.rank=[4,900]"], ["rank=900", "exceeds 16"]),
         (["search.space.rank={low: 9}"], ["range needs two numbers"]),
         (["search.space.rank=[2]", "search.objective=test"], ["search.objective='test'", "source_validation"]),
+        (["search.space.rank=[2]", "search.sampler_seed=-1"], ["sampler_seed=-1"]),
+        (["search.space.density={low: 0.1, high: 0.3, step: -1}"], ["step=-1"]),
+        (["search.space.language=[qba]"], ["search.space.language", "no knob of the method"]),
+        (["only=[full:task]", "rank=2,3"], ["neither swept nor planned"]),
+        (["only=[full:language:qbb]"], ["trains no such SFT; its languages: qba"]),
+        (["ablate=denoising", "rank=2,4"], ["ablate=denoising is rank=none"]),
+        (["rank=2,4", "rank=4,8"], ["rank is swept twice"]),
+        (["rank=glob(*)"], ["rank=glob(*)", "no jobs"]),
     ],
 )
 def test_a_wrong_value_stops_the_sweep_before_it_begins(
@@ -169,6 +177,12 @@ def test_a_wrong_value_stops_the_sweep_before_it_begins(
     assert "Traceback" not in outcome.err
     assert not outcome.folder.exists()
     assert not (tmp_path / "new").exists()
+
+
+def test_equal_values_are_one_job(deftx: Command) -> None:
+    outcome = deftx("run", "-m", *FEW, "rank=2,2", "--dry-run")
+    assert outcome.status == 0, outcome.err
+    assert "jobs:" not in outcome.out
 
 
 def test_a_part_the_study_has_not_is_named(deftx: Command) -> None:
