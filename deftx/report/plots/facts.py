@@ -26,6 +26,7 @@ MEASURES = {
 OF_SAMPLE = "type_token_ratio"
 """The measure that falls as a sample grows, so that only samples of one size compare."""
 WORDS = "words"  # how many it is over
+_NAMED = 6
 EXACT = 8  # languages up to which every permutation is counted
 
 
@@ -147,10 +148,12 @@ def cost(summary: Summary) -> Drawn | str:
                     label=mine[0][0].title,
                     **{**look_of(condition), "linestyle": "none"},
                 )
-        if len(points[key]) <= 12:
+        if len(points[key]) <= _NAMED:  # more names would cover points; the tables hold them all
             _annotate(axis, [(x, 100 * summary.scores[column, row].mean, column.setting) for column, x in points[key]])
         axis.set_xlabel(labels[key])
         axis.margins(x=0.25, y=0.12)
+        # From zero: of memory and size, differences of a thousandth would fill the panel.
+        axis.set_xlim(left=0.0, right=1.3 * max(x for _, x in points[key]))
     axes[0].set_ylabel(f"{section.metric_name} × 100, {'mean over languages' if row == MEAN else row}")
     legend(made, axes[0])
     absent = [labels[key] for key in labels if key not in there]
