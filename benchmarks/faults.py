@@ -56,6 +56,8 @@ def contents(root: Path) -> dict[str, dict[str, str]]:
     """SHA-256 of what is compared, by stage: tensors, predictions, and scores of evaluations."""
     found = {}
     for entry in StageCache(root).entries():
+        if entry.kind == "run":  # copies of evaluations, and what a version of deftx says about them
+            continue
         names = [*COMPARED, *(["metrics.json"] if entry.kind == "evaluate" else [])]
         files = entry.manifest["files"]
         if any(name in files for name in names):

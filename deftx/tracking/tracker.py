@@ -146,8 +146,6 @@ class Tracker:
             # Error reports of wandb go over the network even when the run does not.
             self._set_environment("WANDB_ERROR_REPORTING", "false")
             self._start("offline")
-            if self.run is not None and mode == "online":
-                log.warning("W&B: the run is kept offline below %s; `wandb sync` publishes it later", self.folder)
         if self.run is None:
             self._restore_environment()
         return self
@@ -271,7 +269,8 @@ class Tracker:
     def _start(self, mode: str) -> None:
         import wandb
 
-        with self._forgiving(f"starting W&B {mode}"):
+        instead = " (it goes on offline: `wandb sync` publishes the run later)" if mode == "online" else ""
+        with self._forgiving(f"starting W&B {mode}{instead}"):
             if mode == "online" and not wandb.login(prompt=False, verify=False):
                 raise wandb.errors.UsageError("no W&B account on this machine; `wandb login` adds one")
             self.run = wandb.init(

@@ -28,6 +28,8 @@ from deftx.config.resolve import study_settings
 from deftx.data.settings import CorpusSettings, DataSettings, LanguageSettings
 from deftx.data.synthetic import SyntheticSettings
 from deftx.stages.evaluate import Cell, Evaluator
+from deftx.stages.inputs import Base, Corpus
+from deftx.stages.profile import profile_stage
 from deftx.stages.settings import ModelSettings, SFTSettings, StudySettings
 from deftx.stages.sft import Plan, Recipe, Trainer
 from deftx.tracking import LoggerSettings
@@ -117,9 +119,9 @@ class Recorder(StageCache):
         self.keys: dict[str, set[str]] = defaultdict(set)
 
     def get_or_compute(self, stage: Stage, compute: Callable[[Workspace], None], **rest: Any) -> Entry:
-        if stage.kind not in PHASES:
+        if stage.kind not in (*PHASES, "direct", "profile"):  # measures of text have a test of their own
             self.keys[stage.kind].add(stage.key)
-        stub = {"pretrain": _model, "sparse": _sft}.get(stage.kind)
+        stub = {"pretrain": _model, "sparse": _sft, "direct": _sft, "profile": _profile}.get(stage.kind)
         return super().get_or_compute(stage, compute if stub is None else lambda work: stub(work, stage), **rest)
 
 
@@ -133,6 +135,10 @@ def _model(work: Workspace, stage: Stage) -> None:
     (work.out / "model").mkdir()
     (work.out / "model" / "config.json").write_text(json.dumps(bert_facts(shape, shape.vocab_size)))
     weights(work.out / "model", stage.key)
+
+
+def _profile(work: Workspace, stage: Stage) -> None:
+    (work.out / "profile.json").write_text("{}")
 
 
 def _sft(work: Workspace, stage: Stage) -> None:
@@ -154,7 +160,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Keys]:
 
     def record_plan(self: Trainer, recipe: Recipe) -> Plan:
         made = plan(self, recipe)
-        for stage in (made.full, made.decompose, made.select, made.sparse):
+        for stage in (made.full, made.decompose, made.select, made.made):
             if stage is not None:
                 state["cache"].keys[f"{stage.kind} {role_of(self.study, recipe)}"].add(stage.key)
         return made
@@ -162,7 +168,9 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Keys]:
     def record_cell(self: Evaluator, cell: Cell, rows: Any) -> None:
         state["cache"].keys["evaluate"].add(self.stage(cell, rows).key)
 
-    def body_alone(study: StudySettings, run_dir: Path, job: str, knobs: Any, body: Callable[[Any], None]) -> None:
+    def body_alone(
+        study: StudySettings, run_dir: Path, job: str, knobs: Any, body: Callable[[Any], None], **_: Any
+    ) -> None:
         body(deftx.stages.study.Bench(study, state["cache"], lambda _: []))
 
     with pytest.MonkeyPatch.context() as patch:
@@ -234,6 +242,13 @@ SFT_FIELDS = {
     "exclude": choice("exclude", "['embeddings.*']", "decompose", "select", "sparse"),
     "value_dtype": choice("value_dtype", "float16", "sparse"),
     "training": [],  # TRAINING
+    "mask": choice("mask", "random", "select", "sparse"),
+    # Another kind of stage makes the SFT then; what is built on it changes.
+    "second_phase": [
+        (["lang.second_phase=false"], EVALUATE),
+        (["source.second_phase=false"], sft("task")),
+        (["task.second_phase=false"], EVALUATE),
+    ],
 }
 
 TRAINER = {
@@ -250,6 +265,7 @@ TRAINER = {
     "compile": one("trainer.compile=true", NOTHING),
     "checkpointing": one("trainer.checkpointing=true", NOTHING),
     "profile": one("trainer.profile=true", NOTHING),
+    "checkpoint_minutes": one("trainer.checkpoint_minutes=3", NOTHING),
 }
 
 CORPUS = {
@@ -347,6 +363,7 @@ LOGGER = {
     "dir": one("logger.dir=other", NOTHING),
     "artifacts": one("logger.artifacts=true", NOTHING),
     "curves": one("logger.curves=false", NOTHING),
+    "pictures": one("logger.pictures=false", NOTHING),
 }
 
 STUDY = {
@@ -374,6 +391,7 @@ STUDY = {
     "trainer": [],  # TRAINER
     "logger": [],  # LOGGER
     "cache_root": one("paths.cache=/elsewhere", NOTHING),
+    "only": one("only=[base]", NOTHING),
 }
 
 # Of files of the user's own: ROOT is the data folder, OTHER a folder with the same names and other contents, COPY one
@@ -563,3 +581,11 @@ def test_the_same_model_elsewhere(
         with (elsewhere / file).open("a") as stream:
             stream.write(" ")
     assert changed(keys(*own(OWN)), keys(*own(OWN), f"model.path={elsewhere}")) == expected
+
+
+def test_measures_of_a_text_depend_on_text_and_tokenizer() -> None:
+    def key(language: str = "ace", text: str = "t", base: str = "b") -> str:
+        return profile_stage(language, Corpus(text, None), Base("any", Path(), base)).key
+
+    assert len({key(), key("ban"), key(text="u"), key(base="c")}) == 4
+    assert key() == profile_stage("ace", Corpus("t", None), Base("another", Path("elsewhere"), "b")).key

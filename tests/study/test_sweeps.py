@@ -223,7 +223,8 @@ def test_each_component_can_be_left_out(deftx: Command, tmp_path: Path, shared_c
     full = load_file(shared_cache / "full" / keys["full"][:16] / "full.safetensors") if "full" in keys else None
     if full is None:
         full = _full_of(shared_cache, folder(direct, "language qba"))
-    base = load_file(next((shared_cache / "pretrain").glob("*/model/model.safetensors")))
+    (encoder,) = {stage["key"] for stage in direct["stages"] if stage["kind"] == "pretrain"}
+    base = load_file(shared_cache / "pretrain" / encoder[:16] / "model" / "model.safetensors")
     names = {name: next(key for key in base if key.endswith(name)) for name in full if not name.startswith("head.")}
     change = {name: full[name] - base[key] for name, key in names.items()}
     denoised, _ = denoise(change, RankPolicy.parse("energy:0.9"), ResidualPolicy.parse("prune:0.05"))
