@@ -196,7 +196,7 @@ def test_a_failed_job_does_not_stop_the_sweep(deftx: Command, tmp_path: Path) ->
     assert outcome.status == 1
     jobs = [run for run in outcome.runs() if run["job_type"] == "run"]
     assert Counter(run["status"] for run in jobs) == {"done": 1, "failed": 1}
-    assert "step" in outcome.err
+    assert "step" in outcome.out
     assert "2 jobs, 1 done, 0 finished before, 1 failed" in outcome.out
 
 
