@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint type bench bench-base clean
+.PHONY: help setup demo test soak lint type bench bench-base clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -24,6 +24,9 @@ demo: setup  ## pretrain a tiny encoder, train language and task SFTs, print the
 
 test: setup  ## run the test suite (offline, under five minutes)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+soak: setup  ## the tests that take minutes (a study killed again and again, several devices)
+	$(BIN)/python -m pytest -n 2 -m soak
 
 lint: setup  ## ruff: style and format
 	$(BIN)/ruff check .

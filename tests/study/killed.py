@@ -1,7 +1,8 @@
 """Run the command line and die by SIGKILL at a chosen moment: ``python killed.py WHAT WHERE N run ...``.
 
-WHAT is ``step`` or ``validation`` (a batch of it), or ``write`` (half of a checkpoint is written); WHERE is part of the
-scratch folder's path; N counts. ``none`` lets it live.
+WHAT is ``step`` or ``validation`` (a batch of it), ``write`` (half of a checkpoint is written) or ``written`` (a stage
+has written what it will publish). WHERE is part of the scratch folder's path, or of the stage's method; N counts.
+``none`` lets it live.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any
 
 import deftx.training.checkpoint as checkpoint
 from deftx.cli import main
+from deftx.stages.evaluate import Evaluator
+from deftx.stages.sft import Trainer
 from deftx.training.modules import Encoder, MaskedLM, SequenceClassifier
 
 WHAT, WHERE, LAST = sys.argv[1], sys.argv[2], int(sys.argv[3])
@@ -54,6 +57,24 @@ checkpoint.write = write
 for kind in (MaskedLM, SequenceClassifier):
     watch(kind, "training_step", "step")
     watch(kind, "validation_step", "validation")
+
+
+def written(kind: type, name: str) -> None:
+    """Die when a stage has written its result, and nothing of it is published."""
+    original = getattr(kind, name)
+
+    def watched(self: Any, *arguments: Any) -> Any:
+        found = original(self, *arguments)
+        if moment("written", name):
+            die()
+        return found
+
+    setattr(kind, name, watched)
+
+
+for stage in ("_decompose", "_select"):
+    written(Trainer, stage)
+written(Evaluator, "_compute")
 
 if __name__ == "__main__":
     main(sys.argv[4:])

@@ -17,10 +17,12 @@ KILLS = [
     ("validation", "/scratch/sparse-", 3),
     ("write", "/scratch/sparse-", 8),
     ("step", "/scratch/full-", 2),  # a later one
+    ("written", "_decompose", 1),
+    ("written", "_compute", 1),  # an evaluation
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_study_killed_and_killed_again(tmp_path):
     def run(name, what="none", where="", number=0):
         out = tmp_path / f"{name}-{what}{number}"
