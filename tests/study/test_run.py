@@ -206,7 +206,7 @@ def read_bits(cache: Path) -> dict[str, bytes]:
     return {str(path.relative_to(cache)): path.read_bytes() for path in sorted(files)}
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_two_processes_with_one_seed_give_the_same_bits(tmp_path: Path) -> None:
     def start(name: str, seed: int) -> subprocess.Popen[bytes]:
         places = [f"paths.cache={tmp_path / name}", f"paths.output={tmp_path / 'out'}"]

@@ -209,6 +209,7 @@ def test_states_by_time(run, clock, tmp_path):
     assert (tmp_path / "whole" / "resume.ckpt").stat().st_size < 20_000
 
 
+@pytest.mark.soak
 def test_workers_and_a_new_number_of_them(run, clock):
     expected = run("whole", objective="task")
     until_killed(clock, clock.seen.index("validation_step"), run, "a", objective="task", options={"num_workers": 2})
