@@ -12,21 +12,16 @@ import importlib.util
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from deftx.errors import DeftxError
+from deftx.launch.batch import Batch, Lost, lost_to
 from deftx.launch.settings import LauncherSettings
 
 __all__ = ["LauncherSettings", "Lost", "check", "run_all"]
 
 T = TypeVar("T")
 R = TypeVar("R")
-
-
-class Lost(str):
-    """Why a task has no answer."""
-
-    __slots__ = ()
 
 
 def check(settings: LauncherSettings) -> None:
@@ -72,7 +67,7 @@ def run_all(
     """
     if not tasks:
         return
-    launcher: Callable[..., Any]
+    launcher: Callable[[LauncherSettings, Batch], None]
     if settings.name == "joblib":
         from deftx.launch.processes import run_all as launcher
     elif settings.name == "submitit":
@@ -81,21 +76,14 @@ def run_all(
         from deftx.launch.on_ray import run_all as launcher
     else:
         launcher = _one_by_one
-    launcher(settings, work, tasks, ended, folder, began)
+    launcher(settings, Batch(work, tasks, ended, began, folder))
 
 
-def _one_by_one(
-    settings: LauncherSettings,
-    work: Callable[[T], R],
-    tasks: Sequence[T],
-    ended: Callable[[int, R | Lost], None],
-    folder: Path,
-    began: Callable[[int], None],
-) -> None:
-    for number, task in enumerate(tasks):
-        began(number)
+def _one_by_one(settings: LauncherSettings, batch: Batch) -> None:
+    for number, task in enumerate(batch.tasks):
+        batch.began(number)
         try:
-            answer: R | Lost = work(task)
+            answer = batch.work(task)
         except Exception as error:  # noqa: BLE001 - whatever it is, it is this task's end
-            answer = Lost(f"{type(error).__name__}: {error}")
-        ended(number, answer)
+            answer = lost_to(error)
+        batch.ended(number, answer)

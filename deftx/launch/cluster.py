@@ -13,14 +13,11 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from deftx.errors import DeftxError
-from deftx.launch import Lost
+from deftx.launch.batch import Batch, Lost
 from deftx.launch.settings import LauncherSettings
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 _LOOK_SECONDS = {"slurm": 5.0, "local": 0.5}
 
@@ -42,30 +39,25 @@ class Requeued:
         return DelayedSubmission(Requeued(self.work), task)
 
 
-def run_all(
-    settings: LauncherSettings,
-    work: Callable[[T], R],
-    tasks: Sequence[T],
-    ended: Callable[[int, R | Lost], None],
-    folder: Path,
-    began: Callable[[int], None],
-) -> None:
+def run_all(settings: LauncherSettings, batch: Batch) -> None:
     """See :func:`deftx.launch.run_all`."""
-    executor = _executor(settings, folder / "submitit")
+    executor = _executor(settings, batch.folder / "submitit")
     # SLURM holds an array to its limit itself; the executor of this machine would start everything at once.
-    limit = len(tasks) if settings.cluster == "slurm" else settings.workers or 1
-    waiting, jobs = list(range(len(tasks))), dict[int, Any]()
+    limit = len(batch.tasks) if settings.cluster == "slurm" else settings.workers or 1
+    waiting, jobs = list(range(len(batch.tasks))), dict[int, Any]()
     try:
         while waiting or jobs:
-            batch, waiting = waiting[: limit - len(jobs)], waiting[limit - len(jobs) :]
-            if batch:
-                jobs |= dict(zip(batch, _submit(executor, work, [tasks[number] for number in batch]), strict=True))
-                for number in batch:
-                    began(number)
+            room = limit - len(jobs)
+            now, waiting = waiting[:room], waiting[room:]
+            if now:
+                made = _submit(executor, batch.work, [batch.tasks[number] for number in now])
+                jobs |= dict(zip(now, made, strict=True))
+                for number in now:
+                    batch.began(number)
             # One question to the cluster a round, about all jobs.
             over = [number for place, (number, job) in enumerate(jobs.items()) if job.done(force_check=place == 0)]
             for number in over:
-                ended(number, _answer(jobs.pop(number)))
+                batch.ended(number, _answer(jobs.pop(number)))
             if not over:
                 time.sleep(_LOOK_SECONDS[settings.cluster])
     finally:
@@ -150,7 +142,7 @@ def _without_accounts() -> None:
     SlurmJob.watcher = QueueWatcher(delay_s=30)
 
 
-def _submit(executor: Any, work: Callable[[T], R], tasks: Sequence[T]) -> list[Any]:
+def _submit(executor: Any, work: Callable[[Any], Any], tasks: Sequence[Any]) -> list[Any]:
     from submitit.core.utils import FailedJobError
 
     try:

@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from deftx.errors import DeftxError
-from deftx.launch import Lost
+from deftx.launch.batch import Batch, Lost
 from deftx.launch.settings import LauncherSettings
 
-T = TypeVar("T")
-R = TypeVar("R")
 
-
-def run_all(
-    settings: LauncherSettings,
-    work: Callable[[T], R],
-    tasks: Sequence[T],
-    ended: Callable[[int, R | Lost], None],
-    folder: Path,
-    began: Callable[[int], None],
-) -> None:
+def run_all(settings: LauncherSettings, batch: Batch) -> None:
     """See :func:`deftx.launch.run_all`."""
     try:
         import ray
@@ -31,23 +19,23 @@ def run_all(
     if started:
         _connect(ray, settings)
     # A worker's death is told to ray as a lost task; it tries again this often before it tells us.
-    remote = ray.remote(num_cpus=settings.cpus, num_gpus=settings.gpus, max_retries=settings.requeues)(work)
-    waiting, running = list(range(len(tasks))), dict[Any, int]()
-    limit = settings.workers or len(tasks)
+    remote = ray.remote(num_cpus=settings.cpus, num_gpus=settings.gpus, max_retries=settings.requeues)(batch.work)
+    waiting, running = list(range(len(batch.tasks))), dict[Any, int]()
+    limit = settings.workers or len(batch.tasks)
     try:
         while waiting or running:
             while waiting and len(running) < limit:
                 number = waiting.pop(0)
-                running[remote.remote(tasks[number])] = number
-                began(number)
+                running[remote.remote(batch.tasks[number])] = number
+                batch.began(number)
             for reference in ray.wait(list(running), num_returns=1)[0]:
                 number = running.pop(reference)
                 try:
-                    answer: R | Lost = ray.get(reference)
+                    answer = ray.get(reference)
                 except Exception as error:  # noqa: BLE001 - whatever it is, it is this task's end
                     told = str(error).strip().splitlines()
                     answer = Lost(f"{type(error).__name__}: {told[-1] if told else 'no message'}")
-                ended(number, answer)
+                batch.ended(number, answer)
     finally:
         for reference in running:
             ray.cancel(reference, force=True)

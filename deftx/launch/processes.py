@@ -16,52 +16,35 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from deftx.launch import Lost
+from deftx.launch.batch import Batch, Lost, lost_to
 from deftx.launch.settings import LauncherSettings
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 _LOOK_SECONDS = 2.0
 _TOGETHER = 2  # how often a task may be under way when a pool breaks before it is run alone
 
 
-def run_all(
-    settings: LauncherSettings,
-    work: Callable[[T], R],
-    tasks: Sequence[T],
-    ended: Callable[[int, R | Lost], None],
-    folder: Path,
-    began: Callable[[int], None],
-) -> None:
+def run_all(settings: LauncherSettings, batch: Batch) -> None:
     """See :func:`deftx.launch.run_all`."""
-    workers = min(settings.workers or 1, len(tasks))
-    waiting, broken = list(range(len(tasks))), Counter[int]()
+    workers = min(settings.workers or 1, len(batch.tasks))
+    waiting, broken = list(range(len(batch.tasks))), Counter[int]()
     while waiting:
         alone = [number for number in waiting if broken[number] >= _TOGETHER][:1]
-        done, died = _one_pool(1 if alone else workers, work, tasks, alone or waiting, ended, began)
+        done, died = _one_pool(1 if alone else workers, batch, alone or waiting)
         if alone and died:
-            ended(alone[0], Lost("its process died three times (killed, or out of memory?)"))
+            batch.ended(alone[0], Lost("its process died three times (killed, or out of memory?)"))
             done = alone
         waiting = [number for number in waiting if number not in done]
         broken.update(died)
 
 
-def _one_pool(
-    workers: int,
-    work: Callable[[T], R],
-    tasks: Sequence[T],
-    batch: Sequence[int],
-    ended: Callable[[int, R | Lost], None],
-    began: Callable[[int], None],
-) -> tuple[list[int], list[int]]:
-    """Run a batch in one pool until it is done or the pool breaks; returns tasks that ended, and those lost with it."""
+def _one_pool(workers: int, batch: Batch, numbers: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Run tasks in one pool until all ended or the pool breaks; returns those that ended, and those lost with it."""
     from joblib.externals.loky.process_executor import BrokenProcessPool, ProcessPoolExecutor
 
     done: list[int] = []
-    waiting, lost = list(batch), list[int]()
+    waiting, lost = list(numbers), list[int]()
     with tempfile.TemporaryDirectory() as claims:
         pool = ProcessPoolExecutor(max_workers=workers, initializer=_begin, initargs=(claims, workers, visible_gpus()))
         futures: dict[Future[Any], int] = {}
@@ -70,19 +53,19 @@ def _one_pool(
                 # No more than there are workers: of a pool that breaks, only what was really under way is suspected.
                 while waiting and len(futures) < workers:
                     number = waiting.pop(0)
-                    futures[pool.submit(_answer, work, tasks[number])] = number
-                    began(number)
+                    futures[pool.submit(_answer, batch.work, batch.tasks[number])] = number
+                    batch.began(number)
                 for future in wait(futures, return_when=FIRST_COMPLETED).done:
                     number = futures.pop(future)
                     try:
-                        answer: R | Lost = future.result()
+                        answer = future.result()
                     except BrokenProcessPool:
                         lost.append(number)
                         continue
                     except Exception as error:  # noqa: BLE001 - whatever it is, it is this task's end
-                        answer = Lost(f"{type(error).__name__}: {error}")
+                        answer = lost_to(error)
                     done.append(number)
-                    ended(number, answer)
+                    batch.ended(number, answer)
         except BrokenProcessPool:  # it broke between two tasks
             pass
         except BaseException:
@@ -92,7 +75,7 @@ def _one_pool(
     return done, lost + list(futures.values())
 
 
-def _answer(work: Callable[[T], R], task: T) -> R | Lost:
+def _answer(work: Callable[[Any], Any], task: Any) -> Any:
     """In a worker: a signal that ends one job (SIGTERM becomes KeyboardInterrupt in a fit) must not end the sweep."""
     try:
         return work(task)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import shutil
-import signal
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -17,6 +15,7 @@ from deftx.config import OBJECTIVES, SearchSettings
 from deftx.errors import DeftxError
 from deftx.jobs import End, Task, work
 from deftx.launch import LauncherSettings, Lost, run_all
+from deftx.signals import terminated_as_interrupted
 from deftx.stages.plan import Planner, StudyPlan
 from deftx.stages.settings import StudySettings
 from deftx.sweeps.search import search
@@ -155,24 +154,12 @@ def run_search(sweep: Sweep, settings: SearchSettings) -> int:
     return 1 if any(job.status == "failed" for job in record.jobs) else 0
 
 
-@contextlib.contextmanager
-def _ending_in_order(launcher: LauncherSettings) -> Iterator[None]:
-    """SIGTERM, which batch systems send, ends a sweep as Ctrl-C does: workers stopped, summary printed.
+def _ending_in_order(launcher: LauncherSettings) -> contextlib.AbstractContextManager[None]:
+    """SIGTERM ends a sweep in order: workers stopped, summary printed.
 
     Not where jobs run in this process: a phase answers SIGTERM itself, by keeping its state before it stops.
     """
-    if launcher.name == "basic" or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    return contextlib.nullcontext() if launcher.name == "basic" else terminated_as_interrupted()
 
 
 def _note(sweep: Sweep, record: SweepRecord) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from deftx.errors import DeftxError
 from deftx.tracking.environment import peak_memory
@@ -40,6 +40,8 @@ __all__ = [
 
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 SCHEMA_VERSION = 2
 OLDEST_READ = 1
@@ -188,30 +190,52 @@ def write_result(run_dir: str | os.PathLike[str], record: RunRecord) -> Path:
     return write_file(folder / RESULT, lambda path: path.write_text(text, encoding="utf-8", errors="replace"))
 
 
+def read_record(
+    path: str | os.PathLike[str], name: str, what: str, versions: tuple[int, int], build: Callable[[int, Any], T]
+) -> T:
+    """Read a JSON record that says its schema's version.
+
+    Args:
+        path: the file, or the folder it lies in.
+        name: its usual name.
+        what: what it is, for messages.
+        versions: the oldest and the newest schema that can be read.
+        build: makes the record from the schema's version and the rest of the content.
+
+    Raises:
+        DeftxError: there is none, it is not one, or its schema is another.
+    """
+    place = Path(path)
+    place = place / name if place.is_dir() else place
+    oldest, newest = versions
+    try:
+        content = json.loads(place.read_bytes())
+        version = content.pop("schema_version")
+        if not oldest <= version <= newest:
+            known = str(newest) if oldest == newest else f"{oldest} to {newest}"
+            raise DeftxError(f"{place} has schema version {version}; this deftx reads {known}")
+        return build(version, content)
+    except OSError as error:
+        raise DeftxError(f"cannot read {place}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DeftxError(f"{place} is not a {what} of deftx ({error})") from error
+
+
 def read_result(path: str | os.PathLike[str]) -> RunRecord:
     """Read a ``result.json``, or the one in a run directory.
 
     Raises:
         DeftxError: there is none, it is not one, or its schema is another.
     """
-    place = Path(path)
-    place = place / RESULT if place.is_dir() else place
-    try:
-        content = json.loads(place.read_bytes())
-        version = content.pop("schema_version")
-        if not OLDEST_READ <= version <= SCHEMA_VERSION:
-            raise DeftxError(
-                f"{place} has schema version {version}; this deftx reads {OLDEST_READ} to {SCHEMA_VERSION}"
-            )
+
+    def build(version: int, content: Any) -> RunRecord:
         if version == 1:
             # Its name began with it: sft-language-2026-11-21_...
             content["job_type"] = next((name for name in JOB_TYPES if content["job"].startswith(name)), "run")
         content["metrics"] = [Metric(**metric) for metric in content["metrics"]]
         return RunRecord(**content)
-    except OSError as error:
-        raise DeftxError(f"cannot read {place}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DeftxError(f"{place} is not a result of deftx ({error})") from error
+
+    return read_record(path, RESULT, "result", (OLDEST_READ, SCHEMA_VERSION), build)
 
 
 @contextlib.contextmanager

@@ -11,9 +11,9 @@ import os
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
-from deftx.errors import DeftxError
-from deftx.tracking.results import plain, write_file
+from deftx.tracking.results import plain, read_record, write_file
 
 __all__ = ["JOB_STATES", "SWEEP", "SweepJob", "SweepRecord", "read_sweep", "write_sweep"]
 
@@ -83,17 +83,10 @@ def read_sweep(path: str | os.PathLike[str]) -> SweepRecord:
     Raises:
         DeftxError: there is none, it is not one, or its schema is another.
     """
-    place = Path(path)
-    place = place / SWEEP if place.is_dir() else place
-    try:
-        content = json.loads(place.read_bytes())
-        version = content.pop("schema_version")
-        if version != SCHEMA_VERSION:
-            raise DeftxError(f"{place} has schema version {version}; this deftx reads {SCHEMA_VERSION}")
+
+    def build(version: int, content: Any) -> SweepRecord:
         for kind in ("jobs", "stages"):
             content[kind] = [SweepJob(**job) for job in content[kind]]
         return SweepRecord(**content)
-    except OSError as error:
-        raise DeftxError(f"cannot read {place}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DeftxError(f"{place} is not a sweep of deftx ({error})") from error
+
+    return read_record(path, SWEEP, "sweep", (SCHEMA_VERSION, SCHEMA_VERSION), build)

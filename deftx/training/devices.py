@@ -9,19 +9,17 @@ does. A batch's ``normalizer`` makes the mean of the devices' gradients the grad
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import pickle
-import signal
 import tempfile
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from deftx.errors import DeftxError
+from deftx.signals import terminated_as_interrupted
 
 TIMEOUT = timedelta(minutes=30)  # how long a device waits for the others
 
@@ -44,7 +42,7 @@ def launch(function: Callable[[Any], object], job: Any, devices: int, *, on_gpu:
 
     # By value: torch's own way to hand a model over puts it into shared memory, which containers keep small.
     content = pickle.dumps((function, job), protocol=5)
-    with tempfile.TemporaryDirectory(prefix="deftx-") as folder, _terminated_as_interrupted():
+    with tempfile.TemporaryDirectory(prefix="deftx-") as folder, terminated_as_interrupted():
         context = start_processes(  # type: ignore[no-untyped-call]
             _rank, args=(content, devices, on_gpu, folder), nprocs=devices, join=False, start_method="spawn"
         )
@@ -98,20 +96,3 @@ def _rank(rank: int, content: bytes, devices: int, on_gpu: bool, folder: str) ->
         raise
     else:
         distributed.destroy_process_group()
-
-
-@contextlib.contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM ends this process the way Ctrl-C does, so that those it started end too."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
