@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from rich.console import Console
+from scores import SCORES
 
 from deftx.errors import DeftxError
 from deftx.tracking import (
@@ -33,15 +34,6 @@ from deftx.tracking import (
     write_result,
 )
 from deftx.tracking.imports import import_seconds
-
-SCORES = [
-    Metric("ace", "ltsft", "macro_f1", 0.612, 400),
-    Metric("ace", "no_language_sft", "macro_f1", 0.5, 400),
-    Metric("ace", "deftx", "macro_f1", 0.6304, 400),
-    Metric("ban", "no_language_sft", "macro_f1", 0.4, 399),
-    Metric("ban", "deftx", "macro_f1", None, 399),
-    Metric("ban", "ltsft", "macro_f1", 0.55, 399),
-]
 
 # ------------------------------------------------------------------------------------------------- provenance
 

@@ -16,19 +16,11 @@ import numpy as np
 import pandas as pd
 import pytest
 from offline_runs import config, history, of, records, summary
+from scores import SCORES
 
 from deftx.errors import DeftxError
 from deftx.tracking import LoggerSettings, Metric, RunRecord, Tracker, names, read_result, recording, summarise
 from deftx.tracking.artifacts import artifact_name, result_name, sft_name
-
-SCORES = [
-    Metric("ace", "ltsft", "macro_f1", 0.612, 400),
-    Metric("ace", "no_language_sft", "macro_f1", 0.5, 400),
-    Metric("ace", "deftx", "macro_f1", 0.6304, 400),
-    Metric("ban", "no_language_sft", "macro_f1", 0.4, 399),
-    Metric("ban", "deftx", "macro_f1", None, 399),
-    Metric("ban", "ltsft", "macro_f1", 0.55, 399),
-]
 
 SETTINGS = {
     "study": "study",
