@@ -8,15 +8,16 @@ from one composition to the next. Predictions are float32 whatever the precision
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deftx.cache import Entry, Stage, StageCache, Workspace
+from deftx.data.settings import LanguageSettings
 from deftx.data.tasks import fingerprint_rows
 from deftx.stages.inputs import Base
-from deftx.stages.settings import StudySettings
+from deftx.stages.settings import SFTSettings, StudySettings
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -220,6 +221,46 @@ def _load_head(model: Any, delta: SparseDelta, sft: SFT) -> None:
 
 def _shapes(tensors: dict[str, Any]) -> str:
     return ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in sorted(tensors.items())) or "nothing"
+
+
+def study_cells(
+    study: StudySettings,
+    texts: Container[str],
+    language_sft: Callable[[str, LanguageSettings, SFTSettings, str | None], SFT],
+    task_sft: Callable[[str, str, dict[str, SFT]], SFT],
+) -> list[Cell]:
+    """All SFTs of a study, in the order they are made, and the cells they are evaluated in.
+
+    A run makes them, a dry run looks them up: both ask here what there is.
+
+    Args:
+        study: Resolved settings.
+        texts: Languages that have unlabelled text.
+        language_sft: Gives an SFT from whose it is (``source:CODE``, ``language:CODE``), the language, its settings, and
+            the method (None for φ_S, which has settings of its own).
+        task_sft: Gives φ_T from whose it is (``task``, ``task_alone``), the method, and φ_S by source language.
+    """
+    on: dict[str, SFT] = {}
+    if study.source_sft is not None:
+        for code, language in study.sources.items():
+            on[code] = language_sft(f"source:{code}", language, study.source_sft, None)
+    languages = {
+        (code, method): language_sft(f"language:{code}", language, study.sft_for(method, study.language_sft), method)
+        for method in study.methods
+        for code, language in study.targets.items()
+        if code in texts
+    }
+    tasks = {method: task_sft("task", method, on) for method in study.methods}
+    main = study.methods[0]
+    return plan_cells(
+        list(study.targets),
+        main,
+        tasks,
+        languages,
+        without_language=task_sft("task_alone", main, {}) if "no_language_sft" in study.controls else None,
+        source_sft=on.get(study.source.code),
+        controls=study.controls,
+    )
 
 
 def plan_cells(

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from deftx.cache import FINGERPRINTS, Entry, Stage, StageCache, Workspace, fingerprint_files
 from deftx.data.corpora import MissingTextError
-from deftx.data.settings import DataSettings
+from deftx.data.settings import DataSettings, LanguageSettings
 from deftx.data.tasks import load_test, own_test_rows
-from deftx.stages.evaluate import SFT, Cell, Evaluator, plan_cells
+from deftx.stages.evaluate import SFT, Cell, Evaluator, study_cells
 from deftx.stages.inputs import Base, Corpus, TaskRows, base_model, corpus, data_settings, task_rows
 from deftx.stages.knobs import flat_knobs
 from deftx.stages.parts import part
@@ -270,33 +270,8 @@ class _Walk:
 
     def evaluations(self) -> dict[str, str]:
         """Note every stage of SFTs and evaluations; the keys of the latter by :func:`cell_name`."""
-        study, texts = self.study, self.inputs.texts
-        on: dict[str, SFT] = {}
-        if study.source_sft is not None:
-            for code, language in study.sources.items():
-                on[code] = self._sft(f"source:{code}", self._language(language, texts[code], study.source_sft), None)
-        languages = {
-            (code, method): self._sft(
-                f"language:{code}",
-                self._language(language, texts[code], study.sft_for(method, study.language_sft)),
-                method,
-            )
-            for method in study.methods
-            for code, language in study.targets.items()
-            if code in texts
-        }
-        tasks = {method: self._task("task", method, on) for method in study.methods}
-        main = study.methods[0]
-        alone = self._task("task_alone", main, {}) if "no_language_sft" in study.controls else None
-        cells = plan_cells(
-            list(study.targets),
-            main,
-            tasks,
-            languages,
-            without_language=alone,
-            source_sft=on.get(study.source.code),
-            controls=study.controls,
-        )
+        study = self.study
+        cells = study_cells(study, self.inputs.texts, self._language, self._task)
         evaluator = Evaluator(study, self.inputs.base, self.trainer.cache, study.task_sft.training.max_length)
         keys = {}
         for cell in cells:
@@ -313,8 +288,8 @@ class _Walk:
         inputs = {"task": cell.task.key, "language": cell.language_sft.key if cell.language_sft else ""}
         return Stage("evaluate", 0, {"language": cell.language}, inputs, None, cell_name(cell))
 
-    def _language(self, language: Any, text: Corpus, sft: SFTSettings) -> Recipe:
-        return self.trainer.language_recipe(language, text, sft)
+    def _language(self, whose: str, language: LanguageSettings, sft: SFTSettings, method: str | None) -> SFT:
+        return self._sft(whose, self.trainer.language_recipe(language, self.inputs.texts[language.code], sft), method)
 
     def _task(self, whose: str, method: str, on: Mapping[str, SFT]) -> SFT:
         sft = self.study.sft_for(method, self.study.task_sft)

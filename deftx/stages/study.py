@@ -18,7 +18,7 @@ from deftx.cache import StageCache
 from deftx.data.settings import LanguageSettings
 from deftx.errors import DeftxError
 from deftx.stages.bench import Bench
-from deftx.stages.evaluate import SFT, Cell, Evaluator, plan_cells
+from deftx.stages.evaluate import SFT, Cell, Evaluator, study_cells
 from deftx.stages.inputs import base_model, family
 from deftx.stages.knobs import SFT_KNOBS, flat_knobs, given_knobs
 from deftx.stages.outputs import fill, keep, short, show, write_tables
@@ -45,21 +45,11 @@ def run_study(study: StudySettings, run_dir: Path) -> tracking.RunRecord:
 
     def body(bench: Bench) -> None:
         trainer = bench.open(NEEDS["run"])
-        source_sfts = bench.source_sfts(trainer)
-        languages = {
-            (code, method): sft for method in study.methods for code, sft in bench.target_sfts(trainer, method).items()
-        }
-        tasks = {method: bench.task_sft(trainer, method, source_sfts) for method in study.methods}
-        main = study.methods[0]
-        without = bench.task_sft(trainer, main, {}) if "no_language_sft" in study.controls else None
-        cells = plan_cells(
-            list(study.targets),
-            main,
-            tasks,
-            languages,
-            without_language=without,
-            source_sft=source_sfts.get(study.source.code),
-            controls=study.controls,
+        cells = study_cells(
+            study,
+            bench.texts,
+            lambda whose, language, sft, method: bench.language_sft(trainer, language, sft),
+            lambda whose, method, on: bench.task_sft(trainer, method, on),
         )
         _evaluate(bench, cells, study.task_sft.training.max_length)
 
