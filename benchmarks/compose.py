@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks import shapes
 from benchmarks.harness import Goal, Row, Run, timed_row
 from benchmarks.shapes import Shape
-from deftx.core.delta import Composition
+from deftx.core.composition import Composition
 
 
 class Models:

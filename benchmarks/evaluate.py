@@ -20,7 +20,8 @@ from benchmarks import shapes
 from benchmarks.harness import Row, Run, timed_row
 from benchmarks.shapes import Shape
 from benchmarks.sweep import sentences
-from deftx.core.delta import Composition, SparseDelta
+from deftx.core.composition import Composition
+from deftx.core.delta import SparseDelta
 from deftx.data.encode import batches_by_length, encode_texts, padding_of
 from deftx.training.encoder import (
     base_fingerprint_of,

@@ -16,7 +16,6 @@ import json
 import math
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -31,6 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.shapes import SHAPES, Shape
+from deftx import memory
 
 ROOT = Path(__file__).resolve().parent.parent
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -239,9 +239,7 @@ def shape_of(text: str) -> Shape:
 def high_water() -> int:
     """Peak resident bytes of this process, since it began or since :func:`settle`."""
     found = _status("VmHWM")
-    if found is None:  # macOS counts bytes, other systems KiB
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return found
+    return found if found is not None else memory.peak_memory() or 0
 
 
 def settle() -> int:

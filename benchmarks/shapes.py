@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from deftx.core.delta import SparseDelta
 from deftx.core.selection import select_topk
 from deftx.training.encoder import quiet_transformers
-from deftx.training.model_folder import shapes_of
+from deftx.training.shapes import shapes_of
 
 Batch = dict[str, Any]
 

@@ -19,14 +19,19 @@ import torch
 
 from benchmarks import mlm_step
 from benchmarks.harness import Goal, Row, Run
-from deftx.cache import Stage, StageCache, Workspace
+from deftx.cache import StageCache, Workspace
+from deftx.core.settings import RankPolicy, ResidualPolicy
 from deftx.data.settings import LanguageSettings
-from deftx.stages.inputs import Base, Corpus
+from deftx.stages.base import Base
+from deftx.stages.execute import Results
+from deftx.stages.learn import sft_nodes
+from deftx.stages.node import node
+from deftx.stages.objectives import LanguageObjective
 from deftx.stages.settings import SFTSettings
-from deftx.stages.sft import Trainer
 from deftx.training.encoder import quiet_transformers
 from deftx.training.pretrain import build_encoder, train_tokenizer
 from deftx.training.settings import PretrainSettings, TrainerSettings, TrainingSettings
+from deftx.training.shapes import shapes_of
 
 RANKS = (1, 2, 3, 4, 6)
 DENSITIES = (0.01, 0.03, 0.05, 0.1)
@@ -43,9 +48,10 @@ def sentences(count: int, seed: int) -> list[str]:
 
 
 class _Study:
-    """What a Trainer reads of a study."""
+    """What the nodes of an SFT read of a study."""
 
     seed = 0
+    device = ""
 
     def __init__(self, threads: int) -> None:
         self.trainer = TrainerSettings(accelerator="cpu", threads=threads, progress=False)
@@ -60,19 +66,23 @@ def phases(root: Path, *, ranks: tuple[int, ...] = RANKS, densities: tuple[float
         build_encoder(TINY, len(tokenizer), seed=0).save_pretrained(str(folder))
     cache = StageCache(root / "cache")
 
-    def text(work: Workspace) -> None:
+    def write_text(work: Workspace, _: Any) -> None:
         (work.out / "train.txt").write_text("\n".join(lines[:100]) + "\n", encoding="utf-8")
         (work.out / "valid.txt").write_text("\n".join(lines[100:]) + "\n", encoding="utf-8")
         (work.out / "report.json").write_text("{}", encoding="utf-8")
 
-    stage = Stage(kind="corpus", version=1, settings={}, inputs={}, seed=0, label="generated")
-    corpus = Corpus(stage.key, cache.get_or_compute(stage, text))
+    text = node("corpus", 1, {}, write_text, seed=0, label="generated")
     study: Any = _Study(torch.get_num_threads())
-    trainer = Trainer(study, Base("tiny", folder, "generated"), cache, lambda _: [])
+    shapes = shapes_of(folder, kind="language")
+    base = Base(
+        "tiny", "generated", folder, None, None, None, drawing=False, task_shapes=shapes, language_shapes=shapes
+    )
+    objective = LanguageObjective(study, base, LanguageSettings(code="qaa"), text, root / "tokens")
+    results = Results(cache, lambda _: [])
     for rank in ranks:
         for density in densities:
-            sft = SFTSettings(str(rank), "prune:0.05", None, density, (), "float32", SHORT)
-            trainer.language_sft(LanguageSettings(code="qaa", name="generated"), corpus, sft)
+            policies = {"rank": RankPolicy.parse(rank), "residual": ResidualPolicy()}
+            results.of(sft_nodes(objective, SFTSettings(**policies, density=density, training=SHORT)).final)
     return Counter(entry.kind for entry in cache.entries())
 
 

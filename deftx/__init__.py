@@ -11,13 +11,14 @@ __version__ = "0.1.0"
 __all__ = ["Composition", "SparseDelta", "__version__", "denoise", "select_topk"]
 
 if TYPE_CHECKING:
-    from deftx.core.delta import Composition, SparseDelta
+    from deftx.core.composition import Composition
+    from deftx.core.delta import SparseDelta
     from deftx.core.denoise import denoise
     from deftx.core.selection import select_topk
 
 _HOMES = {
     "SparseDelta": "deftx.core.delta",
-    "Composition": "deftx.core.delta",
+    "Composition": "deftx.core.composition",
     "denoise": "deftx.core.denoise",
     "select_topk": "deftx.core.selection",
 }

@@ -10,6 +10,8 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,9 +21,7 @@ from deftx.errors import DeftxError, did_you_mean
 if TYPE_CHECKING:
     import argparse
 
-    from omegaconf import DictConfig
-
-    from deftx.config import Command
+    from deftx.config import Command, Job
 
 COMMANDS = {
     "run": "everything a study needs, stage by stage, from the cache where it can; -m sweeps",
@@ -32,8 +32,6 @@ COMMANDS = {
     "dashboard": "a W&B workspace over the runs of a study, as a specification or published",
     "cache": "list, explain, verify and prune the results of stages: ls | info KEY | verify | prune",
 }
-
-OPEN_MAPPINGS = ("language_sft.", "data.revisions.", "search.space.", "launcher.additional.")
 
 HELP = """\
 deftx {version}: composable sparse fine-tuning with SVD denoising, for cross-lingual transfer
@@ -122,40 +120,41 @@ def _command(name: str, arguments: list[str]) -> int:
             print(command_help(name, COMMANDS[name]), end="")
         return 0
 
-    known, overrides = _parse(arguments)
-
     from deftx.tracking import clock_imports
 
     clock_imports()
-    from deftx.config import check_command, hydra_session
+    known, overrides = _parse(arguments)
+    from deftx.config import check_command, check_search, first_configuration, hydra_session
 
     with hydra_session(known.config_dir):
         if known.cfg:
             from omegaconf import OmegaConf
 
-            command = check_command(name, overrides, multirun=known.multirun, validate=lambda _: [])
-            print(OmegaConf.to_yaml(command.configs[0], resolve=known.resolve), end="")
+            config = first_configuration(name, overrides, multirun=known.multirun)
+            print(OmegaConf.to_yaml(config, resolve=known.resolve), end="")
             return 0
-        command = check_command(
-            name, overrides, multirun=known.multirun, validate=lambda config: _job_problems(name, config)
-        )
-        if command.configs[0].search.space:
-            _check_search(overrides, command)
-    if command.multirun and any(config.trainer.devices > 1 for config in command.configs):
+        look = partial(_job_problems, name, {})
+        command = check_command(name, overrides, multirun=known.multirun, look=look)
+        if command.jobs[0].config.search.space:
+            check_search(name, overrides, command, look)
+    configs = [job.config for job in command.jobs]
+    if command.multirun and any(config.trainer.devices > 1 for config in configs):
         raise DeftxError("trainer.devices: a job of a sweep has one device; several would each repeat the sweep")
-    if (command.multirun or known.dry_run) and any(config.only for config in command.configs):
+    if (command.multirun or known.dry_run) and any(config.only for config in configs):
         raise DeftxError(
             "only=[...] makes parts of one study; it is neither swept nor planned: leave out only= (a sweep makes what "
             "its jobs share by itself), or -m and --dry-run"
         )
     if command.multirun or known.dry_run:
         return _sweep(name, command, known)
-    return _single(name, command.overrides[0], known.config_dir)
+    return _single(name, command.jobs[0].overrides, known.config_dir)
 
 
 def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The few options that are no overrides; an unknown one is an error of ours, not a usage dump."""
     import argparse
+
+    from deftx.settings import OPEN_MAPPINGS
 
     def refuse(text: str) -> None:
         raise DeftxError(f"{text}; the options are -m, --dry-run, --cfg job, --resolve and --config-dir FOLDER")
@@ -173,22 +172,27 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     # The shell leaves the ~ of key=~/folder alone, and Hydra's grammar has no word for it.
     texts = [re.sub(r"^([\w.]+=)~(?=/|$)", lambda found: found[1] + str(Path.home()), text) for text in known.overrides]
     # Hydra wants ++ for a new key of an open mapping, which is all that these are.
-    return known, [f"++{text}" if text.startswith(OPEN_MAPPINGS) else text for text in texts]
+    opened = tuple(f"{name}." for name in OPEN_MAPPINGS)
+    return known, [f"++{text}" if text.startswith(opened) else text for text in texts]
 
 
-def _job_problems(name: str, config: DictConfig) -> list[str]:
-    """What is wrong with one job: its values first, then the folders and files it names."""
-    from deftx.config import resolve_command, written_folders
+def _device(job: Job, multirun: bool) -> str:
+    """The kind of device that a job trains on, where its launcher takes it elsewhere; a single run runs here."""
+    return job.config.launcher.device(job.config.trainer.accelerator) if multirun else ""
 
-    settings, problems = resolve_command(name, config)
-    if settings is None:
-        return problems
+
+def _job_problems(name: str, known: dict[str, list[str]], job: Job, multirun: bool) -> list[str]:
+    """What is wrong with the folders and files that a job names; ``known`` is what other jobs found in equal ones."""
+    from deftx.config import written_folders
     from deftx.stages.preflight import given_problems, preflight
 
-    job = {"sft": f"sft {config.kind}", "pretrain": "pretrain text" if config.text else name}.get(name, name)
-    problems = preflight(settings, job, written_folders(config), Path(config.out).expanduser() if config.out else None)
+    config = job.config
+    what = {"sft": f"sft {config.kind}", "pretrain": "pretrain text" if config.text else name}.get(name, name)
+    out = Path(config.out).expanduser() if config.out else None
+    here = not _device(job, multirun)
+    problems = preflight(job.study, what, written_folders(config), out, here=here, known=known)
     if name == "eval":
-        problems += given_problems(settings, config.task_sft, dict(config.language_sft))
+        problems += given_problems(job.study, str(config.task_sft), config.language_sft)
     return problems
 
 
@@ -204,48 +208,27 @@ def _single(name: str, overrides: Sequence[str], config_dir: str | None) -> int:
 
 def _sweep(name: str, command: Command, known: argparse.Namespace) -> int:
     """Run a sweep or a search, or say what a sweep or a single run would compute."""
-    from deftx.config import launcher_settings, search_settings, study_settings
     from deftx.launch import check
-    from deftx.sweeps import Sweep, dry_run, run_search, run_sweep
+    from deftx.sweeps.run import Sweep, dry_run, run_search, run_sweep
 
     if known.dry_run and name != "run":
         raise DeftxError(f"--dry-run belongs to deftx run, not to deftx {name}")
+    devices = [_device(job, command.multirun) for job in command.jobs]
+    studies = [replace(job.study, device=device) for job, device in zip(command.jobs, devices, strict=True)]
+    config = command.jobs[0].config
     sweep = Sweep(
         name,
-        command.overrides,
+        [job.overrides for job in command.jobs],
         Path(command.folder).absolute(),
-        launcher_settings(command.configs[0]),
+        config.launcher,
         known.config_dir,
-        [study_settings(config) for config in command.configs] if name == "run" else [],
+        studies if name == "run" else [],
+        devices,
     )
     check(sweep.launcher)
-    searched = command.configs[0].search.space
     if known.dry_run:
-        if searched:
+        if config.search.space:
             print("a search: its trials are not known yet; this is the plan of one run at the base settings")
         dry_run(sweep)
         return 0
-    if searched:
-        return run_search(sweep, search_settings(command.configs[0]))
-    return run_sweep(sweep)
-
-
-def _check_search(overrides: list[str], command: Command) -> None:
-    """Validate every value a search may propose, before its first trial.
-
-    Raises:
-        DeftxError: One message with every problem.
-    """
-    from deftx.config import check_command, search_settings
-
-    settings = search_settings(command.configs[0])
-    problems = settings.problems()
-    if len(command.configs) > 1:
-        problems.append("a search proposes its own values: it cannot be swept; give search.space.KNOB=[...] instead")
-    for proposal in settings.examples() if not problems else []:
-        try:
-            check_command("run", [*overrides, *proposal], multirun=True, validate=lambda c: _job_problems("run", c))
-        except DeftxError as error:
-            problems += str(error).splitlines()
-    if problems:
-        raise DeftxError("\n".join(dict.fromkeys(problems)))
+    return run_search(sweep, config.search) if config.search.space else run_sweep(sweep)

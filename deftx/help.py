@@ -8,22 +8,9 @@ from __future__ import annotations
 
 import re
 
-from deftx.config import READS, conf_dir, defaults_of, group_options
+from deftx.config import conf_dir, defaults_of, group_options
+from deftx.settings import READS
 
-GROUPS = (
-    "model",
-    "method",
-    "denoise",
-    "sparsity",
-    "ablate",
-    "task",
-    "language",
-    "source",
-    "budget",
-    "trainer",
-    "logger",
-    "launcher",
-)
 EXAMPLES = {
     "run": (
         "deftx run experiment=demo",
@@ -62,7 +49,8 @@ def command_help(name: str, purpose: str) -> str:
         lines += [f"  {_wrapped([f'{key}={value}' for key, value in shape.items()]).replace(' ' * 12, '  ')}"]
         lines += ["  and model.languages (what it learns from without text=), model.vocabulary, model.seed"]
     lines += ["", "groups"]
-    lines += [f"  {group:<10}{_wrapped(group_options(group))}" for group in GROUPS if group in READS[name]]
+    groups = {group: options for group in READS[name] if (options := group_options(group))}
+    lines += [f"  {group:<10}{_wrapped(options)}" for group, options in groups.items()]
     if name == "run":
         lines += ["", "experiments"]
         lines += [f"  {option:<20}{_purpose('experiment', option)}" for option in group_options("experiment")]

@@ -9,12 +9,17 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Protocol
 
 from deftx.errors import DeftxError
+
+if TYPE_CHECKING:
+    from deftx.settings import RunConfig
+    from deftx.stages.settings import StudySettings
 
 log = logging.getLogger(__name__)
 
@@ -29,13 +34,13 @@ class End:
         error: The message of a failure.
         scores: Mean over targets of each condition's score.
         seconds: Wall time.
-        sfts: Scores of the SFTs on their own validation data, by role and language (for a search).
+        sfts: Scores of the SFTs on their own validation data, by kind, ``language`` or ``task`` (for a search).
     """
 
     error: str | None = None
     scores: Mapping[str, float] = field(default_factory=dict)
     seconds: float = 0.0
-    sfts: Mapping[str, float] = field(default_factory=dict)
+    sfts: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,7 @@ class Task:
         folder: Its own folder, absolute.
         config_dir: The user's configuration folder, absolute.
         headline: What is said of it when it starts, if anything.
+        device: Kind of device that it was planned for; empty: what is here.
         logged: Whether what it prints goes to ``job.log`` in its folder: several jobs share one terminal.
     """
 
@@ -56,7 +62,15 @@ class Task:
     folder: str
     config_dir: str | None = None
     headline: str = ""
+    device: str = ""
     logged: bool = False
+
+
+class Job(Protocol):
+    """What a command does with its settings, on the kind of device that was planned."""
+
+    def __call__(self, config: RunConfig, device: str = "") -> End:
+        """Run it."""
 
 
 def work(task: Task) -> End:
@@ -75,20 +89,23 @@ def work(task: Task) -> End:
 def _launched(task: Task) -> End:
     from deftx.config import launch
 
+    job = partial(JOBS[task.command], device=task.device)
     try:
-        return launch(task.command, JOBS[task.command], task.overrides, config_dir=task.config_dir, folder=task.folder)
+        return launch(task.command, job, task.overrides, config_dir=task.config_dir, folder=task.folder)
     except DeftxError as error:
         return End(error=str(error))
 
 
-def _job(body: Callable[[Any], End | None]) -> Callable[[Any], End]:
-    """Wrap a job so that whatever stops it becomes its message."""
+def _job(name: str, body: Callable[[StudySettings, RunConfig], End | None]) -> Job:
+    """Wrap what a command does so that whatever stops it becomes its message."""
 
-    def run(config: Any) -> End:
+    def run(config: RunConfig, device: str = "") -> End:
+        from deftx.config import study_settings
+
         logging.captureWarnings(True)
         started = time.perf_counter()
         try:
-            end = body(config) or End()
+            end = body(replace(study_settings(config, name), device=device), config) or End()
         except DeftxError as error:
             end = End(error=str(error))
         except Exception as error:
@@ -100,42 +117,40 @@ def _job(body: Callable[[Any], End | None]) -> Callable[[Any], End]:
     return run
 
 
-def _run(config: Any) -> End:
-    from deftx.config import run_directory, study_settings
+def _run(study: StudySettings, _: RunConfig) -> End:
+    from deftx.config import run_directory
     from deftx.stages.study import run_parts, run_study
     from deftx.tracking import mean_scores
 
-    study = study_settings(config)
     record = run_parts(study, run_directory()) if study.only else run_study(study, run_directory())
-    found = {sft["name"]: sft["metrics"].get("best_score") for sft in record.sfts}
-    return End(scores=mean_scores(record), sfts={name: value for name, value in found.items() if value is not None})
+    judged: dict[str, list[float]] = {}
+    for sft in record.sfts:
+        if (score := sft.metrics.get("best_score")) is not None:
+            judged.setdefault(sft.kind, []).append(score)
+    return End(scores=mean_scores(record), sfts=judged)
 
 
-def _sft(config: Any) -> None:
-    from deftx.config import run_directory, sft_settings
+def _sft(study: StudySettings, config: RunConfig) -> None:
+    from deftx.config import run_directory
     from deftx.stages.study import run_sft
 
-    run_sft(*sft_settings(config), run_directory())
+    run_sft(study, str(config.kind), Path(config.out).expanduser() if config.out else None, run_directory())
 
 
-def _eval(config: Any) -> End:
-    from deftx.config import eval_settings, run_directory
+def _eval(study: StudySettings, config: RunConfig) -> End:
+    from deftx.config import run_directory
     from deftx.stages.study import run_eval
     from deftx.tracking import mean_scores
 
-    return End(scores=mean_scores(run_eval(*eval_settings(config), run_directory())))
+    return End(scores=mean_scores(run_eval(study, str(config.task_sft), config.language_sft, run_directory())))
 
 
-def _pretrain(config: Any) -> None:
-    from deftx.config import pretrain_settings
+def _pretrain(study: StudySettings, config: RunConfig) -> None:
     from deftx.stages.study import run_pretrain
 
-    run_pretrain(*pretrain_settings(config))
+    run_pretrain(study, config.text, Path(str(config.out)).expanduser())
 
 
-JOBS: dict[str, Callable[[Any], End]] = {
-    "run": _job(_run),
-    "sft": _job(_sft),
-    "eval": _job(_eval),
-    "pretrain": _job(_pretrain),
+JOBS: dict[str, Job] = {
+    name: _job(name, body) for name, body in {"run": _run, "sft": _sft, "eval": _eval, "pretrain": _pretrain}.items()
 }

@@ -19,10 +19,10 @@ from typing import Any
 import pytest
 
 import deftx.cache.files
-import deftx.cache.processes
 import deftx.cache.verify
 from deftx.cache import Entry, Stage, StageCache, Workspace, canonical_json, file_sha256, fingerprint_files
 from deftx.errors import DeftxError
+from deftx.processes import owner
 
 
 def stage(**changes: Any) -> Stage:
@@ -178,6 +178,11 @@ def test_fingerprint_memo_reads_settled_files_once(tmp_path: Path, monkeypatch: 
     assert cache.fingerprint([file]) == before
     assert StageCache(cache.root).fingerprint([file]) == before
     assert len(reads) == 3
+
+    planning = StageCache(tmp_path / "other", remember=False)
+    assert planning.fingerprint([file]) == planning.fingerprint([file]) == before
+    assert len(reads) == 4
+    assert not planning.root.exists()
     file.write_text("two")
     assert cache.fingerprint([file]) != before
     (cache.root / "fingerprints.json").write_text('["broken"')
@@ -337,7 +342,7 @@ def test_an_entry_of_a_newer_format_is_left_alone(tmp_path: Path) -> None:
     cache = StageCache(tmp_path)
     entry = cache.get_or_compute(stage(), write_two)
     change_manifest(format_version=99)(entry)
-    with pytest.raises(DeftxError, match=r"cache format 99.*reads up to 1"):
+    with pytest.raises(DeftxError, match=r"cache format 99.*reads up to 2"):
         cache.find(stage())
     assert list(cache.entries()) == []
     assert entry.file("a.bin").exists()
@@ -577,7 +582,7 @@ def test_a_killed_process_leaves_its_scratch_and_no_entry(tmp_path: Path) -> Non
 def test_leftovers_of_the_living_and_of_other_hosts_stay(tmp_path: Path) -> None:
     folder = tmp_path / "full"
     kept = [
-        folder / f".{stage().key[:16]}.{deftx.cache.processes.owner()}.{os.getpid()}.00.tmp",
+        folder / f".{stage().key[:16]}.{owner()}.{os.getpid()}.00.tmp",
         folder / f".{stage().key[:16]}.otherhst.999999.00.tmp",
     ]
     for path in kept:
@@ -609,3 +614,104 @@ def test_provenance_is_asked_for_when_something_is_computed_and_once(tmp_path: P
     for stage in stages:
         again.get_or_compute(stage, lambda _: pytest.fail("computed again"))
     assert len(asked) == 1
+
+
+# ------------------------------------------------------------------------------------------------------ what it is from
+
+
+def put(cache: StageCache, kind: str, text: str, timing: str = "", **inputs: Entry) -> Entry:
+    """A result that says ``text``, and in another file how it was made; made from ``inputs``."""
+
+    def compute(work: Workspace) -> None:
+        work.inputs.update(inputs)
+        (work.out / "result.txt").write_text(text)
+        (work.out / "timing.txt").write_text(timing)
+
+    keys = {name: entry.key for name, entry in inputs.items()}
+    return cache.get_or_compute(stage(kind=kind, label=kind, inputs=keys, product=("result.txt",)), compute)
+
+
+def prune(entry: Entry) -> None:
+    for path in entry.path.iterdir():
+        path.unlink()
+    entry.path.rmdir()
+
+
+def test_a_result_is_not_used_once_what_it_was_made_from_has_other_bits(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = StageCache(tmp_path)
+    full = put(cache, "full", "one")
+    mask = put(cache, "select", "of one", full=full)
+    sft = put(cache, "sparse", "of one", select=mask)
+    assert [item.kind for item in sft.ancestors] == ["full", "select"]
+    # Pruned, what stands on it is still what it was; made again with the same bits, too, however long it took.
+    prune(full)
+    assert put(cache, "sparse", "never", select=mask).digest == sft.digest
+    again = put(cache, "full", "one", timing="slower")
+    assert again.digest == full.digest
+    assert put(cache, "sparse", "never", select=mask).digest == sft.digest
+    # With other bits nothing of it is used: not the mask, not the SFT, even where the mask has gone.
+    prune(again)
+    prune(mask)
+    other = put(cache, "full", "two")
+    assert cache.peek(stage(kind="sparse", inputs={"select": mask.key})) is None
+    assert sft.path.exists(), "a look moves nothing"
+    made = put(cache, "sparse", "of two", select=put(cache, "select", "of two", full=other))
+    assert (made.path / "result.txt").read_text() == "of two"
+    assert "outdated (full full, which it was made from, was made again with other bits)" in caplog.text
+
+
+def test_results_made_from_different_bits_of_a_pruned_one_do_not_meet(tmp_path: Path) -> None:
+    cache = StageCache(tmp_path)
+    first = put(cache, "full", "one")
+    task = put(cache, "sparse", "of one", full=first)
+    prune(first)
+    second = put(cache, "full", "two")
+    language = put(cache, "direct", "of two", full=second)
+    prune(second)
+    assert cache.find(stage(kind="sparse", inputs={"full": first.key})) is not None
+    assert cache.agree({"language": language})
+    assert not cache.agree({"task": task, "language": language})
+    # The older of the two went, so that it is made again from what the other was made from.
+    assert [entry.kind for entry in cache.entries()] == ["direct"]
+
+
+def test_a_manifest_tells_what_its_ancestors_were_computed_with(tmp_path: Path) -> None:
+    full = put(StageCache(tmp_path, provenance={"threads": 1}), "full", "one")
+    later = StageCache(tmp_path, provenance={"threads": 2})
+    sft = put(later, "sparse", "of one", full=full)
+    assert {item.kind: item.provenance for item in sft.lineage} == {"full": {"threads": 1}, "sparse": {"threads": 2}}
+    prune(full)
+    known = later.find(stage(kind="sparse", inputs={"full": full.key}))
+    assert known is not None
+    assert [item.provenance for item in known.lineage] == [{"threads": 2}, {"threads": 1}]
+
+
+def test_the_seconds_of_a_result_are_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("deftx.cache.store.time.perf_counter", lambda: clock[0])
+    cache = StageCache(tmp_path)
+
+    def inner(workspace: Workspace) -> None:
+        clock[0] += 100
+        write_two(workspace)
+
+    def outer(workspace: Workspace) -> None:
+        cache.get_or_compute(stage(label="inner", seed=1), inner)
+        clock[0] += 2
+        write_two(workspace)
+
+    entries = [cache.get_or_compute(stage(), outer), cache.get_or_compute(stage(label="inner", seed=1), never)]
+    assert [entry.manifest["seconds"] for entry in entries] == [2, 100]
+
+
+@pytest.mark.parametrize("odd", [{"provenance": [1]}, {"provenance": {"versions": 5}}, {"provenances": "x"}])
+def test_a_manifest_with_odd_provenance_is_damaged(tmp_path: Path, odd: dict[str, Any]) -> None:
+    cache = StageCache(tmp_path)
+    full = put(cache, "full", "one")
+    sft = put(cache, "sparse", "of one", full=full)
+    path = sft.path / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | odd))
+    assert cache.find(stage(kind="sparse", inputs={"full": full.key})) is None
+    assert not sft.path.exists()

@@ -17,10 +17,11 @@ from deftx.cache import Entry, Stage, StageCache, Workspace
 from deftx.cache.commands import parse_age, parse_size
 from deftx.cache.locks import turn
 from deftx.cache.maintenance import Filter, last_used, prunable, remove, residues
-from deftx.cache.processes import Process, in_use
+from deftx.cache.processes import in_use
 from deftx.cache.scratch import claim_scratch
 from deftx.cli import main
 from deftx.errors import DeftxError
+from deftx.processes import Process
 
 DAY = 86400.0
 FULL = Stage("full", 1, {"training": {"lr": 1e-3, "max_steps": None}}, seed=3, label="language ace")

@@ -18,9 +18,9 @@ import pytest
 import deftx.cache.locks
 from deftx.cache import Entry, Stage, StageCache, Workspace
 from deftx.cache.locks import is_locked, lock_mode, turn
-from deftx.cache.processes import Process, owner
 from deftx.cache.scratch import claim_in_force, claim_scratch
 from deftx.errors import DeftxError
+from deftx.processes import Process, owner
 
 STAGE = Stage("full", 1, {"a": 1}, label="ace")
 NAME = f"full-{STAGE.key[:16]}"

@@ -62,7 +62,7 @@ def test_the_specification_is_written_and_says_how_to_publish_it(
         (["--study"], "--study: expected one argument"),
         (["--study", "s", "--langage", "ace"], "did you mean '--language'?"),
         (["--study", "s", "--metric", "acuracy"], "it can be macro_f1, accuracy; did you mean 'accuracy'?"),
-        (["--study", "s", "--project", "a/b"], "logger.project is 'a/b'"),
+        (["--study", "s", "--project", "a/b"], "logger.project='a/b'"),
         (["--study", "s", "--out", "/dev/null/x"], "cannot write /dev/null/x: Not a directory"),
         (["--study", "s", "--publish"], "--publish needs --entity TEAM"),
         (["--study", "s", "more"], "unrecognized arguments: more"),

@@ -20,12 +20,23 @@ from scores import SCORES
 
 from deftx.errors import DeftxError
 from deftx.tracking import (
+    CellFacts,
+    DataRead,
     Metric,
+    Provenance,
+    Remark,
     RunRecord,
+    SFTFacts,
+    Term,
     clock_imports,
+    data_read,
+    data_setting,
+    gather_provenances,
     print_results,
     print_steps,
     provenance,
+    provenance_differences,
+    provenance_remark,
     read_result,
     recording,
     results_table,
@@ -96,7 +107,7 @@ def test_result_holds_everything_and_reads_back(tmp_path: Path) -> None:
     path = write_result(tmp_path / "new" / "run", record)
     content = json.loads(path.read_text())
     assert path == tmp_path / "new" / "run" / "result.json"
-    assert content["schema_version"] == 2
+    assert content["schema_version"] == 3
     assert content["status"] == "done"
     assert content["settings"] == {"rank": "energy:0.9", "k": 100, "residual": None, "out": "x", "bad": None}
     assert content["stages"][0]["seconds"] == 0.5
@@ -118,6 +129,71 @@ def test_result_holds_everything_and_reads_back(tmp_path: Path) -> None:
     assert again.metrics == SCORES
     assert (again.study, again.job, again.seed, again.fingerprints) == ("demo", "deftx-0", 3, {"base": "f00d"})
     assert sorted(file.name for file in path.parent.iterdir()) == ["metrics.csv", "result.json"]
+
+
+TERM = Term(
+    kind="task", key="t", method="deftx", rank="4", residual="drop", languages=("ind",), task="nusax", on=("s",)
+)
+
+
+def test_facts_read_back_as_they_were_written(tmp_path: Path) -> None:
+    record = RunRecord(
+        "s",
+        "j",
+        settings={"data.read": data_setting([DataRead(what="train", language="ind", digest="d", path="rows.tsv")])},
+        sfts=[SFTFacts(**vars(TERM), name="task on θ⁰", bytes=7, sha256="f", metrics={"best_score": 0.5})],
+        cells=[CellFacts("ace", "deftx", "", "deftx", "k", (TERM, Term(kind="language", key="l", k=3)))],
+        notes=[Remark("constant_predictions", "one class is predicted throughout", ("ace deftx", "ban deftx"))],
+        provenances=[Provenance({"torch": "2.9"}, 2, "cpu", {"full": 3})],
+    )
+    again = read_result(write_result(tmp_path, record))
+    for name in ("sfts", "cells", "notes", "provenances", "settings"):
+        assert getattr(again, name) == getattr(record, name)
+    assert again.sfts[0].term == again.cells[0].terms[0] == TERM
+    assert again.cells[0].pair == ("t", "l")
+    assert again.notes[0].line == "one class is predicted throughout: ace deftx, ban deftx"
+    (read,) = data_read(again.settings)
+    assert (read.name, read.path, read.hub) == ("train ind", "rows.tsv", None)
+    content = json.loads((tmp_path / "result.json").read_text())
+    assert content["cells"][0]["terms"][0]["on"] == ["s"]
+    assert content["settings"]["data.read"] == {
+        "train ind": {"what": "train", "language": "ind", "digest": "d", "path": "rows.tsv"}
+    }
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"sfts": [{"name": "x"}]},
+        {"cells": [{"language": "ace"}]},
+        {"notes": ["a sentence"]},
+        {"settings": {"data.read": {"train ind": {"path": "x"}}}},
+    ],
+    ids=lambda damage: next(iter(damage)),
+)
+def test_facts_that_are_none_are_refused(tmp_path: Path, damage: dict[str, Any]) -> None:
+    path = write_result(tmp_path, RunRecord("s", "j"))
+    path.write_text(json.dumps(json.loads(path.read_text()) | damage))
+    with pytest.raises(DeftxError, match="not a result of deftx"):
+        read_result(tmp_path)
+
+
+def test_provenances_of_stages_are_gathered_and_told_apart() -> None:
+    def under(torch: str, threads: int, gpu: str | None = None) -> dict[str, Any]:
+        return {"versions": {"torch": torch, "numpy": "2"}, "threads": threads, "gpu": gpu, "python": "3.11"}
+
+    same = gather_provenances([("full", under("2.8", 2)), ("sparse", under("2.8", 2)), ("full", under("2.8", 2))])
+    assert same == [Provenance({"torch": "2.8"}, 2, "cpu", {"full": 2, "sparse": 1})]
+    assert provenance_remark(same) is None
+    apart = gather_provenances([("full", under("2.9", 2)), ("sparse", under("2.8", 2, "H200")), ("eval", {})])
+    assert [item.stages for item in apart] == [{"full": 1}, {"sparse": 1}, {"eval": 1}]
+    assert provenance_differences(apart) == [
+        "torch 2.8 / 2.9",
+        "device H200 / cpu",
+    ]  # what is not known differs from nothing
+    remark = provenance_remark(apart)
+    assert remark is not None
+    assert (remark.kind, remark.about) == ("provenances_differ", ("torch 2.8 / 2.9", "device H200 / cpu"))
 
 
 def test_metrics_csv_has_one_row_for_each_score(tmp_path: Path) -> None:
@@ -170,7 +246,7 @@ def test_a_result_is_replaced_whole(tmp_path: Path) -> None:
     ("content", "text"),
     [
         (None, "cannot read"),
-        ('{"schema_version": 0}', "schema version 0; this deftx reads 1 to 2"),
+        ('{"schema_version": 0}', "schema version 0; this deftx reads 1 to 3"),
         ('{"schema_version": 1}', "not a result"),
         ('{"schema_version": 1, "metrics": [{"x": 1}]}', "not a result"),
         ("[]", "not a result"),
@@ -317,10 +393,11 @@ def test_steps_are_shown_where_a_phase_was_profiled() -> None:
     facts = {"tokens_per_second": 1234.4, "padding": 0.25, "peak_memory": 3 << 29}
     full = {**facts, "profile": {"data": 0.001, "forward": 0.003}}
     text = io.StringIO()
-    sfts = [{"name": "language ace", "metrics": {**facts, "profile": {}, "full": full}}, {"name": "x", "metrics": {}}]
+    profiled = SFTFacts(kind="language", key="a", name="language ace", metrics={**facts, "profile": {}, "full": full})
+    sfts = [profiled, SFTFacts(kind="language", key="x", name="x")]
     print_steps(sfts, console=Console(file=text, width=40))
     assert text.getvalue().splitlines()[1:] == [
-        "language ace, full phase: 4.0 ms (data 25%, forward 75%), 1,234 tokens/s, padding 25%, peak memory 1.50 GiB"
+        "language ace, full phase: 4.0 ms (data 25%, forward 75%), 1,234 tokens/s, padding 25%, peak memory 1.5 GiB"
     ]
     empty = io.StringIO()
     print_steps(sfts[1:], console=Console(file=empty))

@@ -19,7 +19,21 @@ from offline_runs import config, history, of, records, summary
 from scores import SCORES
 
 from deftx.errors import DeftxError
-from deftx.tracking import LoggerSettings, Metric, RunRecord, Tracker, names, read_result, recording, summarise
+from deftx.knobs import problems
+from deftx.tracking import (
+    CellFacts,
+    DataRead,
+    LoggerSettings,
+    Metric,
+    RunRecord,
+    SFTFacts,
+    Tracker,
+    data_setting,
+    names,
+    read_result,
+    recording,
+    summarise,
+)
 from deftx.tracking.artifacts import artifact_name, result_name, sft_name
 
 SETTINGS = {
@@ -45,6 +59,13 @@ MASKS: dict[str, tuple[str, str, str, list[dict[int, float]]]] = {
     "ace lt": ("language", "ltsft", "ace", [{60: 1.0}, {61: 1.0}]),
 }
 PAIRS = [("task", "source"), ("task", "ace"), ("task", "ban"), ("task lt", "ace lt")]
+KEYS = {name: f"key of {number}" for number, name in enumerate(MASKS)}
+CELLS = {
+    "no_language_sft": ("task alone",),
+    "source_sft": ("task", "source"),
+    "ltsft": ("task lt", "ace lt"),
+    "deftx": ("task", "ace"),
+}
 DENOISED = {"task": (0.9, 4), "task alone": (0.1, 1), "source": (0.2, 2), "ace": (0.8, 6), "ban": (0.7, 2)}
 
 
@@ -53,7 +74,7 @@ def diagnostics() -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
     for name, (_, _, _, parameters) in MASKS.items():
         for layer, changes in enumerate(parameters):
-            row = {"what": "sft", "sft": name, "layer": layer, "module": "output.dense", "size": 100}
+            row = {"what": "sft", "key": KEYS[name], "layer": layer, "module": "output.dense", "size": 100}
             row |= {"selected": len(changes), "density": len(changes) / 100}
             if layer == 0 and name in DENOISED:
                 energy, rank = DENOISED[name]
@@ -62,28 +83,45 @@ def diagnostics() -> pd.DataFrame:
     for task, language in PAIRS:
         for layer, (here, there) in enumerate(zip(MASKS[task][3], MASKS[language][3], strict=True)):
             shared = set(here) & set(there)
-            row = {"what": "pair", "sft": task, "other": language, "layer": layer, "overlap": len(shared)}
+            row = {
+                "what": "pair",
+                "key": KEYS[task],
+                "other_key": KEYS[language],
+                "layer": layer,
+                "overlap": len(shared),
+            }
             row["sign_conflicts"] = sum(here[place] * there[place] < 0 for place in shared)
             rows.append(row)
-    columns = ["what", "sft", "other", "layer", "module", "size", "selected", "density", "rank", "energy"]
+    columns = ["what", "key", "other_key", "layer", "module", "size", "selected", "density", "rank", "energy"]
     return pd.DataFrame(rows, columns=[*columns, "singular_values", "overlap", "jaccard", "sign_conflicts"])
 
 
 def record(**changes: Any) -> RunRecord:
     sfts = [
-        {
-            "name": name,
-            "role": role,
-            "method": method,
-            "languages": [language],
-            "k": 4,
-            "bytes": 1000 * number,
-            "sha256": f"{number:064x}",
-        }
-        for number, (name, (role, method, language, _)) in enumerate(MASKS.items())
+        SFTFacts(
+            kind=kind,
+            key=KEYS[name],
+            method=method,
+            languages=(language,),
+            k=4,
+            on=(KEYS["source"],) if name in ("task", "task lt") else (),
+            name=name,
+            bytes=1000 * number,
+            sha256=f"{number:064x}",
+        )
+        for number, (name, (kind, method, language, _)) in enumerate(MASKS.items())
     ]
+    terms = {sft.name: sft.term for sft in sfts}
+    cells = [
+        CellFacts(
+            "ace", condition, "", "ltsft" if condition == "ltsft" else "deftx", "", tuple(terms[n] for n in names)
+        )
+        for condition, names in CELLS.items()
+    ]
+    cells.append(CellFacts("ban", "deftx", "", "deftx", "", (terms["task"], terms["ban"])))
     return replace(
         RunRecord(study="study", job="run-1", settings=SETTINGS, seed=3),
+        cells=cells,
         metrics=SCORES,
         sfts=sfts,
         stages=[{"kind": "sparse", "outcome": "computed"}, *[{"kind": "evaluate", "outcome": "cached"}] * 2],
@@ -97,22 +135,22 @@ def sft_folders(base: Path, made: RunRecord) -> dict[str, Path]:
     """A folder as training leaves it for each SFT of a record."""
     folders = {}
     for sft in made.sfts:
-        folder = base / "sfts" / sft["name"]
+        folder = base / "sfts" / sft.name
         folder.mkdir(parents=True)
-        facts = {name: sft[name] for name in ("method", "languages", "k")} | {"seed": 3, "base_model": "tiny"}
-        facts |= {"rank": 16 if sft["method"] == "deftx" else None, "residual": None}
-        facts |= {"task": "nusax", "trained_on": None} if sft["role"] == "task" else {}
-        (folder / "sft.json").write_text(json.dumps({"metadata": facts, "sha256": sft["sha256"]}))
+        facts = {"method": sft.method, "languages": list(sft.languages), "k": sft.k, "seed": 3, "base_model": "tiny"}
+        facts |= {"rank": 16 if sft.method == "deftx" else None, "residual": None}
+        facts |= {"task": "nusax", "trained_on": None} if sft.kind == "task" else {}
+        (folder / "sft.json").write_text(json.dumps({"metadata": facts, "sha256": sft.sha256}))
         (folder / "sft.safetensors").write_bytes(bytes(100))
-        folders[sft["sha256"]] = folder
+        folders[sft.key] = folder
     return folders
 
 
 def test_settings_are_checked() -> None:
-    LoggerSettings().validate()
-    with pytest.raises(DeftxError, match=r"logger\.wandb is 'ofline'; it can be off.*did you mean 'offline'"):
-        LoggerSettings(wandb="ofline").validate()
-    with pytest.raises(DeftxError, match=r"logger\.project is 'a/b'"):
+    assert not problems(LoggerSettings())
+    with pytest.raises(DeftxError, match=r"logger\.wandb='ofline': must be off, offline.*did you mean 'offline'"):
+        Tracker(LoggerSettings(wandb="ofline"), "x", study="s")
+    with pytest.raises(DeftxError, match=r"logger\.project='a/b': W&B takes"):
         Tracker(LoggerSettings(project="a/b"), "x", study="s")
 
 
@@ -258,14 +296,47 @@ def test_wandb_summary_has_stable_names(offline: dict[str, Any]) -> None:
         ({"metrics": [replace(SCORES[2], split="dev")]}, "score/macro_f1/ace/dev", "score/macro_f1/ace"),
         ({"settings": {**SETTINGS, "method": "ltsft"}}, "score/macro_f1/mean", "energy/mean"),
         ({"sfts": []}, "macro_f1/ace/ltsft", "energy/mean"),
-        ({"job_type": "stage", "metrics": [], "sfts": record().sfts[2:3]}, "energy/language", "energy/task"),
-        ({"job_type": "sft-task", "metrics": [], "sfts": record().sfts[::2]}, "energy/task", "energy/language"),
+        (
+            {"job_type": "stage", "metrics": [], "cells": [], "sfts": record().sfts[2:3]},
+            "energy/language",
+            "energy/task",
+        ),
+        # The source's, which the task SFT is trained on, is an input.
+        (
+            {"job_type": "sft-task", "metrics": [], "cells": [], "sfts": record().sfts[:3:2]},
+            "energy/task",
+            "energy/language",
+        ),
     ],
 )
 def test_summary_of_other_jobs(changes: dict[str, Any], present: str, absent: str) -> None:
     found = summarise(replace(record(), **changes), diagnostics())
     assert present in found
     assert absent not in found
+
+
+def test_a_mixed_method_is_what_its_cells_compose() -> None:
+    """lang.rank=none under method=deftx: the language SFT is trained as LT-SFT's, and yet it is DeFT-X's own."""
+    made = record()
+    made.sfts = [replace(sft, method="ltsft") if sft.name == "ace" else sft for sft in made.sfts]
+    assert summarise(made, diagnostics()) == summarise(record(), diagnostics())
+
+
+def test_settings_that_are_known_late_are_in_the_config(quiet_home: Path, tmp_path: Path) -> None:
+    made = record()
+    with Tracker(LoggerSettings(pictures=False), tmp_path, study="s", config=made.settings) as tracker:
+        read = [DataRead(what="train", language="ind", digest="d1", hub="nusax", revision="c0ffee")]
+        made.settings = {**made.settings, "data.read": data_setting(read)}
+        tracker.finish_run(made)
+    found = records(tmp_path)
+    late = {item.key: json.loads(item.value_json) for record_ in of("config", found) for item in record_.update}
+    assert late == {
+        "data/read/train ind/what": "train",
+        "data/read/train ind/language": "ind",
+        "data/read/train ind/digest": "d1",
+        "data/read/train ind/hub": "nusax",
+        "data/read/train ind/revision": "c0ffee",
+    }
 
 
 def test_wandb_table_has_a_row_for_each_language(offline: dict[str, Any]) -> None:
@@ -332,8 +403,9 @@ def test_lineage_needs_no_large_file_and_one_sft_is_one_version(quiet_home: Path
     }
     for folder, (kind, names_, metrics) in jobs.items():
         made = record(job_type=kind)
-        made.sfts = [sft for sft in made.sfts if sft["name"] in names_]
+        made.sfts = [sft for sft in made.sfts if sft.name in names_]
         made.metrics = list(metrics)
+        made.cells = made.cells if metrics else []
         with Tracker(LoggerSettings(), tmp_path / folder, study="s", job_type=kind) as tracker:
             tracker.finish_run(made, None, sft_folders(tmp_path / folder, made))
         found[folder] = artifacts(records(tmp_path / folder))

@@ -45,8 +45,9 @@ def test_offline_runs_can_be_synced_with_their_lineage(
         ("stage", "stage", ["ace"], []),
     ):
         made = record(job_type=kind)
-        made.sfts = [sft for sft in made.sfts if sft["name"] in sfts]
+        made.sfts = [sft for sft in made.sfts if sft.name in sfts]
         made.metrics = list(metrics)
+        made.cells = made.cells if metrics else []
         tracker = Tracker(LoggerSettings(), tmp_path / name, study="s", job_type=kind, config=SETTINGS, tags=["deftx"])
         with tracker, recording(tmp_path / name, made):
             tracker.finish_run(made, diagnostics(), sft_folders(tmp_path / name, made))

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from deftx.cache.entry import Entry
-from deftx.cache.files import age_text, size_text
 from deftx.cache.maintenance import (
     DAY,
     Filter,
@@ -35,6 +34,7 @@ from deftx.cache.processes import in_use
 from deftx.cache.store import StageCache
 from deftx.cache.verify import DamageError, load, set_aside
 from deftx.errors import DeftxError, did_you_mean
+from deftx.units import size_text, time_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -214,8 +214,8 @@ def _ls(cache: StageCache, options: argparse.Namespace) -> int:
             _plain(entry.label),
             entry.key[:16],
             size_text(entry.size),
-            age_text(now - _created(entry)),
-            age_text(now - last_used(entry)),
+            time_text(now - _created(entry)),
+            time_text(now - last_used(entry)),
             f"{float(entry.manifest['seconds']):.1f}",
         )
     console = _console()
@@ -271,8 +271,8 @@ def _info(cache: StageCache, options: argparse.Namespace) -> int:
         ("stage", f"{entry.kind} {entry.label}".strip()),
         ("key", entry.key),
         ("folder", str(entry.path)),
-        ("created", f"{manifest['created']} ({age_text(now - _created(entry))} ago, {manifest['seconds']} s)"),
-        ("last used", f"{age_text(now - last_used(entry))} ago"),
+        ("created", f"{manifest['created']} ({time_text(now - _created(entry))} ago, {manifest['seconds']} s)"),
+        ("last used", f"{time_text(now - last_used(entry))} ago"),
         ("size", f"{size_text(entry.size)} in {len(manifest['files'])} files"),
         ("version", str(manifest.get("version"))),
         ("seed", str(manifest.get("seed"))),
@@ -373,7 +373,7 @@ def _prune(cache: StageCache, options: argparse.Namespace) -> int:
     for entry in sorted(go, key=lambda item: -item.size):
         if options.dry_run or remove(cache.root, entry):
             gone, freed = gone + 1, freed + entry.size
-            used = age_text(time.time() - last_used(entry)) if options.dry_run else ""
+            used = time_text(time.time() - last_used(entry)) if options.dry_run else ""
             about = f"  used {used} ago" if used else ""
             print(f"{verb}: {entry.kind} {entry.label} [{entry.key[:16]}]  {size_text(entry.size)}{about}")
     for item in rest:

@@ -1,4 +1,4 @@
-"""Contents of files: fingerprints with a memo, and writing that is synced before it shows."""
+"""Contents of files: fingerprints, with a memo of files that have not changed."""
 
 from __future__ import annotations
 
@@ -11,17 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from deftx import atomic
 from deftx.errors import DeftxError
 
 __all__ = [
-    "age_text",
     "file_sha256",
     "fingerprint_files",
     "settled",
-    "size_text",
-    "sync_and_hash",
-    "sync_directory",
-    "write_synced",
 ]
 
 _RACY_NS = 2_000_000_000
@@ -39,6 +35,7 @@ def fingerprint_files(
     *,
     memo: Path | None = None,
     remember: bool = True,
+    known: dict[str, list[Any]] | None = None,
 ) -> str:
     """Return one sha256 for the contents of files, wherever they lie.
 
@@ -49,6 +46,7 @@ def fingerprint_files(
             not, only contents and their order count: moving or renaming a file keeps the fingerprint.
         memo: a JSON file that remembers hashes of unchanged files (path, inode, size, times); may be absent.
         remember: whether new hashes are written into it.
+        known: the same in memory, to be read and added to.
 
     Raises:
         DeftxError: a path does not exist or cannot be read.
@@ -67,24 +65,25 @@ def fingerprint_files(
         named += inside
     if root is not None:
         named = sorted((os.path.relpath(path, root).replace(os.sep, "/"), path) for _, path in named)
-    known = _read_memo(memo)
+    known = {} if known is None else known
+    hashes = {**_read_memo(memo), **known}
     total = hashlib.sha256()
     fresh: dict[str, list[Any]] = {}
     for name, path in named:
         try:
             now, identity, stat = time.time_ns(), os.path.realpath(path), path.stat()
             mark = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
-            digest = known[identity][-1] if known.get(identity, [None])[:-1] == mark else file_sha256(path)
+            digest = hashes[identity][-1] if hashes.get(identity, [None])[:-1] == mark else file_sha256(path)
         except OSError as error:
             raise DeftxError(f"cannot read {path}: {error.strerror}") from error
-        if settled(stat, now) and known.get(identity) != [*mark, digest]:
+        if settled(stat, now) and hashes.get(identity) != [*mark, digest]:
             fresh[identity] = [*mark, digest]
         total.update(json.dumps([name, digest]).encode())
+    known |= fresh
     if memo is not None and fresh and remember:
         # Losing this file costs time only: a cache that cannot be written is not an error here.
         with contextlib.suppress(OSError):
-            memo.parent.mkdir(parents=True, exist_ok=True)
-            write_synced(memo, json.dumps({**_read_memo(memo), **fresh}, indent=0).encode())
+            atomic.write(memo, json.dumps({**_read_memo(memo), **fresh}, indent=0).encode())
     return total.hexdigest()
 
 
@@ -103,49 +102,3 @@ def _read_memo(memo: Path | None) -> dict[str, list[Any]]:
 def settled(stat: os.stat_result, now: int) -> bool:
     """Whether another change would surely show in the time stamps (they tick: git's "racy" entries)."""
     return now - max(stat.st_mtime_ns, stat.st_ctime_ns) > _RACY_NS
-
-
-def sync_and_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_synced(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        # Some network file systems cannot sync a directory; the rename is atomic there all the same.
-        with contextlib.suppress(OSError):
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def size_text(size: float) -> str:
-    """A size for people: ``512 B``, ``3.4 MiB``."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"
-
-
-def age_text(seconds: float) -> str:
-    """A span for people: ``12 s``, ``5 min``, ``7 h``, ``31 d``."""
-    for limit, length, unit in ((120, 1, "s"), (7200, 60, "min"), (172800, 3600, "h")):
-        if seconds < limit:
-            return f"{max(0.0, seconds) / length:.0f} {unit}"
-    return f"{seconds / 86400:.0f} d"

@@ -78,6 +78,8 @@ class Stage:
         inputs: name -> key of another stage, or fingerprint of data.
         seed: the run's seed where the stage draws from it.
         label: for people (logs, listings); not in the key.
+        product: names of the files, or of folders with a slash behind, that are its result; empty for all of them. What
+            else it writes (how long training took) may differ from one computation to the next. Not in the key.
 
     Raises:
         DeftxError: a setting is NaN or infinite.
@@ -91,6 +93,7 @@ class Stage:
     inputs: Mapping[str, str] = field(default_factory=dict)
     seed: int | None = None
     label: str = ""
+    product: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not _KIND.fullmatch(self.kind) or self.kind in RESERVED:

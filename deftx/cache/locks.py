@@ -2,8 +2,8 @@
 
 Two locks of ``filelock`` are held together. The kernel's (``FileLock``) is free the moment its process dies, but may
 not reach over hosts. The lease (``SoftFileLease``) does: a file that its holder renews, and that passes on when it was
-not renewed for :data:`LEASE_SECONDS`. ``DEFTX_LOCK`` (or ``StageCache(lock=...)``) chooses one, or none. A lock that
-the file system refuses is gone without.
+not renewed for :data:`LEASE_SECONDS`. ``DEFTX_LOCK`` (or ``StageCache(lock=...)``) chooses one, or none. Where the file
+system refuses a lock, that lock is left out.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from deftx.cache.processes import LOCKS
 from deftx.cache.scratch import claim_in_force
 from deftx.errors import DeftxError, did_you_mean
+from deftx.units import time_text
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -189,8 +190,8 @@ def _who(root: Path, name: str) -> str:
         since = datetime.fromisoformat(claim.since)
     except ValueError:
         return str(claim.process)
-    minutes = (datetime.now(UTC) - since).total_seconds() / 60
-    return f"{claim.process} (since {since.astimezone():%H:%M:%S}, {max(0.0, minutes):.0f} min)"
+    seconds = (datetime.now(UTC) - since).total_seconds()
+    return f"{claim.process} (since {since.astimezone():%H:%M:%S}, {time_text(seconds)})"
 
 
 class _Watch:

@@ -15,13 +15,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from deftx.atomic import temporary_name
 from deftx.cache.entry import MANIFEST, Entry
 from deftx.cache.keys import RESERVED
 from deftx.cache.locks import is_locked
-from deftx.cache.processes import Process, in_use
-from deftx.cache.scratch import SCRATCH, claim_in_force, forget_claims, leftover_process, temporary_name
+from deftx.cache.processes import in_use
+from deftx.cache.scratch import SCRATCH, claim_in_force, forget_claims
 from deftx.cache.verify import DAMAGED, DamageError, Verifier, entry_folders, load
-from deftx.errors import DeftxError
+from deftx.errors import DeftxError, listed
+from deftx.processes import Process, marked
 
 __all__ = ["Filter", "Residue", "check_all", "find_entry", "last_used", "prunable", "remove", "residues", "size_of"]
 
@@ -48,9 +50,8 @@ def find_entry(entries: Sequence[Entry], text: str) -> Entry:
     if not digits or not found:
         raise DeftxError(f"no entry has a key that starts with {text!r}; deftx cache ls lists all {len(entries)}")
     if len(found) > 1:
-        names = ", ".join(f"{entry.kind}/{entry.key[:16]} ({entry.label})" for entry in found[:8])
-        more = f" and {len(found) - 8} more" if len(found) > 8 else ""
-        raise DeftxError(f"{len(found)} keys start with {text!r}: {names}{more}; give more digits")
+        names = listed([f"{entry.kind}/{entry.key[:16]} ({entry.label})" for entry in found])
+        raise DeftxError(f"{len(found)} keys start with {text!r}: {names}; give more digits")
     return found[0]
 
 
@@ -195,8 +196,8 @@ def residues(root: Path) -> list[Residue]:
     for kind in _children(root):
         if kind.name not in RESERVED and kind.is_dir():
             for path in _children(kind):
-                if path.name.startswith(".") and (process := leftover_process(path.name)):
-                    found.append(_residue(path, "temporary", _alive(process, living)))
+                if path.name.startswith(".") and (named := marked(path.name)):
+                    found.append(_residue(path, "temporary", _alive(named[1], living)))
     return found
 
 
@@ -206,8 +207,8 @@ def _writer(root: Path, path: Path, living: set[Process]) -> Process | None:
     claim = claim_in_force(root, name)
     if claim is not None and claim.folder == path.name and claim.process is not None:
         return None if claim.released else _alive(claim.process, living)
-    process = leftover_process(f".{path.name}")
-    return _alive(process, living) if process else None
+    named = marked(path.name)
+    return _alive(named[1], living) if named else None
 
 
 def _alive(process: Process, living: set[Process]) -> Process | None:

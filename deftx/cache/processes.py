@@ -1,86 +1,28 @@
-"""Who shares a cache: whether another process still lives, and which entries it has in use.
+"""Who uses which entries of a cache.
 
-A process is known by a hash of its host (and process-id namespace), its id and its start time. On the same host it is
-dead when its id is gone or has another start time. Of another host nothing is known but what it renews: each process
-lists the entries it was given in ``locks/<process>.used`` and touches that file every minute, so that pruning leaves
-them alone. All of it is for comfort: a cache that cannot be written is read all the same.
+Of a process of another host (:mod:`deftx.processes`) nothing is known but what it renews: each process lists the
+entries it was given in ``locks/<process>.used`` and touches that file every minute, so that pruning leaves them alone.
+All of it is for comfort: a cache that cannot be written is read all the same.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
-import functools
-import hashlib
 import os
-import platform
 import re
 import threading
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
 
-__all__ = ["LOCKS", "Process", "in_use", "note_use", "owner"]
+from deftx.processes import Process
+
+__all__ = ["LOCKS", "in_use", "note_use"]
 
 LOCKS = "locks"
 _RENEWED_EVERY = 60.0
 _LOST_AFTER = 600.0
 _USED = re.compile(r"([0-9a-f]{8})-(\d+)-(\d+)\.used")
-
-
-@functools.cache
-def owner() -> str:
-    """Eight digits for this boot of this host and process-id namespace, within which a process id means something."""
-    facts = [platform.node()]
-    with contextlib.suppress(OSError):
-        facts.append(str(Path("/proc/self/ns/pid").readlink()))
-    with contextlib.suppress(OSError):
-        facts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii"))
-    return hashlib.sha256(" ".join(facts).encode()).hexdigest()[:8]
-
-
-def _started(pid: int) -> int:
-    """Start time of a process in clock ticks since boot; 0 where the system does not tell."""
-    try:
-        status = Path(f"/proc/{pid}/stat").read_bytes()
-        return int(status[status.rindex(b")") + 1 :].split()[19])
-    except (OSError, ValueError, IndexError):
-        return 0
-
-
-class Process(NamedTuple):
-    """One process that shares the cache."""
-
-    owner: str
-    pid: int
-    start: int
-
-    @classmethod
-    def this(cls) -> Process:
-        """The process that asks."""
-        return cls(owner(), os.getpid(), _started(os.getpid()))
-
-    @property
-    def here(self) -> bool:
-        """Whether it is of this host, so that its death can be proven."""
-        return self.owner == owner()
-
-    @property
-    def dead(self) -> bool:
-        """Whether it is proven dead; of another host nothing is proven."""
-        if not self.here:
-            return False
-        try:
-            os.kill(self.pid, 0)
-        except ProcessLookupError:
-            return True
-        except (PermissionError, OverflowError):
-            pass
-        now = _started(self.pid)
-        return bool(self.start and now and now != self.start)
-
-    def __str__(self) -> str:
-        return f"process {self.pid}" if self.here else f"process {self.pid} on the host {self.owner}"
 
 
 class _Records:

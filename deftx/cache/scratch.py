@@ -18,9 +18,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from deftx.cache.files import write_synced
+from deftx import atomic
 from deftx.cache.keys import Stage
-from deftx.cache.processes import Process, owner
+from deftx.processes import Process, mark
 
 __all__ = [
     "SCRATCH",
@@ -28,9 +28,6 @@ __all__ = [
     "Scratch",
     "claim_in_force",
     "claim_scratch",
-    "leftover_process",
-    "remove_leftovers",
-    "temporary_name",
 ]
 
 SCRATCH = "scratch"
@@ -118,7 +115,7 @@ class Scratch:
             shutil.rmtree(self.path, ignore_errors=True)
         elif not self.lost:
             with contextlib.suppress(OSError):
-                write_synced(self.claim.file, replace(self.claim, released=True).text())
+                atomic.write(self.claim.file, replace(self.claim, released=True).text())
 
     def discard(self) -> None:
         """Remove it after publishing, and whatever earlier attempts left."""
@@ -152,7 +149,7 @@ def claim_scratch(root: Path, stage: Stage, *, locked: bool, leased: bool) -> Sc
             if not (locked if here else leased):
                 break
             # It may still live, and writes by name: its folder gets another name.
-            folder, fenced = f"{name}.{_suffix()}", True
+            folder, fenced = f"{name}.{mark()}", True
         since = datetime.now(UTC).isoformat(timespec="seconds")
         file = root / SCRATCH / f"{name}.claim-{number}"
         claim = Claim(file, number, Process.this(), since, folder, os.urandom(8).hex())
@@ -174,7 +171,7 @@ def claim_scratch(root: Path, stage: Stage, *, locked: bool, leased: bool) -> Sc
             if earlier.number < number:
                 earlier.file.unlink(missing_ok=True)
         return Scratch(path, root, name, claim)
-    path = root / SCRATCH / f"{name}.{_suffix()}"
+    path = root / SCRATCH / f"{name}.{mark()}"
     path.mkdir()
     return Scratch(path, root, name, None)
 
@@ -184,28 +181,3 @@ def forget_claims(root: Path, folder: str) -> None:
     for claim in _claims(root, folder.partition(".")[0]):
         if claim.folder == folder and not (claim.process is not None and claim.process.here and not claim.free):
             claim.file.unlink(missing_ok=True)
-
-
-def _suffix() -> str:
-    return f"{owner()}.{os.getpid()}.{os.urandom(4).hex()}"
-
-
-def temporary_name(folder: Path) -> Path:
-    """A hidden sibling that names the process: seen by no reader, and known as a leftover once that is dead."""
-    return folder.parent / f".{folder.name}.{_suffix()}.tmp"
-
-
-def leftover_process(name: str) -> Process | None:
-    """The process in the name of a temporary folder, or None when the name is not of that form."""
-    parts = name.removeprefix(".").removesuffix(".tmp").split(".")
-    if len(parts) != 4 or not parts[2].isdecimal():
-        return None
-    return Process(parts[1], int(parts[2]), 0)
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove temporary folders of this entry whose process, on this host, is dead."""
-    for path in folder.parent.glob(f".{folder.name}.{owner()}.*.tmp"):
-        process = leftover_process(path.name)
-        if process is not None and process.dead:
-            shutil.rmtree(path, ignore_errors=True)

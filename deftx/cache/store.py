@@ -16,14 +16,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from deftx.cache.entry import FORMAT_VERSION, MANIFEST, Entry, Event, Workspace
-from deftx.cache.files import fingerprint_files, sync_and_hash, sync_directory, write_synced
+from deftx import atomic
+from deftx.cache.entry import FORMAT_VERSION, MANIFEST, Ancestor, Entry, Event, Workspace, product_digest
+from deftx.cache.files import file_sha256, fingerprint_files
 from deftx.cache.keys import Stage, loose
 from deftx.cache.locks import Turn, lock_mode, turn
 from deftx.cache.processes import note_use
-from deftx.cache.scratch import Scratch, claim_scratch, remove_leftovers, temporary_name
-from deftx.cache.verify import DamageError, Verifier, entry_folders, identity, load, set_aside
+from deftx.cache.scratch import Scratch, claim_scratch
+from deftx.cache.verify import DamageError, OutdatedError, Verifier, entry_folders, identity, load, set_aside
 from deftx.errors import DeftxError
+from deftx.units import size_text
 
 __all__ = ["StageCache"]
 
@@ -43,6 +45,7 @@ class StageCache:
         provenance: what the manifests should say about where results come from (versions, threads, machine
             kind); a function is asked once, when something is first about to be computed, so that a run that
             finds everything here need not load what it takes to answer.
+        remember: whether digests of files are noted in the cache; a dry run, which writes nothing, says no.
         lock: ``auto``, ``file``, ``soft`` or ``none`` (:mod:`deftx.cache.locks`); None asks ``DEFTX_LOCK``.
 
     Raises:
@@ -57,6 +60,7 @@ class StageCache:
         root: str | os.PathLike[str],
         *,
         provenance: Mapping[str, Any] | Callable[[], Mapping[str, Any]] | None = None,
+        remember: bool = True,
         lock: str | None = None,
     ) -> None:
         self.root = Path(root).expanduser().absolute()
@@ -64,6 +68,8 @@ class StageCache:
         self.events: list[Event] = []
         self._inner_seconds = 0.0  # spent by stages that the one being computed asked for
         self._verifier = Verifier()
+        self._remember = remember
+        self._digests: dict[str, list[Any]] = {}
         self._lock = lock_mode(lock)
 
     @property
@@ -83,18 +89,19 @@ class StageCache:
 
     def has(self, stage: Stage) -> bool:
         """Whether a result is there, without reading it (for dry runs)."""
-        return (self._folder(stage) / MANIFEST).is_file()
+        return (self.folder(stage) / MANIFEST).is_file()
 
     def find(self, stage: Stage) -> Entry | None:
         """Return the stage's result after verifying manifest and checksums, or None.
 
-        A damaged entry is moved to ``damaged/`` with a warning, and None is returned. Files of an entry are
-        hashed once per process as long as their size and times stay the same.
+        A damaged entry is moved to ``damaged/`` with a warning, and None is returned; so is one that was made from a
+        result which has other bits by now. Files of an entry are hashed once per process as long as their size and
+        times stay the same.
 
         Raises:
             DeftxError: the entry cannot be read, cannot be set aside, or was written by a newer format.
         """
-        folder = self._folder(stage)
+        folder = self.folder(stage)
         if not os.path.lexists(folder):
             return None
         note_use(self.root, folder)  # before it is read, so that nothing prunes it meanwhile
@@ -105,11 +112,13 @@ class StageCache:
                 if entry.key != stage.key:
                     raise DamageError(f"it belongs to the key {entry.key}")
                 self._verifier.check(entry)
+                if (outdated := self._outdated(entry)) is not None:
+                    raise OutdatedError(outdated)
             except DamageError as damage:
                 if seen is None:
                     return None  # pruned, or set aside by another process
                 if seen == identity(folder):
-                    set_aside(self.root, folder, str(damage), seen)
+                    set_aside(self.root, folder, damage, seen)
                     return None
                 continue  # it was pruned, and perhaps published anew, while we read
             break
@@ -120,10 +129,40 @@ class StageCache:
     def peek(self, stage: Stage) -> Entry | None:
         """Return the stage's result by its manifest alone, files not verified; None where there is no sound one."""
         try:
-            entry = load(self._folder(stage))
+            entry = load(self.folder(stage))
         except DamageError:
             return None
-        return entry if entry.key == stage.key else None
+        return entry if entry.key == stage.key and self._outdated(entry) is None else None
+
+    def _outdated(self, entry: Entry) -> str | None:
+        """Why an entry must not be used although it is intact: something it was made from has other bits by now."""
+        for ancestor in entry.ancestors:
+            try:
+                now = load(self.root / ancestor.kind / ancestor.key[:16])
+            except (DamageError, DeftxError):
+                continue  # pruned: what was made from it is still what it was
+            if now.key == ancestor.key and now.digest != ancestor.digest:
+                return f"{now.kind} {now.label}, which it was made from, was made again with other bits"
+        return None
+
+    def agree(self, inputs: Mapping[str, Entry]) -> bool:
+        """Whether results may be read together; if not, the older of two that contradict each other is set aside.
+
+        Two results contradict each other when they were made from different bits of a third one, which has been pruned
+        since then.
+        """
+        seen: dict[str, tuple[str, Entry]] = {}
+        for entry in inputs.values():
+            for ancestor in entry.lineage:
+                digest, other = seen.setdefault(ancestor.key, (ancestor.digest, entry))
+                if digest != ancestor.digest:
+                    older = min(entry, other, key=lambda item: str(item.manifest["created"]))
+                    reason = (
+                        f"it was made from another result of {ancestor.kind} [{ancestor.key[:8]}] than what it meets"
+                    )
+                    set_aside(self.root, older.path, OutdatedError(reason))
+                    return False
+        return True
 
     def verify(self, entry: Entry) -> str | None:
         """Return why an entry is damaged, or None when every file has its size and sha256; moves nothing."""
@@ -146,7 +185,8 @@ class StageCache:
 
     def fingerprint(self, paths: Sequence[str | os.PathLike[str]], root: str | os.PathLike[str] | None = None) -> str:
         """Return :func:`fingerprint_files` with this cache's memo, so that unchanged files are read once."""
-        return fingerprint_files(paths, root, memo=self.root / FINGERPRINTS)
+        memo = self.root / FINGERPRINTS
+        return fingerprint_files(paths, root, memo=memo, remember=self._remember, known=self._digests)
 
     def get_or_compute(
         self,
@@ -192,7 +232,8 @@ class StageCache:
 
     # ---------------------------------------------------------------------------------------------- computing
 
-    def _folder(self, stage: Stage) -> Path:
+    def folder(self, stage: Stage) -> Path:
+        """Where the stage's result is, or will be."""
         return self.root / stage.kind / stage.key[:16]
 
     def _turn(self, stage: Stage) -> contextlib.AbstractContextManager[Turn[Entry]]:
@@ -209,19 +250,19 @@ class StageCache:
         self, stage: Stage, compute: Callable[[Workspace], None], provenance: Mapping[str, Any], taken: Turn[Entry]
     ) -> Entry | None:
         """Compute and publish; None when another process took over from us, whose result is to be waited for."""
-        folder = self._folder(stage)
-        out = temporary_name(folder)
+        folder = self.folder(stage)
+        out = atomic.temporary_name(folder)
         scratch: Scratch | None = None
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            remove_leftovers(folder)
+            atomic.remove_leftovers(folder)
             note_use(self.root, folder)
             scratch = claim_scratch(self.root, stage, locked=taken.locked, leased=taken.leased)
             out.mkdir()
             workspace = Workspace(out, scratch.path)
-            started = time.perf_counter()
+            started, inner = time.perf_counter(), self._inner_seconds
             compute(workspace)
-            seconds = time.perf_counter() - started
+            seconds = time.perf_counter() - started - (self._inner_seconds - inner)  # of this stage alone
             entry = self._publish(stage, workspace, seconds, provenance)
         except BaseException as error:
             problem = self._explain(error)
@@ -245,17 +286,14 @@ class StageCache:
         return entry
 
     def _publish(self, stage: Stage, workspace: Workspace, seconds: float, provenance: Mapping[str, Any]) -> Entry:
-        folder, out = self._folder(stage), workspace.out
+        folder, out = self.folder(stage), workspace.out
         files: dict[str, dict[str, Any]] = {}
-        directories = [out]
         for path in sorted(out.rglob("*")):
             name = path.relative_to(out).as_posix()
             if path.is_symlink() or name == MANIFEST:
                 raise ValueError(f"{stage} wrote {name}: links and {MANIFEST} cannot be published")
-            if path.is_dir():
-                directories.append(path)
-            else:
-                files[name] = {"size": path.stat().st_size, "sha256": sync_and_hash(path)}
+            if not path.is_dir():
+                files[name] = {"size": path.stat().st_size, "sha256": file_sha256(path)}
         if not files:
             raise ValueError(f"{stage} wrote no file")
         manifest = {
@@ -267,18 +305,18 @@ class StageCache:
             "settings": stage.settings,
             "inputs": stage.inputs,
             "seed": stage.seed,
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "created": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "seconds": round(seconds, 3),
             "provenance": loose(provenance),
             "notes": loose(workspace.notes),
+            "digest": product_digest(files, stage.product),
+            **_ancestry(workspace.inputs),
             "files": files,
         }
-        write_synced(out / MANIFEST, json.dumps(manifest, indent=1).encode())
-        for directory in reversed(directories):
-            sync_directory(directory)
+        (out / MANIFEST).write_bytes(json.dumps(manifest, indent=1).encode())
         for _ in range(3):
             try:
-                out.rename(folder)
+                atomic.publish(out, folder)
             except OSError as error:
                 if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                     raise
@@ -289,7 +327,6 @@ class StageCache:
                     log.warning("%s was computed twice with different bytes; the first result stays", stage)
                 shutil.rmtree(out, ignore_errors=True)
                 return existing
-            sync_directory(folder.parent)
             return Entry(folder, manifest)
         raise DeftxError(f"cannot publish {stage}: {folder} is damaged again and again; check the disk")
 
@@ -308,12 +345,24 @@ class StageCache:
             reason = os.strerror(errno.ENOSPC)
         if reason is None:
             return None
-        free = _free_bytes(self.root) / 2**30
         return DeftxError(
-            f"cannot write to the stage cache {self.root}: {reason} ({free:.1f} GiB free). "
+            f"cannot write to the stage cache {self.root}: {reason} ({size_text(_free_bytes(self.root))} free). "
             "Nothing half-written was kept. Make room or permission there, or choose another folder for the "
             "cache, and run the command again."
         )
+
+
+def _ancestry(inputs: Mapping[str, Entry]) -> dict[str, Any]:
+    """What a manifest says of the results behind it; equal provenances, which are the rule, stand there once."""
+    known: dict[str, Ancestor] = {}
+    for entry in inputs.values():
+        known |= {item.key: item for item in entry.lineage}
+    provenances: list[Mapping[str, Any]] = []
+    for item in known.values():
+        if item.provenance not in provenances:
+            provenances.append(item.provenance)
+    told = [item._asdict() | {"provenance": provenances.index(item.provenance)} for item in known.values()]
+    return {"ancestors": sorted(told, key=lambda item: (item["kind"], item["key"])), "provenances": provenances}
 
 
 def _contains(name: Any, root: Path) -> bool:

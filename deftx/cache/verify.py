@@ -17,7 +17,7 @@ from deftx.cache.files import file_sha256, settled
 from deftx.cache.keys import RESERVED
 from deftx.errors import DeftxError
 
-__all__ = ["DAMAGED", "DamageError", "Verifier", "entry_folders", "identity", "load", "set_aside"]
+__all__ = ["DAMAGED", "DamageError", "OutdatedError", "Verifier", "entry_folders", "identity", "load", "set_aside"]
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +26,19 @@ _KEY = re.compile("[0-9a-f]{16}")
 
 
 class DamageError(Exception):
-    """An entry is not what its manifest says; the text is the reason."""
+    """An entry cannot be used; the text is the reason.
+
+    Attributes:
+        what: What that makes of it: it is not what its manifest says.
+    """
+
+    what = "damaged"
+
+
+class OutdatedError(DamageError):
+    """An entry is intact, but what it was made from has other bits by now."""
+
+    what = "outdated"
 
 
 def entry_folders(root: Path) -> Iterator[Path]:
@@ -57,6 +69,9 @@ def load(folder: Path) -> Entry:
         entry = Entry(folder, manifest)
         sound = all(isinstance(text, str) for text in (manifest["key"], manifest["kind"], manifest["label"]))
         sound &= isinstance(manifest["notes"], dict) and isinstance(entry.size, int)
+        for item in entry.lineage:
+            sound &= isinstance(item.key, str) and isinstance(item.digest, str) and isinstance(item.provenance, dict)
+            sound &= isinstance(item.provenance.get("versions", {}), dict)
         for name, record in manifest["files"].items():
             sound &= isinstance(record["sha256"], str) and ".." not in Path(name).parts
             sound &= not Path(name).is_absolute()
@@ -109,18 +124,21 @@ def identity(folder: Path) -> tuple[int, int, int] | None:
     return stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns
 
 
-def set_aside(root: Path, folder: Path, reason: str, judged: tuple[int, int, int] | None = None) -> Path | None:
-    """Move a damaged entry to ``damaged/`` with a warning; None when it has gone meanwhile.
+def set_aside(
+    root: Path, folder: Path, reason: str | DamageError, judged: tuple[int, int, int] | None = None
+) -> Path | None:
+    """Move an entry that cannot be used to ``damaged/`` with a warning; None when it has gone meanwhile.
 
     Args:
         root: the cache's folder.
         folder: the entry.
-        reason: why it is damaged.
-        judged: its :func:`identity` when it was found damaged; another entry in its place is left there.
+        reason: why; a text means that it is damaged.
+        judged: its :func:`identity` when that was found; another entry in its place is left there.
 
     Raises:
         DeftxError: it cannot be moved.
     """
+    what = reason.what if isinstance(reason, DamageError) else DamageError.what
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
     place = root / DAMAGED / f"{folder.parent.name}-{folder.name}-{stamp}-{os.urandom(2).hex()}"
     try:
@@ -135,7 +153,7 @@ def set_aside(root: Path, folder: Path, reason: str, judged: tuple[int, int, int
         return None
     except OSError as error:
         raise DeftxError(
-            f"the cache entry {folder} is damaged ({reason}) and cannot be moved aside: {error.strerror}"
+            f"the cache entry {folder} is {what} ({reason}) and cannot be moved aside: {error.strerror}"
         ) from error
-    log.warning("the cache entry %s is damaged (%s); it was set aside as %s", folder, reason, place)
+    log.warning("the cache entry %s is %s (%s); it was set aside as %s", folder, what, reason, place)
     return place

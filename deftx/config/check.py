@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
 
 from hydra import compose
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
@@ -16,14 +15,20 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from deftx.config.commands import unread
-from deftx.config.session import group_options, unknown
+from deftx.config.compose import Composer, is_group, is_hydra
+from deftx.config.resolve import resolve_command
+from deftx.config.session import group_options, typed, unknown
 from deftx.errors import DeftxError, did_you_mean
+from deftx.knobs import Knob, declared, problems
+from deftx.settings import KNOBS, RunConfig
+from deftx.stages.settings import StudySettings
 
 # OmegaConf asserts where an override goes below a null (model.pretrain.steps=9 with model=local).
 COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, AssertionError, ValueError, YAMLError)
 # Keys that take several values in one run.
 LISTS = ("language", "compare", "controls")
+# Groups of which a run has one.
+ONE = ("method", "model", "task")
 # Groups without a node of their own in the configuration.
 GROUPS = ("experiment", "ablate")
 # Hydra's own ways to run a sweep, and its settings that concern the sweep rather than a job.
@@ -31,81 +36,182 @@ _NOT_OURS = ("hydra/launcher", "hydra/sweeper", "hydra.launcher", "hydra.sweep.s
 _OF_SWEEPS = ("hydra.sweep", "hydra.mode")
 
 
-@dataclass
+@dataclass(frozen=True)
+class Job:
+    """A job that passed.
+
+    Attributes:
+        overrides: All of its overrides.
+        config: What they compose.
+        study: What that resolves to.
+    """
+
+    overrides: list[str]
+    config: RunConfig
+    study: StudySettings
+
+
+@dataclass(frozen=True)
 class Command:
     """A command that passed: what Hydra is asked to run.
 
     Attributes:
         multirun: Whether it is a sweep.
-        configs: The composed configuration of each job; one unless it is a sweep.
-        overrides: The overrides of each job.
+        jobs: One unless it is a sweep.
         folder: Where a sweep lands.
     """
 
     multirun: bool
-    configs: list[DictConfig]
-    overrides: list[list[str]]
+    jobs: list[Job]
     folder: str = ""
 
 
+JobCheck = Callable[[Job, bool], list[str]]
+"""Gives what else is wrong with a job whose values are right, and is told whether it is one of a sweep."""
+
+
 def check_command(
-    name: str, overrides: Sequence[str], *, multirun: bool, validate: Callable[[DictConfig], list[str]]
+    name: str, overrides: Sequence[str], *, multirun: bool, look: JobCheck = lambda job, multirun: []
 ) -> Command:
-    """Compose and validate every job of a command, or say everything that is wrong with it.
+    """Compose, resolve and check every job of a command, or say everything that is wrong with it.
 
     Call it inside :func:`deftx.config.session.hydra_session`.
 
     Args:
-        name: Primary configuration.
+        name: The command, which is its primary configuration's name, too.
         overrides: As on the command line.
         multirun: Whether a sweep was asked for; an experiment may ask for one itself.
-        validate: Gives what is wrong with one composed job; empty when nothing is.
+        look: Looks at what the settings of each job name: folders, files, shapes.
 
     Raises:
-        DeftxError: One message with every problem: unknown groups, options and keys, values of the wrong type, a sweep
-            without ``-m``, and whatever ``validate`` finds.
+        DeftxError: One message with every problem: unknown groups, options and keys, values of the wrong type or out of
+            their range, a sweep without ``-m``, and whatever ``look`` finds.
     """
-    parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
-    problems: list[str] = []
+    passed: list[Job] = []
+
+    def check(config: DictConfig, overrides: list[str], multirun: bool) -> list[str]:
+        settings = typed(config)
+        found = [] if not any(text.startswith("+") for text in overrides) else _added(settings, name)
+        study, more = resolve_command(name, settings)
+        if study is None or found:
+            return found + more
+        passed.append(Job(overrides, settings, study))
+        return look(passed[-1], multirun)
+
+    multirun, folder = _each_job(name, overrides, multirun, check)
+    return Command(multirun, passed, folder)
+
+
+def first_configuration(name: str, overrides: Sequence[str], *, multirun: bool) -> DictConfig:
+    """The configuration of a command's first job, composed but not resolved.
+
+    Raises:
+        DeftxError: One message with everything that does not compose.
+    """
+    found: list[DictConfig] = []
+
+    def keep(config: DictConfig, *_: object) -> list[str]:
+        found.append(config)
+        return []
+
+    _each_job(name, overrides, multirun, keep)
+    return found[0]
+
+
+def check_search(name: str, overrides: Sequence[str], command: Command, look: JobCheck) -> None:
+    """Check every value that a search may propose, before its first trial.
+
+    Args:
+        name: The command.
+        overrides: As on the command line.
+        command: What they gave, a search.
+        look: As for :func:`check_command`.
+
+    Raises:
+        DeftxError: One message with every problem.
+    """
+    settings, top = command.jobs[0].config.search, declared(RunConfig)
+    found = problems(settings, "search.") + [
+        f"search.space.{knob}: it says what is studied or how it runs: no knob of the method"
+        for knob in settings.space
+        if knob in ("task", "experiment") or knob.startswith("hydra") or top.get(knob.split(".")[0], Knob()).fixed
+    ]
+    if len(command.jobs) > 1:
+        found.append("a search proposes its own values: it cannot be swept; give search.space.KNOB=[...] instead")
+    for proposal in settings.examples() if not found else []:
+        try:
+            check_command(name, [*overrides, *proposal], multirun=True, look=look)
+        except DeftxError as error:
+            found += str(error).splitlines()
+    if found:
+        raise DeftxError("\n".join(dict.fromkeys(found)))
+
+
+# ------------------------------------------------------------------------------------------------------ composing
+
+ConfigCheck = Callable[[DictConfig, list[str], bool], list[str]]
+"""Gives what is wrong with a composed job, from its configuration, its overrides and whether it is one of a sweep."""
+
+
+def _each_job(name: str, overrides: Sequence[str], multirun: bool, check: ConfigCheck) -> tuple[bool, str]:
+    """Compose each job of a command and check it; whether they are a sweep, and where that lands.
+
+    Raises:
+        DeftxError: One message with every problem.
+    """
+    composer = Composer(name)
+    found: list[str] = []
     parsed: list[Override] = []
     for text in overrides:
         try:
-            parsed += parser.parse_overrides([text])
+            parsed.append(composer.parse(text))
         except (OverrideParseException, HydraException):
             quoted = (
                 ", values with spaces, commas or other letters in inner quotes: key='\"value\"'" if "=" in text else ""
             )
-            problems.append(f"{text!r} is no override; write key=value{quoted}")
-    problems += [
+            found.append(f"{text!r} is no override; write key=value{quoted}")
+    found += [
         f"{item.input_line}: deftx starts the jobs of a sweep itself; choose launcher=basic, joblib, slurm, ..."
         for item in parsed
         if item.key_or_group.startswith(_NOT_OURS)
     ]
-    problems += [text for item in parsed for text in _group_problems(item)]
+    found += [text for item in parsed for text in _group_problems(item)]
     swept = [item.key_or_group for item in parsed if item.is_sweep_override()]
-    problems += [f"{key} is swept twice: give all of its values at once" for key in swept if swept.count(key) > 1]
-    problems += unread(name, [item.key_or_group for item in parsed])
-    if not problems:
+    found += [f"{key} is swept twice: give all of its values at once" for key in swept if swept.count(key) > 1]
+    found += _unread(name, [item.key_or_group for item in parsed])
+    if not found:
         try:
-            command = _composed(name, parsed, parser, multirun)
-            problems = [text for config in command.configs for text in validate(config)]
-            if not problems:
-                return command
+            sweep, jobs, folder = _jobs(parsed, composer, multirun)
+            found = [text for config, texts in jobs for text in check(config, texts, sweep)]
+            if not found:
+                return sweep, folder
         except COMPOSE_ERRORS as error:
-            problems = _override_problems(name, parsed, parser, validate) or [_first_line(error)]
+            found = _override_problems(parsed, composer, check, multirun) or [_first_line(error)]
     else:
-        problems += _override_problems(name, parsed, parser, validate)
-    raise DeftxError("\n".join(dict.fromkeys(problems)))
+        found += _override_problems(parsed, composer, check, multirun)
+    raise DeftxError("\n".join(dict.fromkeys(found)))
 
 
-def _composed(name: str, items: Sequence[Override], parser: OverridesParser, multirun: bool) -> Command:
-    """The configuration of each job, and whether Hydra's sweeper runs them.
+def _unread(name: str, keys: Sequence[str]) -> list[str]:
+    """One message for each key of overrides that a command would ignore."""
+    found, top = [], declared(RunConfig)
+    for key in keys:
+        facts = top.get(key.split(".")[0].split("@")[0])
+        if facts is not None and name not in facts.commands:
+            found.append(f"{key} is not read by deftx {name}; it belongs to deftx {', '.join(facts.commands)}")
+    return found
+
+
+def _jobs(
+    items: Sequence[Override], composer: Composer, multirun: bool
+) -> tuple[bool, Iterator[tuple[DictConfig, list[str]]], str]:
+    """Whether Hydra's sweeper runs the jobs, the configuration and all overrides of each, and where a sweep lands.
 
     Raises:
         DeftxError: Values to sweep over without a sweep.
     """
     single = [item for item in items if not item.is_sweep_override()]
-    base = compose(name, overrides=_lines(single), return_hydra_config=True)
+    base = compose(composer.name, overrides=_lines(single), return_hydra_config=True)
     # A search is many jobs, too, though it has one set of overrides to begin with.
     multirun = multirun or base.hydra.mode == RunMode.MULTIRUN or bool(base.search.space)
     if not multirun:
@@ -120,26 +226,34 @@ def _composed(name: str, items: Sequence[Override], parser: OverridesParser, mul
             )
         with open_dict(base):
             del base["hydra"]
-        return Command(False, [base], [_lines(single)])
+        return False, iter([(base, _lines(single))]), ""
     # What is given on the command line stands in place of the experiment's own grid, key by key.
     given = {item.key_or_group for item in items}
     params = {key: value for key, value in (base.hydra.sweeper.get("params") or {}).items() if key not in given}
-    every = parser.parse_overrides([f"{key}={value}" for key, value in params.items()]) + list(items)
+    every = [composer.parse(f"{key}={value}") for key, value in params.items()] + list(items)
     wrong = [text for item in every for text in _group_problems(item)]
     if wrong:
         raise DeftxError("\n".join(wrong))
-    jobs = BasicSweeper.split_arguments([item for item in every if not _is_hydra(item)], None)[0]
+    jobs = BasicSweeper.split_arguments([item for item in every if not is_hydra(item)], None)[0]
     jobs = [list(job) for job in dict.fromkeys(map(tuple, jobs))]  # rank=2,2 is one job
     if not jobs:
         swept = [item.input_line or "" for item in every if item.is_sweep_override()]
         raise DeftxError(f"{', '.join(swept)}: no value, so the sweep has no jobs; write key=a,b,c")
-    kept = [item.input_line or "" for item in items if _is_hydra(item) and not item.key_or_group.startswith(_OF_SWEEPS)]
-    return Command(
-        True,
-        [compose(name, overrides=job) for job in jobs],
-        [[*job, *kept] for job in jobs],
-        str(base.hydra.sweep.dir),
-    )
+    kept = [item.input_line or "" for item in items if is_hydra(item) and not item.key_or_group.startswith(_OF_SWEEPS)]
+    return True, ((composer(job), [*job, *kept]) for job in jobs), str(base.hydra.sweep.dir)
+
+
+def _added(settings: Any, name: str, prefix: str = "") -> list[str]:
+    """One message for each key that was added where nothing reads it; Hydra takes ``+key=value`` anywhere."""
+    found = []
+    known = {item.name for item in fields(settings)}
+    for key, value in vars(settings).items():
+        if key not in known:
+            full = prefix + key
+            found.append(f"unknown key {full!r}{did_you_mean(full, KNOBS)}; `deftx {name} --help` lists the knobs")
+        elif is_dataclass(value):
+            found += _added(value, name, f"{prefix}{key}.")
+    return found
 
 
 def _lines(items: Sequence[Override]) -> list[str]:
@@ -156,61 +270,53 @@ def _values(item: Override) -> list[str]:
     return [part.strip() for text in texts for part in text.strip("[]").split(",")]
 
 
-def _is_group(item: Override) -> bool:
-    return bool(group_options(item.key_or_group)) and not item.key_or_group.startswith("hydra")
-
-
-def _is_hydra(item: Override) -> bool:
-    return item.key_or_group.split(".")[0].split("/")[0] == "hydra"
-
-
 def _group_problems(item: Override) -> list[str]:
-    if not _is_group(item):
+    if not is_group(item):
         return []
     options = group_options(item.key_or_group)
+    group, values = item.key_or_group, _values(item)
+    if group in ONE and len(values) > 1 and not item.is_sweep_override():
+        beside = f", compare=[{','.join(values[1:])}] evaluates it beside {values[0]}" if group == "method" else ""
+        return [f"{item.input_line}: a run has one {group}; -m {group}={','.join(values)} runs each{beside}"]
     return [
-        unknown(item.key_or_group, value, options)
-        for value in _values(item)
-        if value not in options and value not in ("null", "None", "")
+        unknown(group, value, options) for value in values if value not in options and value not in ("null", "None", "")
     ]
 
 
-def _override_problems(
-    name: str, items: Sequence[Override], parser: OverridesParser, validate: Callable[[DictConfig], list[str]]
-) -> list[str]:
+def _override_problems(items: Sequence[Override], composer: Composer, check: ConfigCheck, multirun: bool) -> list[str]:
     """Try each override by itself on top of the valid groups, to name every one that does not fit.
 
-    Those that fit are then validated together, so that a misspelt key does not hide a rank of 0.
+    Those that fit are then checked together, so that a misspelt key does not hide a rank of 0.
     """
-    chosen = [_each(item)[0] for item in items if _is_group(item) and not _group_problems(item)]
+    chosen = [_each(item)[0] for item in items if is_group(item) and not _group_problems(item)]
     try:
-        config = compose(name, overrides=chosen)
+        config = composer(chosen)
     except COMPOSE_ERRORS as error:
         return [_first_line(error)]
     keys = set(_keys(OmegaConf.to_container(config)))
-    problems: list[str] = []
+    found: list[str] = []
     for item in items:
         key = item.key_or_group
-        if _is_group(item) or key.startswith("hydra"):
+        if is_group(item) or key.startswith("hydra"):
             continue
         ordinary = not item.is_add() and not item.is_force_add() and not item.is_delete()
         if ordinary and key not in keys:
             close = did_you_mean(key, [*sorted(keys), *GROUPS])
-            problems.append(f"unknown key {key!r}{close}; `deftx {name} --help` lists the knobs")
+            found.append(f"unknown key {key!r}{close}; `deftx {composer.name} --help` lists the knobs")
             continue
         for text in _each(item):
             try:
-                if ordinary:  # as Hydra merges it, without composing everything again
-                    OmegaConf.update(config, key, parser.parse_override(text).value(), merge=True)
+                if ordinary:
+                    OmegaConf.update(config, key, composer.parse(text).value(), merge=True)
                 else:
-                    compose(name, overrides=[*chosen, text])
+                    composer([*chosen, text])
             except COMPOSE_ERRORS as error:
-                problems.append(f"{text}: {_first_line(error.__cause__ or error)}")
+                found.append(f"{text}: {_first_line(error.__cause__ or error)}")
     try:
-        problems += validate(config)
+        found += check(config, [], multirun)
     except COMPOSE_ERRORS as error:
-        problems.append(_first_line(error))
-    return problems
+        found.append(_first_line(error))
+    return found
 
 
 def _each(item: Override) -> list[str]:

@@ -1,204 +1,160 @@
-"""From a composed configuration to plain settings, with every problem of it found.
+"""From composed settings to those of a study, with every problem of them found.
 
-Precedence of the mask size: the SFT's own knob, then the top knob, then the sparsity group. Knobs that the method
-ignores become ``None``.
+Precedence of the mask size: the SFT's own knob, then the top knob, then the sparsity group.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from deftx.config.schema import RunConfig, SFTConfig, SizeConfig
-from deftx.config.search import SearchSettings
-from deftx.config.session import language_settings, plain, unknown
-from deftx.core.settings import VALUE_DTYPES, RankPolicy, ResidualPolicy
-from deftx.data.settings import CorpusSettings, DataSettings, LanguageSettings
-from deftx.data.synthetic import SyntheticSettings
+from deftx.config.session import language_settings, typed, unknown
+from deftx.core.settings import RankPolicy, ResidualPolicy
+from deftx.data.settings import LanguageSettings
 from deftx.errors import DeftxError, collected
-from deftx.launch.settings import LauncherSettings
-from deftx.stages.parts import check_parts
-from deftx.stages.settings import CONTROLS, MASKS, METHODS, ModelSettings, SFTSettings, StudySettings
-from deftx.tracking import LoggerSettings
-from deftx.training.settings import TrainerSettings, TrainingSettings
+from deftx.knobs import declared, problems
+from deftx.methods import METHODS
+from deftx.methods.settings import SFTKnobs, SizeKnobs
+from deftx.settings import RunConfig
+from deftx.stages.settings import SFTSettings, StudySettings
+
+if TYPE_CHECKING:
+    from deftx.data.labelled import TaskSpec
 
 
-def _size(own: SFTConfig, cfg: RunConfig, default: SizeConfig, *, moved: bool) -> tuple[int | None, float | None]:
-    """K or density by precedence: the SFT's own, then the top knob, then the sparsity group."""
-    levels = [(own.k, own.density)]
-    if moved:
-        levels.append((cfg.k, cfg.density))
-    levels.append((default.k, default.density))
-    return next((pair for pair in levels if pair != (None, None)), (None, None))
-
-
-def _sft(name: str, own: SFTConfig, cfg: RunConfig, default: SizeConfig, problems: list[str]) -> SFTSettings | None:
-    """Resolve one kind of SFT, appending what is wrong with it to ``problems``."""
-    before = len(problems)
-    rank = residual = None
-    with collected(problems):
-        policy = RankPolicy.parse(own.rank)
-        rank = None if policy.kind == "none" else str(policy)
-    with collected(problems):
-        residual = str(ResidualPolicy.parse(own.residual))
-    for level, pair in ((name, (own.k, own.density)), ("", (cfg.k, cfg.density))):
-        prefix = f"{level}." if level else ""
-        if None not in pair:
-            problems.append(f"{prefix}k={pair[0]} and {prefix}density={pair[1]}: give one of the two, the other null")
-    k, density = _size(own, cfg, default, moved=name != "source")
-    if k is None and density is None:
-        problems.append(f"no mask size for {name}: set k, density or the sparsity group")
-    if k is not None and k < 1:
-        problems.append(f"{name}: k={k}: K must be at least 1")
-    if density is not None and not 0 < density <= 1:
-        problems.append(f"{name}: density={density}: must lie in (0, 1]")
-    if own.value_dtype not in VALUE_DTYPES:
-        problems.append(f"{name}: {unknown('value_dtype', own.value_dtype, VALUE_DTYPES)}")
-    mask, second_phase = (cfg.mask, cfg.second_phase) if name != "source" else (MASKS[0], True)
-    if mask not in MASKS:
-        problems.append(f"{name}: {unknown('mask', mask, MASKS)}")
-    if mask == "random" and second_phase:
-        rank = None  # nothing of the full phase is looked at
-    training = plain(own.training, TrainingSettings)
-    problems.extend(f"{name}.training.{text}" for text in training.problems())
-    if len(problems) > before:
-        return None
-    return SFTSettings(
-        rank=rank,
-        residual=None if rank is None else residual,
-        k=k,
-        density=density,
-        exclude=() if rank is None else tuple(sorted(own.exclude)),
-        value_dtype=own.value_dtype,
-        training=training,
-        mask=mask,
-        second_phase=second_phase,
-    )
-
-
-def study_settings(cfg: DictConfig, command: str = "run") -> StudySettings:
-    """Resolve a composed configuration.
+def study_settings(config: RunConfig | DictConfig, command: str = "run") -> StudySettings:
+    """The study that a composed configuration asks for.
 
     Raises:
         DeftxError: One message with every problem found.
     """
-    settings, problems = resolve(cfg, command)
-    if problems or settings is None:
-        raise DeftxError("\n".join(problems))
+    settings, found = resolve(config if isinstance(config, RunConfig) else typed(config), command)
+    if found or settings is None:
+        raise DeftxError("\n".join(found))
     return settings
 
 
-def resolve(cfg: DictConfig, command: str = "run") -> tuple[StudySettings | None, list[str]]:
-    """Resolve a composed configuration to settings, or to the list of everything that is wrong with it."""
-    from deftx.data.tasks import TASKS, task_spec
-
-    problems: list[str] = []
-    config: RunConfig = cfg  # type: ignore[assignment]  # duck-typed: a DictConfig with RunConfig's fields
+def resolve(config: RunConfig, command: str = "run") -> tuple[StudySettings | None, list[str]]:
+    """Resolve composed settings to those of a study, or to the list of everything that is wrong with them."""
+    from deftx.data.labelled import SETS, TASKS, task_spec
+    from deftx.stages.graph import check_parts
 
     methods = [config.method.name, *(name for name in config.compare if name != config.method.name)]
-    problems += [unknown("method", name, METHODS) for name in methods if name not in METHODS]
-    problems += [unknown("control", name, CONTROLS) for name in config.controls if name not in CONTROLS]
-    if config.task.name not in TASKS:
-        problems.append(unknown("task", config.task.name, sorted(TASKS)))
-    elif config.task.name == "tsv":
-        with collected(problems):
-            task_spec("tsv", plain(config.data, DataSettings))
-    if config.split not in ("test", "dev"):
-        problems.append(f"split={config.split!r}: must be test or dev")
-    if config.split == "dev" and config.task.name == "synthetic":
-        problems.append("split=dev: the generated family has test sets only")
-    if config.missing_text not in ("error", "skip"):
-        problems.append(f"missing_text={config.missing_text!r}: must be error or skip")
-    with collected(problems):
-        plain(config.launcher, LauncherSettings).check()
-    if not 0 <= config.seed < 2**32:
-        problems.append(f"seed={config.seed}: must lie in [0, 2**32)")
-    if not re.fullmatch(r"[\w.-]*\w[\w.-]*", config.study):
-        problems.append(f"study={config.study!r}: use letters, digits, '.', '_' and '-'")
+    found = [unknown("method", name, list(METHODS)) for name in methods if name not in METHODS]
+    for name in ("", "corpus", "data", "synthetic", "trainer", "logger", "launcher"):
+        found += problems(getattr(config, name), f"{name}.") if name else problems(config)
+    with collected(found):
+        task_spec(config.task.name, config.data)
+    task = TASKS.get(config.task.name)
+    if task is not None and config.split not in task.evaluated and config.split in ("test", "dev"):
+        found.append(f"split={config.split}: task={task.name} has {' and '.join(task.evaluated)} sets only")
     if not config.language:
-        problems.append("no target language: language=ace or language=[ace,ban]")
-
-    targets = {code: plain(node, LanguageSettings) for code, node in config.language.items()}
-    problems += [
+        found.append("no target language: language=ace or language=[ace,ban]")
+    found += [
         f"language/{code}.yaml says code: {language.code}; file name, `# @package language.{code}` and code must agree"
-        for code, language in targets.items()
+        for code, language in config.language.items()
         if language.code != code
     ]
-    if command in ("run", "eval") or config.task.name == "synthetic":
-        problems += _targets_without_rows(config, targets)
+    if task is not None and (command in ("run", "eval") or task.generated):
+        found += _targets_without_rows(task, config)
     source = None
-    if OmegaConf.is_missing(cfg.task, "source"):
-        problems.append(f"task={config.task.name} needs task.source=CODE: the language its labelled rows are in")
+    if not config.task.source:
+        found.append(f"task={config.task.name} needs task.source=CODE: the language its labelled rows are in")
     else:
-        source = _language(config.task.source, problems)
-        problems += _source_problems(config)
-    more = {code: _language(code, problems) for code in config.task.more_sources}
-    pretrain = (
-        {code: _language(code, problems) for code in [*config.model.languages, *config.model.vocabulary]}
-        if config.model.pretrain
-        else {}
-    )
+        source = _language(config.task.source, found)
+        found += _source_problems(SETS.get(config.task.train), config)
+    more = {code: _language(code, found) for code in config.task.more_sources}
+    pretrained_on = [*config.model.languages, *config.model.vocabulary] if config.model.pretrain else []
+    pretrain = {code: _language(code, found) for code in pretrained_on}
 
-    language_sft = _sft("lang", config.lang, config, config.sparsity.language, problems)
-    task_sft = _sft("task", config.task, config, config.sparsity.task, problems)
+    language_sft = _sft("lang", config.lang, config, config.sparsity.language, found)
+    task_sft = _sft("task", config.task, config, config.sparsity.task, found)
     source_sft = None
     if config.source.enabled:
-        source_sft = _sft("source", config.source, config, config.sparsity.language, problems)
-    if language_sft is not None and task_sft is not None and language_sft.rank is None and task_sft.rank is None:
-        # Nothing is denoised, whatever the method is called: that is LT-SFT, and tables have to say so.
-        methods = list(dict.fromkeys("ltsft" if name == "deftx" else name for name in methods))
-        if language_sft.method == "random_mask":
-            methods = ["random_mask"]
-    with collected(problems):
-        sources = [config.task.source, *config.task.more_sources] if source is not None and source_sft else []
-        check_parts(config.only, sources, list(targets), methods)
-    problems += _ablation_problems(config)
-    corpus, data = plain(config.corpus, CorpusSettings), plain(config.data, DataSettings)
-    synthetic, trainer = plain(config.synthetic, SyntheticSettings), plain(config.trainer, TrainerSettings)
-    logger = plain(config.logger, LoggerSettings)
-    for name, group in (("corpus", corpus), ("data", data), ("synthetic", synthetic), ("trainer", trainer)):
-        problems += [f"{name}.{text}" for text in group.problems()]
-    with collected(problems):
-        logger.validate()
-    if config.task.name == "synthetic" and data.root is not None and command != "pretrain":
-        problems.append(f"data.root={data.root}: task=synthetic reads generated files only; choose task=nusax, ...")
-    model = plain(config.model, ModelSettings)
-    if not (model.path or model.hub or model.pretrain):
-        problems.append("the model needs model.path=FOLDER, model.hub=ID or model=tiny")
-    problems = list(dict.fromkeys(problems))
-    if problems or language_sft is None or task_sft is None or source is None:
-        return None, problems
-    return (
-        StudySettings(
-            name=config.study,
-            seed=config.seed,
-            methods=tuple(methods),
-            model=model,
-            task=config.task.name,
-            train=config.task.train,
-            split=config.split,
-            source=source,
-            more_sources={code: item for code, item in more.items() if item is not None},
-            targets=targets,
-            pretrain_languages={code: item for code, item in pretrain.items() if item is not None},
-            language_sft=language_sft,
-            source_sft=source_sft,
-            task_sft=task_sft,
-            corpus=corpus,
-            data=data,
-            synthetic=synthetic,
-            controls=tuple(dict.fromkeys(config.controls)),
-            missing_text=config.missing_text,
-            trainer=trainer,
-            logger=logger,
-            cache_root=str(Path(config.paths.cache).expanduser()),
-            only=tuple(config.only),
-        ),
-        problems,
+        source_sft = _sft("source", config.source, config, config.sparsity.language, found)
+        source_sft = source_sft.by(source_sft.method) if source_sft is not None else None
+    if language_sft is not None and task_sft is not None and not set(methods) - set(METHODS):
+        methods = _called(methods, language_sft, task_sft)
+    found += _ablation_problems(config)
+    if task is not None and task.generated and config.data.root is not None and command != "pretrain":
+        found.append(
+            f"data.root={config.data.root}: task={task.name} reads generated files only; choose task=nusax, ..."
+        )
+    if not (config.model.path or config.model.hub or config.model.pretrain):
+        found.append("the model needs model.path=FOLDER, model.hub=ID or model=tiny")
+    found = list(dict.fromkeys(found))
+    if found or language_sft is None or task_sft is None or source is None:
+        return None, found
+    study = StudySettings(
+        name=config.study,
+        seed=config.seed,
+        methods=tuple(methods),
+        model=config.model,
+        task=config.task.name,
+        train=config.task.train,
+        split=config.split,
+        source=source,
+        more_sources={code: item for code, item in more.items() if item is not None},
+        targets=config.language,
+        pretrain_languages={code: item for code, item in pretrain.items() if item is not None},
+        language_sft=language_sft,
+        source_sft=source_sft,
+        task_sft=task_sft,
+        corpus=config.corpus,
+        data=config.data,
+        synthetic=config.synthetic,
+        controls=tuple(dict.fromkeys(config.controls)),
+        missing_text=config.missing_text,
+        trainer=config.trainer,
+        logger=config.logger,
+        cache_root=str(Path(config.paths.cache).expanduser()),
+        only=tuple(config.only),
     )
+    with collected(found):
+        check_parts(study)
+    return (None if found else study), found
+
+
+def _sft(name: str, own: SFTKnobs, config: RunConfig, default: SizeKnobs, found: list[str]) -> SFTSettings | None:
+    """Resolve one kind of SFT, appending what is wrong with it to ``found``."""
+    before = len(found)
+    # What language and task SFTs have from the top is checked there. φ_S stands apart: it is no ablation's business.
+    top = config if name != "source" else None
+    found += problems(own, f"{name}.", follows=top) + problems(own.training, f"{name}.training.")
+    rank = residual = None
+    with collected(found):
+        rank = RankPolicy.parse(own.rank)
+    with collected(found):
+        residual = ResidualPolicy.parse(own.residual)
+    given = [size for size in (own, top) if size is not None and (size.k, size.density) != (None, None)]
+    # Of the sparsity group's two, where both are set, K.
+    size = given[0] if given else SizeKnobs(default.k, default.density if default.k is None else None)
+    if not given:
+        found += problems(size, f"sparsity.{'task' if name == 'task' else 'language'}.")
+        if (size.k, size.density) == (None, None):
+            found.append(f"no mask size for {name}: set k, density or the sparsity group")
+    if len(found) > before or rank is None or residual is None:
+        return None
+    knobs = {item: getattr(own, item) for item in declared(SFTKnobs)}
+    knobs |= {"rank": None if rank.kind == "none" else rank, "residual": residual, "exclude": sorted(own.exclude)}
+    return SFTSettings(**knobs | {"k": size.k, "density": size.density})
+
+
+def _called(methods: Sequence[str], *sfts: SFTSettings) -> list[str]:
+    """What the methods that are asked for are by their choices, each once.
+
+    Where nothing is denoised, whatever the method is called, that is LT-SFT, and tables have to say so. What no
+    method makes of these settings (Δ on a random mask, where they have a rank) keeps the name that it was asked for by.
+    """
+    names = []
+    for name in methods:
+        made = [sft.by(name) for sft in sfts]
+        same = [other for other in {sft.method for sft in made} if [sft.by(other) for sft in sfts] == made]
+        names.append(same[0] if len(same) == 1 else name)
+    return list(dict.fromkeys(names))
 
 
 def _ablation_problems(config: RunConfig) -> list[str]:
@@ -215,89 +171,59 @@ def _ablation_problems(config: RunConfig) -> list[str]:
     )
 
 
-def _source_problems(config: RunConfig) -> list[str]:
+def _source_problems(train: TaskSpec | None, config: RunConfig) -> list[str]:
     task, codes = config.task, [config.task.source, *config.task.more_sources]
-    problems = []
+    found = []
     if len(set(codes)) < len(codes):
-        problems.append(f"task.source={task.source} and task.more_sources={list(task.more_sources)}: a language twice")
-    if task.train == "synthetic" and task.more_sources:
-        problems.append(f"task.more_sources: the generated family has labelled rows in {task.source} only")
-    if task.train == "smsa" and task.more_sources:
-        problems.append("task.more_sources: SMSA is Indonesian only; task.train=nusax has rows in twelve languages")
-    return problems
+        found.append(f"task.source={task.source} and task.more_sources={task.more_sources}: a language twice")
+    if train is not None and not train.several and task.more_sources:
+        found.append(f"task.more_sources: {train.name} has labelled rows in {task.source} only{train.rows.hint}")
+    return found
 
 
-def _targets_without_rows(config: RunConfig, targets: Mapping[str, LanguageSettings]) -> list[str]:
+def _targets_without_rows(task: TaskSpec, config: RunConfig) -> list[str]:
     """One message for each target the task has no test set for; own files go by the language's code."""
-    task = config.task.name
-    if task == "synthetic":
-        members = plain(config.synthetic, SyntheticSettings).members
+    if task.generated:
+        members = config.synthetic.members
         return [
             f"language {code!r} is not in the generated family ({', '.join(members)}); choose its task: task=nusax, ..."
-            for code in targets
+            for code in config.language
             if code not in members
         ]
-    if task not in ("nusax", "americasnli", "xnli"):
-        return []
     return [
-        f"language {code!r} has no {task} test set: its file names no code for it"
-        for code, language in targets.items()
-        if not getattr(language, task)
+        f"language {code!r} has no {task.name} test set: its file names no code for it"
+        for code, language in config.language.items()
+        if not task.rows.has(language)
     ]
 
 
-def _language(code: str, problems: list[str]) -> LanguageSettings | None:
-    with collected(problems):
+def _language(code: str, found: list[str]) -> LanguageSettings | None:
+    with collected(found):
         return language_settings(code)
     return None
 
 
-def resolve_command(name: str, cfg: DictConfig) -> tuple[StudySettings | None, list[str]]:
-    """Resolve the configuration of any command; see :func:`resolve`."""
-    settings, problems = resolve(cfg, name)
-    if name == "sft" and cfg.kind not in ("language", "task"):
-        problems.append(f"kind={cfg.kind!r}: must be language or task")
-    if name == "eval" and not cfg.task_sft:
-        problems.append("task_sft=FOLDER is needed: the task SFT to compose with; `deftx sft kind=task` trains one")
+def resolve_command(name: str, config: RunConfig) -> tuple[StudySettings | None, list[str]]:
+    """Resolve the settings of any command; see :func:`resolve`."""
+    study, found = resolve(config, name)
+    if name == "sft" and config.kind not in ("language", "task"):
+        found.append(f"kind={config.kind!r}: must be language or task")
+    if name == "eval" and not config.task_sft:
+        found.append("task_sft=FOLDER is needed: the task SFT to compose with; `deftx sft kind=task` trains one")
     if name == "eval":
-        problems += [
+        found += [
             f"language_sft.{code}: no such target; add it with language=[{code}]"
-            for code in cfg.language_sft
-            if code not in cfg.language
+            for code in config.language_sft
+            if code not in config.language
         ]
-    if name == "pretrain" and not cfg.out:
-        problems.append("out=FOLDER is needed: where the model goes")
-    if name == "pretrain" and not cfg.model.pretrain:
-        problems.append("model.pretrain is needed: use model=tiny and override its shape")
-    return (None if problems else settings), problems
+    if name == "pretrain" and not config.out:
+        found.append("out=FOLDER is needed: where the model goes")
+    if name == "pretrain" and not config.model.pretrain:
+        found.append("model.pretrain is needed: use model=tiny and override its shape")
+    return (None if found else study), found
 
 
-def launcher_settings(cfg: DictConfig) -> LauncherSettings:
-    """Where the jobs of a sweep run."""
-    return plain(cfg.launcher, LauncherSettings)
-
-
-def search_settings(cfg: DictConfig) -> SearchSettings:
-    """What is searched for; an empty space is no search."""
-    return plain(cfg.search, SearchSettings)
-
-
-def written_folders(cfg: DictConfig) -> dict[str, Path]:
+def written_folders(config: RunConfig) -> dict[str, Path]:
     """Folders a command will write, by the knob that names them."""
-    folders = {"paths.cache": cfg.paths.cache, "paths.output": cfg.paths.output, "out": cfg.out}
+    folders = {"paths.cache": config.paths.cache, "paths.output": config.paths.output, "out": config.out}
     return {knob: Path(folder) for knob, folder in folders.items() if folder}
-
-
-def sft_settings(cfg: DictConfig) -> tuple[StudySettings, str, Path | None]:
-    """Settings of ``deftx sft``: the study, the kind, and where the SFT goes."""
-    return study_settings(cfg, "sft"), cfg.kind, Path(cfg.out).expanduser() if cfg.out else None
-
-
-def eval_settings(cfg: DictConfig) -> tuple[StudySettings, str, dict[str, str]]:
-    """Settings of ``deftx eval``: the study, φ_T, and φ_L by target."""
-    return study_settings(cfg, "eval"), cfg.task_sft, dict(cfg.language_sft)
-
-
-def pretrain_settings(cfg: DictConfig) -> tuple[StudySettings, list[str], Path]:
-    """Settings of ``deftx pretrain``: the study, text files (empty: the languages' own), and where the model goes."""
-    return study_settings(cfg, "pretrain"), list(cfg.text), Path(cfg.out).expanduser()

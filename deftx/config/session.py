@@ -26,6 +26,7 @@ from yaml import YAMLError
 from deftx.config.schema import register
 from deftx.data.settings import LANGUAGE_ALIASES, LanguageSettings
 from deftx.errors import DeftxError, did_you_mean
+from deftx.settings import RunConfig
 
 VERSION_BASE = "1.3"
 T = TypeVar("T")
@@ -44,8 +45,8 @@ def _hydra(config_dir: str | None) -> Hydra:
     """A Hydra instance on deftx's configuration, with the user's own folder in front when there is one."""
     register()
     GlobalHydra.instance().clear()
-    group_options.cache_clear()
-    _language.cache_clear()
+    for remembered in (group_options, group_exists, _language):
+        remembered.cache_clear()
     setbase(VERSION_BASE)
     search_path = create_automatic_config_search_path(None, None, str(conf_dir()))
     if config_dir is not None:
@@ -67,7 +68,7 @@ def hydra_session(config_dir: str | None = None) -> Iterator[None]:
 
 def launch(
     name: str,
-    job: Callable[[DictConfig], T],
+    job: Callable[[RunConfig], T],
     overrides: Sequence[str],
     *,
     config_dir: str | None,
@@ -77,7 +78,7 @@ def launch(
 
     Args:
         name: Primary configuration.
-        job: What is run; its configuration is its argument.
+        job: What is run; its settings are its argument.
         overrides: All of the job's.
         config_dir: The user's own configuration folder.
         folder: Where the job's files go; None: as the configuration says.
@@ -88,7 +89,8 @@ def launch(
     hydra = _hydra(config_dir)
     places = ["hydra.mode=RUN"] if folder is None else ["hydra.mode=RUN", f"hydra.run.dir={quoted(folder)}"]
     try:
-        return cast(T, hydra.run(name, job, [*overrides, *places]).return_value)
+        ended = hydra.run(name, lambda config: job(typed(config)), [*overrides, *places])
+        return cast(T, ended.return_value)
     except OSError as error:
         raise DeftxError(
             f"the run's folder cannot be made: {error.filename or 'no path'}: {error.strerror}; choose another "
@@ -117,6 +119,12 @@ def _repository() -> Any:
 def group_options(group: str) -> list[str]:
     """Names in a config group, from every folder on the search path."""
     return sorted(_repository().get_group_options(group, ObjectType.CONFIG))
+
+
+@cache
+def group_exists(group: str) -> bool:
+    """Whether a name is that of a config group."""
+    return bool(_repository().group_exists(group))
 
 
 def defaults_of(name: str) -> Callable[[str], Any]:
@@ -152,11 +160,12 @@ def language_settings(code: str) -> LanguageSettings:
 def _language(code: str) -> LanguageSettings:
     # Read alone: composing a whole configuration around it takes fifty times as long.
     found = _repository().load_config(f"language/{code}")
-    return plain(OmegaConf.merge(OmegaConf.structured(LanguageSettings), found.config), LanguageSettings)
+    return cast(LanguageSettings, OmegaConf.to_object(OmegaConf.merge(LanguageSettings, found.config)))
 
 
-def plain(node: Any, kind: type[T]) -> T:
-    """A structured node as an instance of its dataclass, containers as plain lists and dicts."""
-    # Resolved while it still hangs in its configuration: interpolations look upwards.
-    content = OmegaConf.to_container(node, resolve=True)
-    return cast(T, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), content)))
+def typed(config: DictConfig) -> RunConfig:
+    """A composed configuration as the dataclasses it was declared by, interpolations resolved, containers plain."""
+    if OmegaConf.is_missing(config.task, "source"):  # said in words of ours when it is resolved
+        config = deepcopy(config)
+        config.task.source = ""
+    return cast(RunConfig, OmegaConf.to_object(config))

@@ -16,17 +16,16 @@ import math
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from deftx.errors import DeftxError, did_you_mean
+from deftx.core.delta import SparseDelta, need_float32
+from deftx.errors import DeftxError, did_you_mean, listed
 
-if TYPE_CHECKING:
-    from deftx.core.delta import SparseDelta
+__all__ = ["Composition", "Overlap", "OverlapReport", "compare"]
 
-_SHOWN = 8  # names listed in a message
 _WINDOW = 1 << 17  # entries of a parameter worked on at a time: they and their coordinates fit a core's cache
 _WINDOW_CUDA = 1 << 30
 _MARKED = 1 << 20  # entries marked at a time, a byte each
@@ -373,26 +372,6 @@ def _common(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
             torch.eq(marks.index_select(0, ours - window * _MARKED), stamp, out=met)
     here = found.nonzero().flatten()
     return here, torch.searchsorted(b, a.index_select(0, here))
-
-
-def listed(names: list[str]) -> str:
-    """The first names of a list and how many follow, for a message."""
-    rest = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
-
-
-def need_float32(name: str, *tensors: Tensor) -> None:
-    """Refuse parameters of another dtype.
-
-    Raises:
-        DeftxError: one of the tensors is not float32; the message names the parameter and its dtype.
-    """
-    for tensor in tensors:
-        if tensor.dtype != torch.float32:
-            raise DeftxError(
-                f"{name} is {tensor.dtype}: sparse fine-tunings are defined on float32 parameters; load the base with "
-                "dtype=float32 (autocast may still compute in lower precision)"
-            )
 
 
 def _check_scale(name: str, scale: float) -> None:

@@ -1,12 +1,10 @@
-"""A sparse fine-tuning φ: which coordinates of a base model change, and by how much; its file and its composition.
+"""A sparse fine-tuning φ: which coordinates of a base model change, and by how much; its file.
 
 Step 6 of docs/method.md. Keys are the base model's own parameter names, indices are flat and sorted, values
 float32 in the order of the indices. On disk it is a folder: ``sft.safetensors`` (``<name>.gaps``: the indices as
 :mod:`deftx.core.gaps` writes them, about one byte each; ``<name>.values``: float32, or float16 or bfloat16 on
 request; ``head.<name>``), ``sft.json`` (what it is, for which base, and the sha256 of both) and a model card;
-never a pickle. Format version 1 (``<name>.indices``: int32 or int64) is still read. A :class:`Composition` owns one
-model and sets it to θ⁰ + Σ scale · φ: summed in float64 in the order of the terms' names and rounded once, so
-neither the order of adding and removing nor what came before leaves a trace in the bits.
+never a pickle. Format version 1 (``<name>.indices``: int32 or int64) is still read.
 Sources: LT-SFT (Ansell et al. 2022, arXiv 2110.07560), DeFT-X (Simon & Jyothi 2025, arXiv 2505.15090).
 """
 
@@ -23,13 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deftx.core.composition import Composition, Overlap, OverlapReport, compare, listed, need_float32
 from deftx.core.folder import model_card, read_folder, write_folder
 from deftx.core.gaps import pack, unpack
 from deftx.core.settings import VALUE_DTYPES
-from deftx.errors import DeftxError, did_you_mean
+from deftx.errors import DeftxError, did_you_mean, listed
 
-__all__ = ["Composition", "Overlap", "OverlapReport", "SparseDelta", "compare", "fingerprint"]
+__all__ = ["SparseDelta", "fingerprint", "need_float32"]
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
@@ -50,6 +47,20 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name}\n{str(tensor.dtype).removeprefix('torch.')}\n{list(tensor.shape)}\n".encode())
         digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def need_float32(name: str, *tensors: Tensor) -> None:
+    """Refuse parameters of another dtype.
+
+    Raises:
+        DeftxError: one of the tensors is not float32; the message names the parameter and its dtype.
+    """
+    for tensor in tensors:
+        if tensor.dtype != torch.float32:
+            raise DeftxError(
+                f"{name} is {tensor.dtype}: sparse fine-tunings are defined on float32 parameters; load the base with "
+                "dtype=float32 (autocast may still compute in lower precision)"
+            )
 
 
 @dataclass

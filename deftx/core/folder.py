@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
+from deftx import atomic
 from deftx.errors import DeftxError
 
 if TYPE_CHECKING:
@@ -210,26 +208,14 @@ def _pickle_message(path: Path) -> str:
 
 
 def _publish(folder: Path, files: Mapping[str, bytes]) -> None:
-    temporary: Path | None = None
     try:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise DeftxError(f"{folder} exists already and is not overwritten: remove it or choose another folder")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
-        for name, content in files.items():
-            with (temporary / name).open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o777 & ~mask)
-        temporary.replace(folder)
+        with atomic.folder(folder) as temporary:
+            for name, content in files.items():
+                (temporary / name).write_bytes(content)
     except OSError as error:
         raise DeftxError(
             f"cannot write the sparse fine-tuning to {folder}: {error.strerror or error}; "
             "check permissions and free space, or choose another folder"
         ) from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)  # nothing is left there after the rename

@@ -10,7 +10,6 @@ integers. The sample decides the cost, never the result.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from deftx.errors import DeftxError
+from deftx.seeds import seed_of
 
 _BLOCK = 1 << 20  # entries at a time: the temporaries stay near a CPU's caches
 _BLOCK_CUDA = 1 << 26
@@ -98,35 +98,30 @@ def select_topk(tensors: Mapping[str, Tensor], k: int) -> dict[str, Tensor]:
     return _take(sizes, devices, blocks, threshold, ties, k)
 
 
-def draw_mask(shapes: Mapping[str, tuple[int, ...]], k: int, seed: int) -> dict[str, Tensor]:
-    """Draw ``k`` coordinates evenly from all tensors together, for ablations of the selection.
+def random_scores(shapes: Mapping[str, tuple[int, ...]], seed: int) -> Mapping[str, Tensor]:
+    """Independent scores, float32 and uniform on [0, 1), whose ``k`` largest are ``k`` coordinates drawn evenly.
 
-    The ``k`` largest of independent scores, float32 and uniform on [0, 1): a tie at the cut (one in 2**24 of the
-    coordinates) goes to the earlier coordinate.
+    For ablations of the selection, with :func:`select_topk`. A tie at the cut (one in 2**24 of the coordinates) goes to
+    the earlier coordinate.
 
     Args:
         shapes: shape of each named tensor; nothing else about them is used.
-        k: how many coordinates, 0 <= k <= total number of entries.
         seed: decides the draw, whatever the order of other draws and the number of threads.
 
     Returns:
-        As :func:`select_topk`, on the CPU.
-
-    Raises:
-        DeftxError: ``k`` is negative or exceeds the number of entries.
+        Tensors on the CPU, drawn again whenever they are read, so that one tensor's are held at a time.
     """
-    return select_topk(_Scores(shapes, seed), k)
+    return _Scores(shapes, seed)
 
 
 class _Scores(Mapping[str, Tensor]):
-    """Random scores by name, drawn again whenever they are read, so that one tensor's are held at a time."""
+    """See :func:`random_scores`."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], seed: int) -> None:
         self._shapes, self._seed = dict(shapes), seed
 
     def __getitem__(self, name: str) -> Tensor:
-        digest = hashlib.sha256(f"{self._seed}/{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        generator = torch.Generator().manual_seed(seed_of(self._seed, name))
         return torch.rand(self._shapes[name], generator=generator, dtype=torch.float32)
 
     def __iter__(self) -> Iterator[str]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from deftx import atomic, knobs
 from deftx.dashboard.specification import METRICS, specification
 from deftx.errors import DeftxError, did_you_mean
 from deftx.tracking import LoggerSettings
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str]) -> int:
     )
     out = Path(options.out or f"dashboard-{_file_name(options.study)}.json").expanduser()
     try:
-        out.write_text(json.dumps(spec, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        atomic.write(out, (json.dumps(spec, indent=2, ensure_ascii=False) + "\n").encode())
     except OSError as error:
         raise DeftxError(f"cannot write {out}: {error.strerror}; choose another --out FILE") from error
     if not options.publish:
@@ -60,9 +61,7 @@ def main(arguments: Sequence[str]) -> int:
 def _options(arguments: Sequence[str]) -> argparse.Namespace:
     flags = ("--study", "--project", "--entity", "--metric", "--language", "--out", "--publish")
 
-    def refuse(text: str) -> None:
-        wrong = text.rpartition("unrecognized arguments: ")[2].split(" ")[0].split("=")[0]
-        guess = did_you_mean(wrong, flags) if wrong.startswith("-") else ""
+    def refuse(text: str, guess: str = "") -> None:
         raise DeftxError(f"dashboard: {text}{guess}; the options are {', '.join(flags)} (deftx dashboard --help)")
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -74,13 +73,17 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--language", action="append", default=[])
     parser.add_argument("--out")
     parser.add_argument("--publish", action="store_true")
-    options = parser.parse_args(list(arguments))
+    options, unknown = parser.parse_known_args(list(arguments))
+    if unknown:
+        flag = unknown[0].partition("=")[0]
+        guess = did_you_mean(flag, flags) if flag.startswith("-") else ""
+        refuse(f"unrecognized arguments: {' '.join(unknown)}", guess)
     if not options.study.strip():
         raise DeftxError("dashboard: --study is empty; it takes the study's name, such as rank_ablation")
     if options.metric not in METRICS:
         guess = did_you_mean(options.metric, METRICS)
         raise DeftxError(f"dashboard: --metric is {options.metric!r}; it can be {', '.join(METRICS)}{guess}")
-    LoggerSettings(project=options.project).validate()
+    knobs.refuse(LoggerSettings(project=options.project), "logger.")
     if options.publish and not options.entity:
         raise DeftxError("dashboard: --publish needs --entity TEAM, the W&B user or team that the project belongs to")
     return options

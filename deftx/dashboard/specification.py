@@ -12,7 +12,9 @@ from deftx.tracking import names
 
 __all__ = ["METRICS", "config_names", "specification", "summary_names"]
 
-VERSION = 1
+VERSION = 2
+Axis = dict[str, str]
+"""A value of the runs: ``from`` (``config`` or ``summary``) and its ``name`` there."""
 METRICS = ("macro_f1", "accuracy")
 
 
@@ -35,11 +37,11 @@ def specification(
 
     Returns:
         ``version``, ``project``, ``entity``, ``name``, ``runs`` (which are shown and how they are sorted), and
-        ``sections``, each a title with its panels. A panel's axes are ``config:NAME``, ``summary:NAME`` or, of curves,
-        a regular expression over metric names.
+        ``sections``, each a title with its panels. A panel's axes are mappings of ``from`` (``config`` or ``summary``)
+        and ``name``; of curves, a regular expression over metric names.
     """
-    score = f"summary:{names.own_score(metric)}"
-    knobs = [f"config:{name}" for name in ("method", "rank", "residual", "density", "seed")]
+    score = _summary(names.own_score(metric))
+    knobs = [_config(name) for name in ("method", "rank", "residual", "density", "seed")]
     facts = {
         "retained energy": names.energy(),
         "overlap of language and task masks": names.jaccard(),
@@ -51,16 +53,16 @@ def specification(
     compared = (names.BASELINE, names.METHOD)
 
     def against(values: dict[str, str]) -> list[dict[str, Any]]:
-        return [_scatter(f"Score by {text}", f"summary:{name}", score) for text, name in values.items()]
+        return [_scatter(f"Score by {text}", _summary(name), score) for text, name in values.items()]
 
     sections = [
         (
             "Rank × sparsity",
             [
-                _scatter("Score by rank and density", "config:rank", "config:density", colour=score),
-                _scatter("Score by rank", "config:rank", score),
-                _scatter("Score by density", "config:density", score),
-                _scatter("Score by directions kept", f"summary:{names.rank_kept()}", score),
+                _scatter("Score by rank and density", _config("rank"), _config("density"), colour=score),
+                _scatter("Score by rank", _config("rank"), score),
+                _scatter("Score by density", _config("density"), score),
+                _scatter("Score by directions kept", _summary(names.rank_kept()), score),
             ],
         ),
         (
@@ -69,11 +71,11 @@ def specification(
                 *[
                     _bars(
                         f"Score by method: {code}",
-                        [f"summary:{names.condition_score(metric, code, name)}" for name in compared],
+                        [_summary(names.condition_score(metric, code, name)) for name in compared],
                     )
                     for code in every
                 ],
-                _bars("Difference to LT-SFT", [f"summary:{names.difference(metric, language)}" for language in every]),
+                _bars("Difference to LT-SFT", [_summary(names.difference(metric, language)) for language in every]),
             ],
         ),
         (
@@ -85,11 +87,11 @@ def specification(
         ),
         (
             "Masks against score",
-            [_scatter(f"Score by {text}", f"summary:{name}", score) for text, name in facts.items()],
+            against(facts),
         ),
         (
             "Cost against score",
-            [_scatter(f"Score by {text}", f"summary:{name}", score) for text, name in costs.items()],
+            against(costs),
         ),
         (
             "Learning curves",
@@ -112,25 +114,33 @@ def specification(
 
 def config_names(spec: dict[str, Any]) -> set[str]:
     """Every config value that a specification asks for."""
-    return _asked(spec, "config:")
+    return _asked(spec, "config")
 
 
 def summary_names(spec: dict[str, Any]) -> set[str]:
     """Every summary value that a specification asks for."""
     media = {key for section in spec["sections"] for panel in section["panels"] for key in panel.get("keys", [])}
-    return _asked(spec, "summary:") | media
+    return _asked(spec, "summary") | media
 
 
-def _scatter(title: str, x: str, y: str, *, colour: str | None = None) -> dict[str, Any]:
+def _config(name: str) -> Axis:
+    return {"from": "config", "name": name}
+
+
+def _summary(name: str) -> Axis:
+    return {"from": "summary", "name": name}
+
+
+def _scatter(title: str, x: Axis, y: Axis, *, colour: Axis | None = None) -> dict[str, Any]:
     return {"kind": "scatter", "title": title, "x": x, "y": y, "colour": colour}
 
 
-def _bars(title: str, values: list[str]) -> dict[str, Any]:
+def _bars(title: str, values: list[Axis]) -> dict[str, Any]:
     return {"kind": "bars", "title": title, "values": values}
 
 
-def _asked(value: Any, prefix: str) -> set[str]:
-    if isinstance(value, str):
-        return {value.removeprefix(prefix)} if value.startswith(prefix) else set()
+def _asked(value: Any, where: str) -> set[str]:
+    if isinstance(value, dict) and value.get("from") == where:
+        return {value["name"]}
     items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return {name for item in items for name in _asked(item, prefix)}
+    return {name for item in items for name in _asked(item, where)}

@@ -7,6 +7,8 @@ from typing import Any
 from wandb_workspaces.reports import v2 as panels
 from wandb_workspaces.workspaces import Metric, Ordering, RunsetSettings, Section, Summary, Workspace
 
+from deftx.dashboard.specification import Axis
+
 __all__ = ["workspace_of"]
 
 
@@ -19,8 +21,8 @@ def workspace_of(spec: dict[str, Any]) -> Workspace:
     runs = spec["runs"]
     shown = RunsetSettings(
         filters=[Metric("Group") == runs["group"]],
-        order=[Ordering(Summary(_name(runs["sort"]["by"])), ascending=runs["sort"]["ascending"])],
-        pinned_columns=["run:displayName", *(_column(name) for name in runs["columns"])],
+        order=[Ordering(Summary(runs["sort"]["by"]["name"]), ascending=runs["sort"]["ascending"])],
+        pinned_columns=["run:displayName", *(_column(axis) for axis in runs["columns"])],
     )
     sections = [
         Section(name=section["title"], panels=[_panel(panel) for panel in section["panels"]], is_open=True)
@@ -44,16 +46,16 @@ def _panel(panel: dict[str, Any]) -> Any:
             return panels.ScatterPlot(title=title, x=_value(panel["x"]), y=_value(panel["y"]), z=colour)
         case "bars":
             # Bars and curves take bare names; of a name without a history they show the summary.
-            metrics = [panels.Metric(_name(name)) for name in panel["values"]]
+            metrics = [panels.Metric(axis["name"]) for axis in panel["values"]]
             return panels.BarPlot(title=title, metrics=metrics, orientation="v", aggregate=False)
         case "parallel":
             columns = [
-                panels.ParallelCoordinatesPlotColumn(metric=_value(name), display_name=_name(name))
-                for name in panel["columns"]
+                panels.ParallelCoordinatesPlotColumn(metric=_value(axis), display_name=axis["name"])
+                for axis in panel["columns"]
             ]
             return panels.ParallelCoordinatesPlot(title=title, columns=columns)
         case "importance":
-            return panels.ParameterImportancePlot(with_respect_to=_name(panel["of"]))
+            return panels.ParameterImportancePlot(with_respect_to=panel["of"]["name"])
         case "curves":
             return panels.LinePlot(title=title, metric_regex=panel["matching"])
         case "media":
@@ -61,14 +63,9 @@ def _panel(panel: dict[str, Any]) -> Any:
     raise ValueError(f"no panel of kind {panel['kind']!r}")
 
 
-def _value(name: str) -> Any:
-    where, _, rest = name.partition(":")
-    return {"config": panels.Config, "summary": panels.SummaryMetric}[where](rest)
+def _value(axis: Axis) -> Any:
+    return {"config": panels.Config, "summary": panels.SummaryMetric}[axis["from"]](axis["name"])
 
 
-def _name(name: str) -> str:
-    return name.partition(":")[2]
-
-
-def _column(name: str) -> str:
-    return f"{name}.value" if name.startswith("config:") else name
+def _column(axis: Axis) -> str:
+    return f"{axis['from']}:{axis['name']}" + (".value" if axis["from"] == "config" else "")

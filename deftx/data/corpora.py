@@ -14,14 +14,17 @@ import random
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from deftx.data.hub import HubRef, load_hub, require_hub_columns
 from deftx.data.leakage import LeakFilter, summarise
-from deftx.data.reading import HubRef, expand, load_hub, read_text, require_hub_columns
-from deftx.data.settings import CorpusSettings, DataSettings, LanguageSettings
+from deftx.data.places import Origin
+from deftx.data.reading import expand, read_text
+from deftx.data.settings import CorpusSettings, DataSettings, Family, FamilyData, LanguageSettings
 from deftx.errors import DeftxError
+from deftx.knobs import refuse
 
 WIKIPEDIA = "wikimedia/wikipedia"
 WIKIPEDIA_DUMP = "20231101"
@@ -31,33 +34,15 @@ class MissingTextError(DeftxError):
     """No unlabelled text is there for a language at all, as opposed to text that is bad."""
 
 
-@dataclass(frozen=True)
-class TextSource:
-    """Where the unlabelled text of a language is.
+@dataclass(frozen=True, kw_only=True)
+class TextSource(Origin):
+    """Where the unlabelled text of a language is: files, or Wikipedia on the hub.
 
     Attributes:
         language: Code of the language.
-        files: Text files, in reading order; empty for hub text.
-        hub: Wikipedia on the hub, or ``None``.
     """
 
     language: str
-    files: tuple[Path, ...] = ()
-    hub: HubRef | None = None
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """SHA-256 of the files' bytes in order (not of their paths), or of the hub data set's name and revision."""
-        digest = hashlib.sha256()
-        for path in self.files:
-            digest.update(hashlib.sha256(_bytes(path)).digest())
-        if self.hub is not None and Path(self.hub.dataset).is_dir():
-            digest.update(str(self.hub.config).encode())
-            for path in sorted(file for file in Path(self.hub.dataset).rglob("*") if file.is_file()):
-                digest.update(hashlib.sha256(_bytes(path)).digest())
-        elif self.hub is not None:
-            digest.update(f"{self.hub.dataset}:{self.hub.config}@{self.hub.revision}".encode())
-        return digest.hexdigest()
 
     @property
     def name(self) -> str:
@@ -114,25 +99,29 @@ def resolve_text(language: LanguageSettings, data: DataSettings) -> TextSource:
     Raises:
         DeftxError: There is none; the message says where it was looked for and how to give some.
     """
+    family = data.family if isinstance(data, FamilyData) else None
     root = Path(data.root).expanduser() if data.root is not None else None
-    if root is not None and not root.is_dir():
+    if root is not None and family is None and not root.is_dir():
         raise DeftxError(f"data.root={data.root}: no such folder")
     own = f"language.{language.code}.text"
     if language.text:
-        found = expand(language.text, root if root is not None else Path.cwd())
+        start = root if root is not None and family is None else Path.cwd()
+        found = {text: _of_family(text, family) or expand([text], start)[text] for text in language.text}
         missing = [pattern for pattern, files in found.items() if not files]
         if missing:
-            raise DeftxError(f"no text file matches {', '.join(missing)} ({own}, below {root or Path.cwd()})")
-        return TextSource(language.code, _distinct(found.values()))
+            raise DeftxError(f"no text file matches {', '.join(missing)} ({own}, below {start})")
+        return TextSource(language=language.code, files=_distinct(found.values()), family=family)
     patterns = [*language.local_text, f"unlabelled/{language.code}.txt"]
     if root is not None:
-        files = _distinct(expand(patterns, root).values())
+        known = expand(patterns, root) if family is None else {text: _of_family(text, family) for text in patterns}
+        files = _distinct(known.values())
         if files:
-            return TextSource(language.code, files)
+            return TextSource(language=language.code, files=files, family=family)
     dataset = data.wikipedia or (WIKIPEDIA if root is None else None)
     if dataset is not None and language.wikipedia is not None:
         config = f"{WIKIPEDIA_DUMP}.{language.wikipedia}"
-        return TextSource(language.code, hub=HubRef(dataset, config, data.revisions.get("wikipedia"), data.cache_dir))
+        ref = HubRef(dataset, config, data.revisions.get("wikipedia"), data.cache_dir)
+        return TextSource(language=language.code, hub=ref)
     looked = f"below {root}: {', '.join(patterns)}" if root is not None else "data.root is not set"
     if language.wikipedia is None:
         wikipedia = "it has no Wikipedia"
@@ -153,8 +142,8 @@ def build_corpus(source: TextSource, protected: Sequence[str], settings: CorpusS
     Raises:
         DeftxError: Settings out of range; no text; fewer lines than the split needs; or as :meth:`TextSource.lines`.
     """
-    _check(settings)
-    report: dict[str, Any] = {"source": source.name, "fingerprint": source.fingerprint, "lines": 0}
+    refuse(settings, "corpus.")
+    report: dict[str, Any] = {"source": source.name, "fingerprint": source.fingerprint(), "lines": 0}
     # Twice the sample: some lines go as repeated, short or leaked.
     limit = None if settings.max_lines is None else 2 * settings.max_lines
     lines: list[str] = []
@@ -179,6 +168,8 @@ def build_corpus(source: TextSource, protected: Sequence[str], settings: CorpusS
     }
     lines = [line for line, match in zip(lines, matches, strict=True) if match is None]
     report["kept"] = len(lines)
+    if limit is None or source.hub is None:  # else the seed chose what was read
+        report["digest"] = hashlib.sha256("\n".join(lines).encode()).hexdigest()
     rng = random.Random(seed)
     if settings.max_lines is not None and len(lines) > settings.max_lines:
         chosen = sorted(rng.sample(range(len(lines)), settings.max_lines))
@@ -207,17 +198,13 @@ def _split(lines: list[str], fraction: float, rng: random.Random, source: TextSo
     return train, valid
 
 
-def _check(settings: CorpusSettings) -> None:
-    if settings.problems():
-        raise DeftxError("\n".join(f"corpus.{text}" for text in settings.problems()))
-
-
 def _distinct(groups: Iterable[Sequence[Path]]) -> tuple[Path, ...]:
     return tuple(dict.fromkeys(path for group in groups for path in group))
 
 
-def _bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise DeftxError(f"{path} cannot be read: {error.strerror}") from error
+def _of_family(pattern: str, family: Family | None) -> list[Path]:
+    """Files of the generated family that a name or glob means; they may still have to be made."""
+    if family is None:
+        return []
+    names = (name for name in sorted(family.names) if name.count("/") == pattern.count("/"))
+    return [family.root / name for name in names if fnmatchcase(name, pattern)]

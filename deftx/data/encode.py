@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from deftx import atomic
 from deftx.errors import DeftxError
 
 TOKENISER_VERSION = 1  # part of the cache's names: raise it when the same lines give other tokens
@@ -143,10 +143,7 @@ def tokenise_blocks(lines: Sequence[str], tokenizer: Any, block: int, cache_dir:
             load_from_cache_file=target is not None,
         )
     if target is not None and not _intact(file):
-        seal = _seal(file)
-        partial = seal.with_suffix(f".{os.getpid()}.tmp")
-        partial.write_text(_digest(file), encoding="ascii")
-        partial.replace(seal)
+        atomic.write(_seal(file), _digest(file).encode("ascii"))
     return blocks.with_format("numpy")
 
 

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from deftx.data.encode import Batch, encode_texts, pad, padding_of, tokenise_blocks
 from deftx.errors import DeftxError
+from deftx.seeds import seed_of
 
 
 class TextDataModule(pl.LightningDataModule):
@@ -200,7 +201,7 @@ class _Stream(Dataset[Batch]):
     def rows_of(self, epoch: int, position: int) -> np.ndarray:
         """Return the training examples of a step of an epoch."""
         if self._order[0] != epoch:
-            random = np.random.default_rng(_seed(self.plan["seed"], "order", epoch))
+            random = np.random.default_rng(seed_of(self.plan["seed"], "order", epoch))
             order, steps = random.permutation(len(self.groups)), np.arange(len(self.cuts))
             if self.groups.any():  # several source languages, their steps mixed
                 order, steps = order[np.argsort(self.groups[order], kind="stable")], random.permutation(len(steps))
@@ -224,7 +225,7 @@ class _Stream(Dataset[Batch]):
         epoch, position = divmod(step, len(self.cuts))
         rows = self.rows_of(epoch, position)
         parts = self.plan["accumulate"] * self.world
-        seed = _seed(self.plan["seed"], "mask", epoch, position)
+        seed = seed_of(self.plan["seed"], "mask", epoch, position)
         return self.source.batch("train", rows, seed, part * self.world + self.rank, parts)
 
 
@@ -245,7 +246,7 @@ class _Validation(Dataset[Batch]):
         if index >= len(self):
             raise IndexError(index)
         first, last = self.cuts[index]
-        return self.source.batch("valid", self.order[first:last], _seed(self.seed, "valid"), 0, 1)
+        return self.source.batch("valid", self.order[first:last], seed_of(self.seed, "valid"), 0, 1)
 
 
 def _cuts(groups: np.ndarray, size: int) -> np.ndarray:
@@ -296,7 +297,7 @@ class _Blocks(_Source):
     def batch(self, split: str, rows: np.ndarray, seed: int, part: int, parts: int) -> Batch:
         tokens = np.asarray(self.blocks[split][rows]["input_ids"], dtype=np.int64)
         if split == "valid":  # by example, so that the masks don't depend on the batch size
-            drawn = [self.mask(block[None], _seed(seed, int(row))) for row, block in zip(rows, tokens, strict=True)]
+            drawn = [self.mask(block[None], seed_of(seed, int(row))) for row, block in zip(rows, tokens, strict=True)]
             inputs, chosen = (np.concatenate(pieces) for pieces in zip(*drawn, strict=True))
         else:
             inputs, chosen = self.mask(tokens, seed)
@@ -368,8 +369,3 @@ class _Rows(_Source):
 
 def _share(count: int, part: int, parts: int) -> np.ndarray:
     return np.array_split(np.arange(count), parts)[part]
-
-
-def _seed(*parts: Any) -> int:
-    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:7], "big")

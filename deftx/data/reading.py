@@ -1,9 +1,7 @@
-"""Bytes on disk or on the hub, turned into text and tables, with one clear message for whatever is wrong with them.
+"""Bytes on disk, turned into text and tables, with one clear message for whatever is wrong with them.
 
 Reading rules: UTF-8, a byte-order mark is dropped, lines end at LF or CRLF only. ``.csv`` has ordinary quoting;
-``.tsv`` (and every other ending) has none, a double quote is text. Nothing becomes NaN. Hub data sets are read with
-``datasets`` 5, which runs no dataset scripts; the id of a data set and a local folder with its files are
-interchangeable.
+``.tsv`` (and every other ending) has none, a double quote is text. Nothing becomes NaN.
 """
 
 from __future__ import annotations
@@ -11,39 +9,12 @@ from __future__ import annotations
 import csv
 import io
 import json
-import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from deftx.errors import DeftxError
-
-if TYPE_CHECKING:
-    import datasets
-
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-
-
-@dataclass(frozen=True)
-class HubRef:
-    """One configuration of a hub data set.
-
-    Attributes:
-        dataset: Hub id, or a folder with the data set's files.
-        config: Configuration name, ``None`` for the only one.
-        revision: Commit or branch, ``None`` for the newest.
-        cache_dir: Cache folder of ``datasets``, ``None`` for its default.
-    """
-
-    dataset: str
-    config: str | None
-    revision: str | None = None
-    cache_dir: str | None = None
-
-    def __str__(self) -> str:
-        return f"{self.dataset} ({self.config})" if self.config else self.dataset
 
 
 @dataclass(frozen=True)
@@ -156,92 +127,6 @@ def read_jsonl(path: Path, columns: Sequence[str]) -> Table:
         except (json.JSONDecodeError, KeyError, TypeError):
             raise DeftxError(f"{path}: line {number} is not a JSON object with {', '.join(columns)}") from None
     return Table(str(path), tuple(columns), rows)
-
-
-def is_hub_copy(folder: Path) -> bool:
-    """Whether a folder holds a hub data set's files (parquet, or a card that configures data files), not a clone."""
-    card = folder / "README.md"
-    if card.is_file():
-        text = card.read_text(encoding="utf-8", errors="replace")
-        front = text.split("\n---", 1)[0] if text.startswith("---") else ""
-        if re.search(r"^(configs|dataset_info):", front, flags=re.MULTILINE):
-            return True
-    return any(
-        next(folder.glob(pattern), None) is not None for pattern in ("*.parquet", "*/*.parquet", "*/*/*.parquet")
-    )
-
-
-def load_hub(ref: HubRef, split: str) -> datasets.Dataset:
-    """Load one split of a hub data set, or of a folder with its files.
-
-    Raises:
-        DeftxError: The data set, its configuration or its split is not there, or the hub does not answer.
-    """
-    import datasets
-
-    try:
-        return datasets.load_dataset(
-            ref.dataset, ref.config, split=split, revision=ref.revision, cache_dir=ref.cache_dir
-        )
-    except Exception as error:
-        text = str(error).strip()
-        reason = text.splitlines()[0] if text else type(error).__name__
-        raise DeftxError(
-            f"{ref}, split {split!r}, could not be loaded with datasets: {reason}; without a network, set data.root to "
-            "a folder with clones of the data sets, or the data set's own data.<name>=FOLDER"
-        ) from error
-
-
-def label_words(values: Sequence[Any], feature: Any, order: Sequence[str], origin: str) -> list[str]:
-    """Labels of a hub data set as words; an unlabelled row (-1) gives ``"-"``.
-
-    Args:
-        values: The label column: integers or words.
-        feature: Its feature; a ``ClassLabel`` names the integers.
-        order: What the integers 0, 1, 2, ... mean where the data set does not name them.
-        origin: Data set, for messages.
-
-    Raises:
-        DeftxError: A value is neither a word nor a known integer.
-    """
-    names = getattr(feature, "names", None) or list(order)
-    words = []
-    for number, value in enumerate(values, 1):
-        if isinstance(value, str):
-            words.append(value)
-        elif value == -1:
-            words.append("-")
-        elif value is not None and 0 <= int(value) < len(names):
-            words.append(names[int(value)])
-        else:
-            known = f"0 to {len(names) - 1} ({', '.join(names)})"
-            raise DeftxError(f"{origin}: row {number}: unknown label {value!r}; known are {known}")
-    return words
-
-
-def require_hub_columns(dataset: datasets.Dataset, columns: Iterable[str], origin: str) -> None:
-    """Raise a :class:`DeftxError` when a hub data set lacks one of ``columns``."""
-    for name in columns:
-        if name not in dataset.column_names:
-            raise DeftxError(f"{origin}: no column {name!r}; its columns are {', '.join(dataset.column_names)}")
-
-
-def download(url: str, cache_dir: str | None) -> Path:
-    """The local copy of a file on the network, from ``datasets``' cache when it is there.
-
-    Raises:
-        DeftxError: The file could not be downloaded.
-    """
-    import datasets
-
-    try:
-        config = datasets.DownloadConfig(cache_dir=cache_dir)
-        return Path(datasets.DownloadManager(download_config=config).download(url))
-    except Exception as error:
-        raise DeftxError(
-            f"{url} could not be downloaded ({type(error).__name__}); without a network, set data.root to a folder "
-            "with clones of the data sets, or the data set's own data.<name>=FOLDER"
-        ) from error
 
 
 def expand(patterns: Sequence[str], root: Path) -> dict[str, list[Path]]:

@@ -7,11 +7,15 @@ exception is Guarani, which AmericasNLI calls ``gn``. Other codes people type ar
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from deftx.knobs import Range, at_least, between, knob, matching, one_of
 
 DEFAULT_LEAK_THRESHOLD = 0.7
 PROTECTED = ("nusax", "americasnli", "xnli")
+_THRESHOLD = Range("must lie in (0, 1], or above 1 to turn the filter off", lambda value: value > 0)
 
 LANGUAGE_ALIASES = {
     "ar": "ara",
@@ -72,34 +76,22 @@ class DataSettings:
         cache_dir: Cache folder of ``datasets``; null is its own default.
     """
 
-    root: str | None = None
-    nusax: str | None = None
-    smsa: str | None = None
-    americasnli: str | None = None
-    multinli: str | None = None
-    xnli: str | None = None
-    wikipedia: str | None = None
-    train: str | None = None
-    valid: str | None = None
-    test: str | None = None
-    labels: list[str] = field(default_factory=list)
-    valid_fraction: float = 0.05
-    leak_threshold: float = DEFAULT_LEAK_THRESHOLD
-    protect: list[str] = field(default_factory=lambda: list(PROTECTED))
-    revisions: dict[str, str] = field(default_factory=dict)
-    cache_dir: str | None = None
-
-    def problems(self) -> list[str]:
-        """Return one sentence for each value out of its range; empty when all is well."""
-        found = []
-        if not 0 < self.valid_fraction < 1:
-            found.append(f"valid_fraction={self.valid_fraction}: must lie between 0 and 1")
-        if not self.leak_threshold > 0:
-            found.append(f"leak_threshold={self.leak_threshold}: must lie in (0, 1], or above 1 to turn the filter off")
-        unknown = [name for name in self.protect if name not in PROTECTED]
-        if unknown:
-            found.append(f"protect: {', '.join(unknown)}: not one of {', '.join(PROTECTED)}")
-        return found
+    root: str | None = knob(None)
+    nusax: str | None = knob(None)
+    smsa: str | None = knob(None)
+    americasnli: str | None = knob(None)
+    multinli: str | None = knob(None)
+    xnli: str | None = knob(None)
+    wikipedia: str | None = knob(None)
+    train: str | None = knob(None)
+    valid: str | None = knob(None)
+    test: str | None = knob(None)
+    labels: list[str] = knob([])
+    valid_fraction: float = knob(0.05, between(0, 1))
+    leak_threshold: float = knob(DEFAULT_LEAK_THRESHOLD, _THRESHOLD)
+    protect: list[str] = knob(list(PROTECTED), one_of(*PROTECTED))
+    revisions: dict[str, str] = knob({})
+    cache_dir: str | None = knob(None)
 
     def result_settings(self) -> dict[str, Any]:
         """The settings that change which labelled rows are loaded although the files stay the same (for cache keys)."""
@@ -107,6 +99,37 @@ class DataSettings:
             "valid_fraction": self.valid_fraction,
             "leak_threshold": self.leak_threshold,
         }
+
+
+class Family(NamedTuple):
+    """The generated family as files that a stage makes: they can be named before they are there.
+
+    Attributes:
+        key: Key of that stage. It stands for the content of all the files.
+        root: Folder the files will be in.
+        names: Their names below it.
+    """
+
+    key: str
+    root: Path
+    names: tuple[str, ...]
+
+    def name_of(self, path: Path) -> str | None:
+        """The name of a file below the root; ``None`` for a file elsewhere."""
+        return path.relative_to(self.root).as_posix() if path.is_relative_to(self.root) else None
+
+
+@dataclass
+class FamilyData(DataSettings):
+    """Data settings of a study on the generated family, whose folder is the ``root``.
+
+    Labelled files and text that the user names are read from where they are, relative to the working directory.
+
+    Attributes:
+        family: The family.
+    """
+
+    family: Family | None = None
 
 
 @dataclass
@@ -128,17 +151,17 @@ class LanguageSettings:
         local_text: The same for text that known collections have below ``data.root``; what is not there is skipped.
     """
 
-    code: str = ""
-    name: str = ""
-    family: str | None = None
-    script: str | None = None
-    nusax: str | None = None
-    nusax_hub: str | None = None
-    americasnli: str | None = None
-    xnli: str | None = None
-    wikipedia: str | None = None
-    text: list[str] = field(default_factory=list)
-    local_text: list[str] = field(default_factory=list)
+    code: str = knob("")
+    name: str = knob("")
+    family: str | None = knob(None)
+    script: str | None = knob(None)
+    nusax: str | None = knob(None)
+    nusax_hub: str | None = knob(None)
+    americasnli: str | None = knob(None)
+    xnli: str | None = knob(None)
+    wikipedia: str | None = knob(None)
+    text: list[str] = knob([])
+    local_text: list[str] = knob([])
 
 
 @dataclass
@@ -153,21 +176,79 @@ class CorpusSettings:
         leak_threshold: Similarity at which a line counts as an evaluation sentence; above 1 turns the filter off.
     """
 
-    valid_fraction: float = 0.05
-    max_lines: int | None = None
-    min_words: int = 1
-    deduplicate: bool = True
-    leak_threshold: float = DEFAULT_LEAK_THRESHOLD
+    valid_fraction: float = knob(0.05, between(0, 1))
+    max_lines: int | None = knob(None, at_least(2, ", or null for all lines"))
+    min_words: int = knob(1, at_least(1))
+    deduplicate: bool = knob(True)
+    leak_threshold: float = knob(DEFAULT_LEAK_THRESHOLD, _THRESHOLD)
 
-    def problems(self) -> list[str]:
-        """Return one sentence for each value out of its range; empty when all is well."""
-        found = []
-        if not 0 < self.valid_fraction < 1:
-            found.append(f"valid_fraction={self.valid_fraction}: must lie between 0 and 1")
-        if self.max_lines is not None and self.max_lines < 2:
-            found.append(f"max_lines={self.max_lines}: must be at least 2, or null for all lines")
-        if self.min_words < 1:
-            found.append(f"min_words={self.min_words}: must be at least 1")
-        if not self.leak_threshold > 0:
-            found.append(f"leak_threshold={self.leak_threshold}: must lie in (0, 1], or above 1 to turn the filter off")
+
+_MEMBER = matching("[a-z]{3}", "must be three lower-case letters (qaa to qtz are for local use)")
+_BALANCED = Range(
+    "must be a positive multiple of 3, so that labels are balanced", lambda value: value > 0 and value % 3 == 0
+)
+_SHARE = between(0, 1, "[]")
+
+
+@dataclass
+class SyntheticSettings:
+    """What the family looks like; every share is in [0, 1] and every count is per member.
+
+    Attributes:
+        seed: Everything is drawn from it; another seed is another family.
+        source: Code of the member with labelled training text; it is high-resource.
+        high_resource: The other members the encoder is pretrained on.
+        targets: Low-resource members, not seen in pretraining.
+        lines_high: Unlabelled lines of each high-resource member.
+        lines_low: Unlabelled lines of each target.
+        clauses: Clauses of an unlabelled line.
+        train: Labelled training sentences of the source.
+        valid: Labelled validation sentences of the source.
+        test: Labelled test sentences of each member; the labels are balanced, so a multiple of three.
+        topics: Topics; a line stays with one.
+        nouns_per_topic: Nouns of each topic.
+        verbs: Verbs of each polarity.
+        synonyms: Words for a quality of each polarity (the neutral ones only describe).
+        interjections: International interjections of each polarity, the same in all members.
+        cognates: Share of nouns and verbs inherited from the ancestor through regular sound changes.
+        evaluative_cognates: The same share for evaluative words.
+        false_friends: Share of a target's own words that look like a high-resource member's word for another concept.
+        purity: How often an evaluative slot of a sentence takes a word of the sentence's own polarity.
+        interjection_rate: How often a clause of unlabelled text ends in an interjection of its line's polarity.
+    """
+
+    seed: int = knob(0)
+    source: str = knob("qaa", _MEMBER)
+    high_resource: list[str] = knob(["qab", "qac"], _MEMBER)
+    targets: list[str] = knob(["qba", "qbb", "qbc"], _MEMBER)
+    lines_high: int = knob(8000, at_least(1))
+    lines_low: int = knob(6000, at_least(1))
+    clauses: int = knob(3, at_least(1))
+    train: int = knob(1500, _BALANCED)
+    valid: int = knob(300, _BALANCED)
+    test: int = knob(450, _BALANCED)
+    topics: int = knob(3, at_least(1))
+    nouns_per_topic: int = knob(4, at_least(2))
+    verbs: int = knob(3, at_least(1))
+    synonyms: int = knob(5, at_least(2))
+    interjections: int = knob(2, at_least(1))
+    cognates: float = knob(0.25, _SHARE)
+    evaluative_cognates: float = knob(0.2, _SHARE)
+    false_friends: float = knob(1.0, _SHARE)
+    purity: float = knob(0.95, _SHARE)
+    interjection_rate: float = knob(0.8, _SHARE)
+
+    @property
+    def members(self) -> list[str]:
+        """All codes: the source, the other high-resource members, the targets."""
+        return [self.source, *self.high_resource, *self.targets]
+
+    def conditions(self) -> list[str]:
+        """What values must have in common."""
+        repeated = sorted({code for code in self.members if self.members.count(code) > 1})
+        found = [f"members={self.members}: codes must differ; repeated: {', '.join(repeated)}"] if repeated else []
+        if not self.high_resource:
+            found.append("high_resource is empty; the encoder needs at least one member beside the source")
+        if not self.targets:
+            found.append("targets is empty; give at least one low-resource member")
         return found

@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import json
 import random
-import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from deftx.data.settings import DataSettings, Family, FamilyData, SyntheticSettings
 from deftx.errors import DeftxError
+from deftx.knobs import refuse
 
 T = TypeVar("T")
 
@@ -31,92 +32,6 @@ LABELS = ("negative", "neutral", "positive")
 CONSONANTS = "ptkbdgmnslrvzh"
 VOWELS = "aeiou"
 FORMAT_VERSION = 1
-
-
-@dataclass
-class SyntheticSettings:
-    """What the family looks like; every share is in [0, 1] and every count is per member.
-
-    Attributes:
-        seed: Everything is drawn from it; another seed is another family.
-        source: Code of the member with labelled training text; it is high-resource.
-        high_resource: The other members the encoder is pretrained on.
-        targets: Low-resource members, not seen in pretraining.
-        lines_high: Unlabelled lines of each high-resource member.
-        lines_low: Unlabelled lines of each target.
-        clauses: Clauses of an unlabelled line.
-        train: Labelled training sentences of the source.
-        valid: Labelled validation sentences of the source.
-        test: Labelled test sentences of each member; the labels are balanced, so a multiple of three.
-        topics: Topics; a line stays with one.
-        nouns_per_topic: Nouns of each topic.
-        verbs: Verbs of each polarity.
-        synonyms: Words for a quality of each polarity (the neutral ones only describe).
-        interjections: International interjections of each polarity, the same in all members.
-        cognates: Share of nouns and verbs inherited from the ancestor through regular sound changes.
-        evaluative_cognates: The same share for evaluative words.
-        false_friends: Share of a target's own words that look like a high-resource member's word for another concept.
-        purity: How often an evaluative slot of a sentence takes a word of the sentence's own polarity.
-        interjection_rate: How often a clause of unlabelled text ends in an interjection of its line's polarity.
-    """
-
-    seed: int = 0
-    source: str = "qaa"
-    high_resource: list[str] = field(default_factory=lambda: ["qab", "qac"])
-    targets: list[str] = field(default_factory=lambda: ["qba", "qbb", "qbc"])
-    lines_high: int = 8000
-    lines_low: int = 6000
-    clauses: int = 3
-    train: int = 1500
-    valid: int = 300
-    test: int = 450
-    topics: int = 3
-    nouns_per_topic: int = 4
-    verbs: int = 3
-    synonyms: int = 5
-    interjections: int = 2
-    cognates: float = 0.25
-    evaluative_cognates: float = 0.2
-    false_friends: float = 1.0
-    purity: float = 0.95
-    interjection_rate: float = 0.8
-
-    @property
-    def members(self) -> list[str]:
-        """All codes: the source, the other high-resource members, the targets."""
-        return [self.source, *self.high_resource, *self.targets]
-
-    def problems(self) -> list[str]:
-        """Return one sentence for each value out of its range; empty when all is well."""
-        problems = []
-        members = self.members
-        repeated = sorted({code for code in members if members.count(code) > 1})
-        if repeated:
-            problems.append(f"member codes must differ; repeated: {', '.join(repeated)}")
-        bad = [code for code in members if not re.fullmatch("[a-z]{3}", code)]
-        if bad:
-            listed = ", ".join(map(repr, bad))
-            problems.append(f"a member code is three lower-case letters (qaa to qtz are for local use); got {listed}")
-        if not self.high_resource:
-            problems.append("high_resource is empty; the encoder needs at least one member beside the source")
-        if not self.targets:
-            problems.append("targets is empty; give at least one low-resource member")
-        least = {"lines_high": 1, "lines_low": 1, "clauses": 1, "train": 3, "valid": 3, "test": 3}
-        least |= {"topics": 1, "nouns_per_topic": 2, "verbs": 1, "synonyms": 2, "interjections": 1}
-        for name, limit in least.items():
-            value = getattr(self, name)
-            if value < limit:
-                problems.append(f"{name} = {value} is below {limit}")
-        for name in ("train", "valid", "test"):
-            if getattr(self, name) % len(LABELS):
-                problems.append(
-                    f"{name} = {getattr(self, name)} is not a multiple of {len(LABELS)}, so labels cannot be balanced"
-                )
-        for name in ("cognates", "evaluative_cognates", "false_friends", "purity", "interjection_rate"):
-            value = getattr(self, name)
-            if not 0 <= value <= 1:
-                problems.append(f"{name} = {value} is outside [0, 1]")
-        return problems
 
 
 @dataclass(frozen=True)
@@ -169,12 +84,6 @@ _AFFIXES = (*_NUMBERS, *_TENSES, *_DEGREES)
 _NAMES = 4
 
 
-def _check(settings: SyntheticSettings) -> None:
-    problems = settings.problems()
-    if problems:
-        raise DeftxError("the synthetic family cannot be generated: " + "; ".join(problems))
-
-
 def _concepts(settings: SyntheticSettings) -> tuple[list[str], list[str]]:
     """Plain content concepts (nouns, verbs) and evaluative ones."""
     plain = [f"noun.{t}.{i}" for t in range(settings.topics) for i in range(settings.nouns_per_topic)]
@@ -212,7 +121,7 @@ def lexicons(settings: SyntheticSettings) -> dict[str, Lexicon]:
     Raises:
         DeftxError: A setting is out of its range, or the vocabulary does not fit into the possible word forms.
     """
-    _check(settings)
+    refuse(settings, "synthetic.")
     plain, evaluative = _concepts(settings)
     dice = _Dice(settings.seed, "ancestor")
     taken: set[str] = set()
@@ -312,6 +221,26 @@ class _Speaker:
         return " ".join(result)
 
 
+def _parts(settings: SyntheticSettings, code: str) -> dict[str, int]:
+    """Labelled files of a member and their sizes: only the source has rows to learn from."""
+    parts = {"train": settings.train, "valid": settings.valid} if code == settings.source else {}
+    return {**parts, "test": settings.test}
+
+
+def family_data(data: DataSettings, settings: SyntheticSettings, root: Path, key: str) -> FamilyData:
+    """The data settings of a study on the generated family, whether or not its folder is there yet.
+
+    Args:
+        data: The study's own.
+        settings: What is generated.
+        root: Where :func:`generate_family` writes it.
+        key: Key of the stage that does.
+    """
+    names = [f"unlabelled/{code}.txt" for code in settings.members]
+    names += [f"sentiment/{code}/{part}.tsv" for code in settings.members for part in _parts(settings, code)]
+    return FamilyData(**{**vars(data), "root": str(root), "family": Family(key, root, tuple(names))})
+
+
 def generate_family(folder: Path, settings: SyntheticSettings) -> None:
     """Write the family into a new folder; a few seconds.
 
@@ -332,8 +261,7 @@ def generate_family(folder: Path, settings: SyntheticSettings) -> None:
         raise DeftxError(f"{folder} already holds something; give a new folder for the synthetic family")
     description = {}
     for code, lexicon in words.items():
-        parts = {"train": settings.train, "valid": settings.valid} if code == settings.source else {}
-        parts["test"] = settings.test
+        parts = _parts(settings, code)
         seen: set[str] = set()
         for part, size in parts.items():
             rows = _labelled(_Speaker(lexicon, settings, _Dice(settings.seed, part, code)), size, seen)

@@ -1,7 +1,8 @@
 """Tasks: labelled rows to train, select and evaluate on, and the evaluation sentences nobody may train on.
 
 Rows are data frames with the columns ``id`` (str), ``text`` (str), ``text_pair`` (str, or None for single sentences)
-and ``label`` (int, the position in ``TASKS[task].labels``).
+and ``label`` (int, the position in ``TASKS[task].labels``). What will be read is known as places before anything is:
+each ``load_*`` reads what the ``*_places`` beside it gives.
 
 Leakage (``docs/method.md``): NusaX was translated from SMSA, so SMSA loses every row near an Indonesian NusaX valid or
 test sentence. AmericasNLI was translated from XNLI, so XNLI's dev and test never train or select; NLI validates on a
@@ -16,56 +17,31 @@ import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
-from deftx.data.labelled import (
-    AMERICASNLI_LANGUAGES,
-    NLI,
-    NUSAX_LANGUAGES,
-    SENTIMENT,
-    TASKS,
-    XNLI_LANGUAGES,
-    MissingSplitError,
-    Place,
-    Rows,
-    TaskSpec,
-    evaluation_places,
-    multinli_place,
-    place_of,
-    read_rows,
-    smsa_places,
-    task_spec,
-)
+from deftx.data.finding import NotAtHandError
+from deftx.data.labelled import place_of, task_spec, train_spec
 from deftx.data.leakage import LeakFilter, normalise, summarise
+from deftx.data.places import MissingSplitError, Place
+from deftx.data.rows import Rows, read_rows
 from deftx.data.settings import PROTECTED, DataSettings, LanguageSettings
-from deftx.errors import DeftxError, did_you_mean
+from deftx.errors import DeftxError
 
-__all__ = [
-    "AMERICASNLI_LANGUAGES",
-    "NLI",
-    "NUSAX_LANGUAGES",
-    "SENTIMENT",
-    "TASKS",
-    "TRAIN_SETS",
-    "XNLI_LANGUAGES",
-    "TaskData",
-    "TaskSpec",
-    "fingerprint_rows",
-    "load_test",
-    "load_train",
-    "own_test_rows",
-    "protected_texts",
-    "sentences",
-    "split_by_text",
-    "task_files",
-    "task_spec",
-]
 
-TRAIN_SETS = ("smsa", "nusax", "multinli", "synthetic", "sentiment", "nli", "tsv")
-"""What a task SFT can learn from."""
+class TrainPlaces(NamedTuple):
+    """What a training set is made of.
+
+    Attributes:
+        train: Rows to learn from.
+        valid: Rows for model selection; ``None`` where a seeded part of ``train`` is held out.
+        protected: Every place whose sentences are kept out of both.
+    """
+
+    train: Place
+    valid: Place | None
+    protected: tuple[Place, ...]
 
 
 @dataclass(frozen=True)
@@ -83,14 +59,44 @@ class TaskData:
     report: dict[str, Any] = field(default_factory=dict)
 
 
+def train_places(train: str, language: LanguageSettings, data: DataSettings) -> TrainPlaces:
+    """Where the rows of a training set are, and of the evaluation rows that must not be among them.
+
+    Args:
+        train: One of ``labelled.TRAIN_SETS``.
+        language: The source language.
+        data: Where the data sets are.
+
+    Raises:
+        DeftxError: Unknown set; the language is not in it; files missing.
+    """
+    spec = train_spec(train, data)
+    rows, valid = place_of(spec, language, data, "train"), None
+    if "own" in spec.validation:
+        try:
+            valid = place_of(spec, language, data, "dev")
+        except MissingSplitError:
+            if "part" not in spec.validation or data.valid is not None:
+                raise
+    protected: list[Place] = []
+    for guard in spec.guards:
+        if guard.needed:
+            against = task_spec(guard.name, data)
+            protected += [place_of(against, language, data, split) for split in guard.splits]
+        else:
+            places = _evaluation_places(guard.name, language, data, guard.splits)
+            protected += [place for place in places if place.local_files]
+    return TrainPlaces(rows, valid, tuple(protected))
+
+
 def load_train(
     train: str, language: LanguageSettings, data: DataSettings, seed: int, also: Sequence[pd.DataFrame] = ()
 ) -> TaskData:
     """Load a source language's labelled rows, without leaks into evaluation sets, split into train and validation.
 
     Args:
-        train: One of :data:`TRAIN_SETS`. ``smsa``: Indonesian, its own validation set. ``nusax``: 500 + 100 rows in any
-            NusaX language. ``multinli``: NLI in English or an XNLI language. The others are files of your own.
+        train: One of ``labelled.TRAIN_SETS``. ``smsa``: Indonesian, its own validation set. ``nusax``: 500 + 100 rows
+            in any NusaX language. ``multinli``: NLI in English or an XNLI language. The others are files of your own.
         language: The source language.
         data: Where the data sets are.
         seed: Seed of the validation split, where the data set has none.
@@ -99,122 +105,139 @@ def load_train(
     Raises:
         DeftxError: Unknown set; the language is not in it; files missing or malformed; too few rows to split.
     """
-    places, protected = _train_places(train, language, data)
-    train_rows = read_rows(places["train"])
+    places = train_places(train, language, data)
+    origin = f"{train} ({language.code})"
+    train_rows = read_rows(places.train)
     report: dict[str, Any] = {"source": train, "language": language.code}
-    frames = [*(read_rows(place).frame for place in protected), *also]
+    frames = [*(read_rows(place).frame for place in places.protected), *also]
     shut_out = [text for frame in frames for text in _joined(frame)]
     leak_filter = LeakFilter(shut_out, data.leak_threshold)
     report["leak"] = {"threshold": data.leak_threshold, "protected": len(leak_filter)}
     kept, report["train"] = _without_leaks(train_rows, leak_filter, shut_out)
-    if "valid" in places:
-        valid, report["valid"] = _without_leaks(read_rows(places["valid"]), leak_filter, shut_out)
+    if kept.empty and len(train_rows.frame):
+        raise DeftxError(
+            f"{origin}: all {len(train_rows.frame)} training rows are sentences of evaluation sets or close to one, so "
+            "none is left to learn from; give other rows, or data.leak_threshold=2 to turn the filter off"
+        )
+    if places.valid is not None:
+        valid, report["valid"] = _without_leaks(read_rows(places.valid), leak_filter, shut_out)
         # Rows in both would make validation flatter than it is.
         both = pd.Series(_joined(kept), index=kept.index).isin(set(_joined(valid)))
         kept = kept[~both].reset_index(drop=True)
         report["train"]["in_valid"] = int(both.sum())
     else:
-        kept, valid = split_by_text(kept, data.valid_fraction, seed, origin=f"{train} ({language.code})")
+        kept, valid = split_by_text(kept, data.valid_fraction, seed, origin=origin)
     report["train"]["kept"], report.setdefault("valid", {})["kept"] = len(kept), len(valid)
     for split, frame in (("train", kept), ("valid", valid)):
         if frame.empty:
-            raise DeftxError(f"{train} ({language.code}): no {split} rows are left; {report[split]}")
+            counts = {name: count for name, count in report[split].items() if isinstance(count, int)}
+            counts["leak"] = report[split]["leak"]["dropped"]
+            told = ", ".join(f"{name} {count}" for name, count in counts.items())
+            raise DeftxError(f"{origin}: no {split} rows are left ({told}); give other rows")
+    together = pd.concat([kept, valid]).sort_values(["id", "text", "label"], kind="stable")
+    report["digest"] = fingerprint_rows(together)  # whatever the seed of the split
     return TaskData(kept, valid, report)
 
 
-def load_test(task: str, language: LanguageSettings, data: DataSettings, split: str = "test") -> pd.DataFrame:
-    """Load a target language's evaluation rows.
+def evaluation_place(task: str, language: LanguageSettings, data: DataSettings, split: str = "test") -> Place:
+    """Where a target language's evaluation rows are.
 
     Args:
-        task: One of :data:`TASKS`.
+        task: One of ``labelled.TASKS``.
         language: The target language.
         data: Where the data sets are.
         split: ``test``, or ``dev`` where a task has it; never chosen silently.
+
+    Raises:
+        DeftxError: Unknown task or split; the language is not in the task; the file is missing (the message names
+            ``split=dev`` when there is one).
+    """
+    if split not in ("test", "dev"):
+        raise DeftxError(f"split={split!r}: must be test or dev")
+    spec = task_spec(task, data)
+    try:
+        return place_of(spec, language, data, split)
+    except MissingSplitError as error:
+        other = ""
+        if split == "test":
+            try:
+                place_of(spec, language, data, "dev")
+                other = "; there is a dev file: split=dev evaluates on it, and every table will say so"
+            except DeftxError:
+                other = "; there is no dev file either"
+        raise DeftxError(f"{error}{other}") from None
+
+
+def load_test(task: str, language: LanguageSettings, data: DataSettings, split: str = "test") -> pd.DataFrame:
+    """Read :func:`evaluation_place`.
 
     Returns:
         Rows; ``frame.attrs["dropped"]`` counts rows left out (empty text, no label).
 
     Raises:
-        DeftxError: Unknown task or split; the language is not in the task; the file is missing (the message names
-            ``split=dev`` when there is one) or malformed.
+        DeftxError: As :func:`evaluation_place`; or the file is malformed.
     """
-    if split not in ("test", "dev"):
-        raise DeftxError(f"split={split!r}: must be test or dev")
-    task_spec(task, data)
-    try:
-        place = place_of(task, language, data, split)
-    except MissingSplitError as error:
-        other = ""
-        if split == "test":
-            try:
-                place_of(task, language, data, "dev")
-                other = "; there is a dev file: split=dev evaluates on it, and every table will say so"
-            except DeftxError:
-                other = "; there is no dev file either"
-        raise DeftxError(f"{error}{other}") from None
-    rows = read_rows(place)
+    rows = read_rows(evaluation_place(task, language, data, split))
     if rows.frame.empty:
         raise DeftxError(f"{task}, {language.code}, {split}: no usable rows ({rows.dropped})")
     rows.frame.attrs["dropped"] = rows.dropped
     return rows.frame
 
 
-def task_files(train: str, language: LanguageSettings, data: DataSettings) -> dict[str, list[Path]]:
-    """Local files that :func:`load_train` reads, by their role; no role at all for hub data.
+def protected_places(language: LanguageSettings, data: DataSettings) -> list[Place]:
+    """Evaluation rows of a language, of every public set at hand, whose sentences must not be in its unlabelled text.
 
-    Roles are ``train``, ``valid`` and ``protected``, the evaluation files of the leak filter.
-
-    Raises:
-        DeftxError: As :func:`load_train`, for what can be seen without reading.
-    """
-    places, protected = _train_places(train, language, data)
-    files = {role: sorted(place.local_files) for role, place in places.items()}
-    files["protected"] = sorted({path for place in protected for path in place.local_files})
-    return {role: paths for role, paths in files.items() if paths}
-
-
-def protected_texts(language: LanguageSettings, data: DataSettings) -> list[str]:
-    """Evaluation sentences of a language, of every task at hand: they must not be in its unlabelled text.
-
-    Dev and test (NusaX: valid and test) of the sets in ``data.protect`` the language is in; premises and hypotheses
-    apart. At hand means: the data set's folder is there, or it comes from the hub; a split that a folder lacks is
-    skipped. The generated family is left out: its few words and fixed patterns make every line resemble some test
-    sentence.
+    Dev and test (NusaX: valid and test) of the sets in ``data.protect`` the language is in. At hand means: the data
+    set's folder is there, or it comes from the hub; a split that a folder lacks is skipped. The generated family is
+    left out: its few words and fixed patterns make every line resemble some test sentence.
 
     Raises:
-        DeftxError: A file is malformed; the hub does not answer.
+        DeftxError: A set that ``data.protect`` cannot name; ``data.<name>`` is neither a folder nor a hub id.
     """
-    texts: dict[str, None] = {}
     for task in data.protect:
         if task not in PROTECTED:
             raise DeftxError(f"data.protect: {task!r} is not one of {', '.join(PROTECTED)}")
-        for place in evaluation_places(task, language, data):
-            try:
-                frame = read_rows(place).frame
-            except DeftxError as error:
-                if place.hub is None:
-                    raise
-                left = [name for name in data.protect if name != task]
-                raise DeftxError(
-                    f"{error}\nIt is read to keep its sentences out of the text of {language.code!r}; "
-                    f"data.protect=[{','.join(left)}] leaves it out"
-                ) from error
-            texts |= dict.fromkeys(sentences(frame))
+    return [place for task in data.protect for place in _evaluation_places(task, language, data, ("dev", "test"))]
+
+
+def protected_texts(language: LanguageSettings, data: DataSettings) -> list[str]:
+    """Read the sentences of :func:`protected_places`; premises and hypotheses apart.
+
+    Raises:
+        DeftxError: As :func:`protected_places`; or a file is malformed; or the hub does not answer.
+    """
+    texts: dict[str, None] = {}
+    for place in protected_places(language, data):
+        try:
+            frame = read_rows(place).frame
+        except DeftxError as error:
+            if place.hub is None:
+                raise
+            left = [name for name in data.protect if name != place.dataset]
+            raise DeftxError(
+                f"{error}\nIt is read to keep its sentences out of the text of {language.code!r}; "
+                f"data.protect=[{','.join(left)}] leaves it out"
+            ) from error
+        texts |= dict.fromkeys(sentences(frame))
     return list(texts)
 
 
-def own_test_rows(task: str, languages: Sequence[LanguageSettings], data: DataSettings) -> dict[str, pd.DataFrame]:
+def own_test_places(task: str, languages: Sequence[LanguageSettings], data: DataSettings) -> dict[str, Place]:
     """Evaluation rows of the tasks that read files of your own, by language; empty for the public data sets.
 
     Those are protected by :func:`load_train` and :func:`protected_texts` themselves. Files that are not there are
     skipped: not every command needs them.
     """
-    found = {}
-    if task in ("sentiment", "nli", "tsv"):
-        for language in languages:
-            with contextlib.suppress(MissingSplitError):
-                found[language.code] = read_rows(place_of(task, language, data, "test")).frame
-    return found
+    spec, places = task_spec(task, data), {}
+    for language in languages if spec.own else ():
+        with contextlib.suppress(MissingSplitError):
+            places[language.code] = place_of(spec, language, data, "test")
+    return places
+
+
+def own_test_rows(task: str, languages: Sequence[LanguageSettings], data: DataSettings) -> dict[str, pd.DataFrame]:
+    """Read :func:`own_test_places`."""
+    return {code: read_rows(place).frame for code, place in own_test_places(task, languages, data).items()}
 
 
 def sentences(rows: pd.DataFrame) -> list[str]:
@@ -269,35 +292,13 @@ def split_by_text(rows: pd.DataFrame, fraction: float, seed: int, origin: str) -
     return rows[~mask].reset_index(drop=True), rows[mask].reset_index(drop=True)
 
 
-def _train_places(train: str, language: LanguageSettings, data: DataSettings) -> tuple[dict[str, Place], list[Place]]:
-    """Places of the train (and validation) rows, and of the evaluation rows that must not be among them."""
-    if train not in TRAIN_SETS:
-        raise DeftxError(
-            f"unknown training set {train!r}{did_you_mean(train, TRAIN_SETS)}; available: {', '.join(TRAIN_SETS)}"
-        )
-    if train == "smsa":
-        return smsa_places(language, data), [place_of("nusax", language, data, split) for split in ("dev", "test")]
-    if train == "multinli":
-        return {"train": multinli_place(language, data)}, _local_evaluation(("xnli", "americasnli"), language, data)
-    places = {"train": place_of(train, language, data, "train")}
-    try:
-        places["valid"] = place_of(train, language, data, "dev")
-    except MissingSplitError:
-        if data.valid is not None:
-            raise
-    if train == "synthetic":
-        return places, []
-    if train == "nusax":
-        # Its valid split selects; only the test sentences must stay unseen.
-        return places, [place_of("nusax", language, data, "test")]
-    protected = _local_evaluation(("nusax", "xnli", "americasnli"), language, data)
-    with contextlib.suppress(MissingSplitError):
-        protected.append(place_of(train, language, data, "test"))
-    return places, protected
-
-
-def _local_evaluation(tasks: Sequence[str], language: LanguageSettings, data: DataSettings) -> list[Place]:
-    return [place for task in tasks for place in evaluation_places(task, language, data) if place.local_files]
+def _evaluation_places(task: str, language: LanguageSettings, data: DataSettings, splits: Sequence[str]) -> list[Place]:
+    """Splits of a set in a language; nothing where the language, the folder or the split is not there."""
+    places = []
+    for split in splits:
+        with contextlib.suppress(NotAtHandError, MissingSplitError):
+            places.append(place_of(task_spec(task, data), language, data, split))
+    return places
 
 
 def _joined(frame: pd.DataFrame) -> list[str]:

@@ -25,7 +25,7 @@ R = TypeVar("R")
 
 
 def check(settings: LauncherSettings) -> None:
-    """Refuse a launcher that cannot be had here, before anything is made for it.
+    """Refuse a launcher that does not work here, before anything is made for it.
 
     Raises:
         DeftxError: Its library or its cluster is missing; the message says what to install or to choose.
@@ -61,7 +61,7 @@ def run_all(
         began: Called here, with a task's number, as it is given to what runs it (a process, a cluster's queue).
 
     Raises:
-        DeftxError: The launcher cannot be had (a library or a cluster is missing).
+        DeftxError: The launcher does not work here (a library or a cluster is missing).
         KeyboardInterrupt: Interrupted; what it started has been stopped, but for jobs of a cluster's queue, which are
             cancelled.
     """

@@ -159,7 +159,7 @@ def _answer(job: Any) -> Any:
         return job.result()
     except UncompletedJobError:
         # It wrote no result: killed, out of memory, cancelled. What it said last says most.
-        reason = _last_line(job.stderr()) or "it died without a word (killed, or out of memory?)"
+        reason = _last_line(job.stderr()) or "it ended without a message (killed, or out of memory?)"
     except Exception as error:  # noqa: BLE001 - an answer about one job must not end the others
         reason = _last_line(str(error)) or type(error).__name__
     return Lost(f"{job.state.lower()}: {reason}; its log: {job.paths.stderr}")

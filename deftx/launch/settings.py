@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from deftx.errors import DeftxError, did_you_mean
-
-LAUNCHERS = ("basic", "joblib", "submitit", "ray")
-CLUSTERS = ("slurm", "local")
+from deftx.knobs import above, at_least, knob, one_of
 
 
 @dataclass
 class LauncherSettings:
-    """How a sweep's jobs are started. None of it changes a result.
+    """How a sweep's jobs are started. Of this only ``gpus`` can change a result: it says what kind of device trains.
 
     Attributes:
         name: ``basic`` (one after the other, here), ``joblib`` (processes on this machine), ``submitit`` (SLURM, or its
@@ -31,43 +28,37 @@ class LauncherSettings:
         address: of a running Ray cluster; null starts one here.
     """
 
-    name: str = "basic"
-    workers: int | None = None
-    cluster: str = "slurm"
-    cpus: int = 1
-    gpus: int = 0
-    memory_gb: float | None = None
-    timeout_min: int = 60
-    requeues: int = 10
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    constraint: str | None = None
-    setup: list[str] = field(default_factory=list)
-    additional: dict[str, str] = field(default_factory=dict)
-    address: str | None = None
+    name: str = knob("basic", one_of("basic", "joblib", "submitit", "ray"))
+    workers: int | None = knob(None, at_least(1))
+    cluster: str = knob("slurm", one_of("slurm", "local"))
+    cpus: int = knob(1, at_least(1))
+    gpus: int = knob(0, at_least(0))
+    memory_gb: float | None = knob(None, above(0))
+    timeout_min: int = knob(60, at_least(1))
+    requeues: int = knob(10, at_least(0))
+    partition: str | None = knob(None)
+    account: str | None = knob(None)
+    qos: str | None = knob(None)
+    constraint: str | None = knob(None)
+    setup: list[str] = knob([])
+    additional: dict[str, str] = knob({})
+    address: str | None = knob(None)
 
-    def check(self) -> None:
-        """Refuse values that cannot work.
-
-        Raises:
-            DeftxError: One line for each.
-        """
-        problems = []
-        if self.name not in LAUNCHERS:
-            hint = did_you_mean(self.name, LAUNCHERS)
-            problems.append(f"launcher.name={self.name!r}{hint}; available: {', '.join(LAUNCHERS)}")
-        if self.cluster not in CLUSTERS:
-            problems.append(f"launcher.cluster={self.cluster!r}; available: {', '.join(CLUSTERS)}")
-        if self.workers is not None and self.workers < 1:
-            problems.append(f"launcher.workers={self.workers}: at least 1")
+    def conditions(self) -> list[str]:
+        """What values must have in common."""
         here = self.name == "joblib" or (self.name == "submitit" and self.cluster == "local")
-        if here and self.workers is None:
-            problems.append(f"launcher.workers is needed with launcher.name={self.name}: how many jobs at a time")
-        for name, lowest in (("cpus", 1), ("gpus", 0), ("timeout_min", 1), ("requeues", 0)):
-            if getattr(self, name) < lowest:
-                problems.append(f"launcher.{name}={getattr(self, name)}: at least {lowest}")
-        if self.memory_gb is not None and not self.memory_gb > 0:
-            problems.append(f"launcher.memory_gb={self.memory_gb}: more than 0")
-        if problems:
-            raise DeftxError("\n".join(problems))
+        if not here or self.workers is not None:
+            return []
+        return [f"workers is needed with launcher.name={self.name}: how many jobs at a time"]
+
+    def device(self, accelerator: str) -> str:
+        """The kind of device that its jobs train on, ``cpu`` or ``cuda``; empty where they run on this machine.
+
+        A login node plans what its workers will make: what it has itself says nothing of them.
+
+        Args:
+            accelerator: ``trainer.accelerator``: ``auto``, ``cpu`` or ``gpu``.
+        """
+        if self.name != "ray" and (self.name != "submitit" or self.cluster != "slurm"):
+            return ""
+        return {"cpu": "cpu", "gpu": "cuda"}.get(accelerator) or ("cuda" if self.gpus else "cpu")

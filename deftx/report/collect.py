@@ -9,12 +9,13 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deftx import tracking
 from deftx.errors import DeftxError
-from deftx.report.knobs import canonical, score_settings
+from deftx.report.knobs import agree, canonical, digests, score_settings
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -46,7 +47,7 @@ class Run:
         """Its name and what was swept."""
         return f"{self.name} ({self.swept})" if self.swept else self.name
 
-    @property
+    @cached_property
     def job(self) -> str:
         """Equal for two runs of one job, whatever came of them: a run that failed early knows no base."""
         record = self.record
@@ -61,16 +62,24 @@ class Run:
             about["name"] = self.name  # an older result does not say which part of a job it is
         return canonical({"job": record.job_type, "seed": record.seed, **about})
 
-    @property
-    def identity(self) -> str:
-        """Equal for two finished runs of one job, wherever they were launched."""
-        return canonical({"job": self.job, "base": section_key(self.record)[-1]})
+    @cached_property
+    def data(self) -> list[tracking.DataRead]:
+        """What data it read; empty for results that do not say it."""
+        return tracking.data_read(self.record.settings)
+
+    def repeats(self, other: Run) -> bool:
+        """Whether two finished runs are one job on one base and the same data, wherever they were launched."""
+        bases = [section_key(run.record)[-1] for run in (self, other)]
+        return self.job == other.job and bases[0] == bases[1] and self._read_the_same(other)
 
     def made_up_by(self, other: Run) -> bool:
-        """Whether a finished run is the same job on the same base, as far as this one came to know its base."""
+        """Whether a finished run is the same job, as far as this one came to know its base and its data."""
         mine, its = self.record.fingerprints, other.record.fingerprints
         known = [name for name in ("base", "base files") if mine.get(name) and its.get(name)]
-        return self.job == other.job and all(mine[name] == its[name] for name in known)
+        return self.job == other.job and all(mine[name] == its[name] for name in known) and self._read_the_same(other)
+
+    def _read_the_same(self, other: Run) -> bool:
+        return agree(digests(self.data), digests(other.data))
 
 
 @dataclass(frozen=True)
@@ -179,9 +188,11 @@ def _read(place: Path, name: str) -> Run | Trouble:
     return Run(name, place, record)
 
 
-def _sort(results: dict[Path, Run | Trouble], found: Collection) -> tuple[list[Run], list[tuple[Run, Trouble]]]:
-    """Finished runs, repeated ones set aside; failed ones with what is wrong."""
-    done: dict[str, Run] = {}
+def _sort(
+    results: dict[Path, Run | Trouble], found: Collection
+) -> tuple[dict[str, list[Run]], list[tuple[Run, Trouble]]]:
+    """Finished runs by job, repeated ones set aside; failed ones with what is wrong."""
+    done: dict[str, list[Run]] = {}
     failed: list[tuple[Run, Trouble]] = []
     runs = sorted(
         (item for item in results.values() if isinstance(item, Run)),
@@ -198,18 +209,18 @@ def _sort(results: dict[Path, Run | Trouble], found: Collection) -> tuple[list[R
             kind = "failed" if record.status == "failed" else "missing"
             told = reason if kind == "failed" else f"status {record.status}: it has not finished"
             failed.append((run, Trouble(kind, run.name, told)))
-        elif record.metrics:
-            first = done.setdefault(run.identity, run)
-            if first is run:
-                found.runs.append(run)
-            elif _same_scores(first, run):
-                found.repeated.append((run, first))
-            else:
-                found.runs.append(run)  # sections.py tells of the conflict, score by score
-        else:
-            done.setdefault(run.identity, run)
+            continue
+        alike = done.setdefault(run.job, [])
+        first = next((other for other in alike if run.repeats(other)), None)
+        if first is None:
+            alike.append(run)
+        if not record.metrics:
             found.without_scores.append(run)
-    return list(done.values()), failed
+        elif first is not None and _same_scores(first, run):
+            found.repeated.append((run, first))
+        else:
+            found.runs.append(run)  # sections.py tells of a conflict, score by score
+    return done, failed
 
 
 def _same_scores(first: Run, second: Run) -> bool:
@@ -245,12 +256,12 @@ def read_predictions(run: Run) -> pd.DataFrame:
 
 
 def read_diagnostics(run: Run, columns: Sequence[str]) -> pd.DataFrame:
-    """Some columns of a run's diagnostics.
+    """Some columns of a run's diagnostics; ``key`` and ``other_key`` are those of the SFTs in its result.
 
     Raises:
         DeftxError: There are none, or they cannot be read.
     """
-    return _parquet(run, tracking.DIAGNOSTICS, columns)
+    return tracking.with_keys(_parquet(run, tracking.DIAGNOSTICS, [*columns, "sft", "other"]))
 
 
 def _parquet(run: Run, name: str, columns: Sequence[str]) -> pd.DataFrame:
@@ -281,7 +292,7 @@ def _sweep(
     jobs: list[tuple[tuple[str, ...], Trouble | Run]] = []
     for job in [*record.stages, *record.jobs]:
         asked = (record.study, record.command, *sorted(job.overrides))
-        swept = " ".join(job.swept).replace("\\", "")
+        swept = " ".join(job.swept)
         where = f"{name}/{job.folder}"
         item = results.get((place / job.folder).resolve())
         if item is None and job in record.stages and job.status in ("done", "cached"):
@@ -304,7 +315,7 @@ def _sweep(
 
 def _settle(
     found: Collection,
-    done: list[Run],
+    done: dict[str, list[Run]],
     failed: list[tuple[Run, Trouble]],
     jobs: list[tuple[tuple[str, ...], Trouble | Run]],
 ) -> None:
@@ -312,11 +323,8 @@ def _settle(
     finished = {asked: item for asked, item in jobs if isinstance(item, Run) and item.record.status == "done"}
     names = {item.name: item.shown for _, item in jobs if isinstance(item, Run)}
     asked_of = {item.name: asked for asked, item in jobs if isinstance(item, Run)}
-    by_job: dict[str, list[Run]] = {}
-    for run in done:
-        by_job.setdefault(run.job, []).append(run)
     for run, trouble in failed:
-        later = next((other for other in by_job.get(run.job, []) if run.made_up_by(other)), None)
+        later = next((other for other in done.get(run.job, []) if run.made_up_by(other)), None)
         if later is None and run.name in asked_of:
             later = finished.get(asked_of[run.name])
         name = names.get(trouble.name, trouble.name)

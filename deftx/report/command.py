@@ -16,6 +16,7 @@ from deftx.report.collect import MARKER, Collection, collect
 from deftx.report.publish import publish, refuse_foreign
 from deftx.report.remarks import counts, run_notes, trouble_text
 from deftx.report.summary import Options
+from deftx.tracking.names import BASELINE
 
 if TYPE_CHECKING:
     from deftx.report.sections import Section
@@ -167,7 +168,7 @@ def choose_baseline(sections: Sequence[Section], asked: str | None) -> str | Non
     names = dict.fromkeys(column.condition for section in sections for column in section.columns)
     labels = dict.fromkeys(column.label for section in sections for column in section.columns)
     if asked is None:
-        return "ltsft" if "ltsft" in names else None
+        return BASELINE if BASELINE in names else None
     if asked not in names and asked not in labels:
         every = [*names, *(label for label in labels if label not in names)]
         raise DeftxError(

@@ -18,6 +18,7 @@ from deftx.report.plots import Plots
 from deftx.report.remarks import counts, rerun_commands, run_notes
 from deftx.report.summary import Summary
 from deftx.report.tables import Table
+from deftx.tracking import DATA_READ, DataRead
 
 Part = tuple[Summary, Sequence[Table], Plots]
 
@@ -153,6 +154,7 @@ def _method(found: Collection, parts: Sequence[Part]) -> str:
 def _settings(runs: Sequence[Run]) -> str:
     """What all runs share, and what varies between them."""
     hidden = BOOKKEEPING - {"task", "split", "model", "method", "compare", "controls", "language", "study"}
+    hidden |= {DATA_READ}
     keys = list(dict.fromkeys(key for run in runs for key in run.record.settings if key not in hidden))
     shared, differing = [], []
     for key in keys:
@@ -167,13 +169,23 @@ def _settings(runs: Sequence[Run]) -> str:
         out.append("<h3>What varies between the runs</h3>" + _table(["knob", "values"], differing))
     out.append(
         f"<details open><summary>What all {len(runs)} runs share ({len(shared)} settings; unset ones left out)"
-        f"</summary>{_table(['knob', 'value'], shared)}</details></section>"
+        f"</summary>{_table(['knob', 'value'], shared)}</details>"
     )
-    return "".join(out)
+    read = sorted({(item.name, _place(item), item.digest[:12]) for run in runs for item in run.data})
+    if read:
+        out.append("<h3>Data that was read</h3>" + _table(["data", "where", "digest of the content"], read))
+    return "".join([*out, "</section>"])
+
+
+def _place(item: DataRead) -> str:
+    """Where a piece of data was found: a path, or a hub's id, configuration and commit."""
+    parts = (item.path, item.hub, item.config, item.revision)
+    return ", ".join(part for part in parts if part)
 
 
 def _provenance(runs: Sequence[Run]) -> str:
     rows: dict[str, dict[str, int]] = {}
+    dirty: set[str] = set()
 
     def add(what: str, value: Any) -> None:
         rows.setdefault(what, {})
@@ -187,21 +199,25 @@ def _provenance(runs: Sequence[Run]) -> str:
             commit = git.get(where) if isinstance(git, Mapping) else None
             if isinstance(commit, Mapping):
                 add(f"commit of {what}", f"{commit.get('commit')}{' with changes' if commit.get('dirty') else ''}")
+                if commit.get("dirty"):
+                    dirty.add(f"commit of {what}")
         versions = facts.get("versions")
         for name, version in (versions if isinstance(versions, Mapping) else {}).items():
             add(name, version)
         for name in ("python", "platform", "cpu", "threads", "gpu"):
             add(name, facts.get(name))
+        under = [{**it.versions, "threads": it.threads, "device": it.device} for it in run.record.provenances]
+        for name, value in dict.fromkeys(pair for item in under for pair in item.items()):
+            add(f"{name}, of its stages", value)
         for name, value in run.record.fingerprints.items():
             add(f"{name}, fingerprint", value)
     table, flagged = [], 0
     for what, values in sorted(rows.items(), key=lambda row: len(row[1]) == 1):
         # A target that some runs lack is no difference; two values of one thing are.
         differs = len(values) > 1
-        dirty = any(value.endswith(" with changes") for value in values)
-        flagged += differs or dirty
+        flagged += differs or what in dirty
         shown = [f"{value} ({count} runs)" if differs else value for value, count in values.items()]
-        flag = "differs" if differs else "uncommitted changes" if dirty else ""
+        flag = "differs" if differs else "uncommitted changes" if what in dirty else ""
         table.append([what, " · ".join(shown), flag])
     text = f"{flagged} rows are flagged." if flagged else "All runs agree, and none ran on uncommitted changes."
     return (

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 
+from deftx import atomic
 from deftx.errors import DeftxError
 from deftx.report.collect import MARKER
-
-STALE = 3600  # seconds after which an unfinished sibling belongs to a report that was killed
 
 
 def refuse_foreign(out: Path) -> None:
@@ -49,42 +45,11 @@ def publish(out: Path, fill: Callable[[Path], None]) -> None:
     """
     refuse_foreign(out)
     out = Path(os.path.abspath(out))  # noqa: PTH100 -- a link in the path stays one
-    parent = out.parent
-    partial = parent / f".{out.name}.{os.urandom(4).hex()}.partial"
-    old = partial.with_suffix(".old")
     try:
-        parent.mkdir(parents=True, exist_ok=True)
-        _clean(parent, out.name)
-        partial.mkdir()
-        fill(partial)
-        for path in partial.rglob("*"):
-            if path.is_file():
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
-        if out.exists():
-            # Two renames: a folder that holds something cannot be replaced in one.
-            out.rename(old)
-        partial.rename(out)
+        with atomic.folder(out, replace=True) as temporary:
+            fill(temporary)
     except OSError as error:
-        if old.exists() and not out.exists():
-            old.rename(out)
         raise DeftxError(
             f"cannot write {out}: {os.strerror(error.errno) if error.errno else error}; make room or permission there, "
             "or choose another --out FOLDER"
         ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        if out.exists():
-            shutil.rmtree(old, ignore_errors=True)
-
-
-def _clean(parent: Path, name: str) -> None:
-    """Take away what killed reports left, and put back one that was killed between the two renames."""
-    for path in sorted(parent.glob(f".{name}.*")):
-        with contextlib.suppress(OSError):
-            if time.time() - path.stat().st_mtime < STALE:
-                continue
-            if path.suffix == ".old" and not (parent / name).exists():
-                path.rename(parent / name)
-            elif path.suffix in (".partial", ".old"):
-                shutil.rmtree(path)

@@ -6,6 +6,7 @@ import math
 import shlex
 
 from deftx.report.collect import Collection, Trouble
+from deftx.tracking import Remark
 
 
 def counts(found: Collection) -> list[str]:
@@ -32,8 +33,9 @@ def run_notes(found: Collection) -> dict[str, str]:
     """What the runs themselves remark -> which of them do."""
     notes: dict[str, list[str]] = {}
     for run in found.runs:
-        for note in run.record.notes:
-            notes.setdefault(_without_list(str(note)), []).append(run.name)
+        for remark in run.record.notes:
+            if remark.kind != "provenances_differ":  # their section's warning says it
+                notes.setdefault(_shown(remark), []).append(run.name)
     every = len(found.runs)
     return {
         note: "every run" if len(names) == every else names[0] if len(names) == 1 else f"{len(names)} of {every} runs"
@@ -41,10 +43,9 @@ def run_notes(found: Collection) -> dict[str, str]:
     }
 
 
-def _without_list(note: str) -> str:
-    """A remark without the cells it lists, which differ from run to run: their scores are in the tables."""
-    start = "one class is predicted throughout, nothing was learnt or transferred"
-    return f"in some cells {start}" if note.startswith(start) else note
+def _shown(remark: Remark) -> str:
+    """A remark; without the cells that it lists, which differ from run to run: their scores are in the tables."""
+    return f"in some cells {remark.text}" if remark.kind == "constant_predictions" else remark.line
 
 
 def rerun_commands(found: Collection) -> list[tuple[str, str]]:
@@ -56,14 +57,11 @@ def rerun_commands(found: Collection) -> list[tuple[str, str]]:
             continue
         swept: dict[str, dict[str, None]] = {}
         for job in jobs:
-            for text in job.swept:
-                key, _, value = text.partition("=")
-                swept.setdefault(key, {})[value] = None
-        shared = [text for text in jobs[0].overrides if all(text in job.overrides for job in jobs)]
-        shared = [text for text in shared if text.partition("=")[0] not in swept]
+            for knob, value in job.knobs.items():
+                swept.setdefault(knob, {})[value] = None
         if math.prod(len(values) for values in swept.values()) == len(jobs):
-            grid = [f"{key}={','.join(values)}" for key, values in swept.items()]
-            commands.append((name, _command(sweep.command, ["-m", *shared, *grid])))
+            grid = [f"{knob}={','.join(values)}" for knob, values in swept.items()]
+            commands.append((name, _command(sweep.command, ["-m", *sweep.shared, *grid])))
         else:
             lines = [_command(sweep.command, job.overrides) for job in jobs]
             commands.append((name, "\n".join(dict.fromkeys(lines))))

@@ -1,8 +1,8 @@
 """Scores that may stand side by side: sections, their columns, and a cell for each language, column and seed.
 
 A section is one study, task, split and model; nothing is averaged across sections. A column is a condition under the
-settings it reads (:mod:`deftx.report.knobs`). A cell found in several runs is one cell: equal ones count once, and
-different ones are told of, the newest is shown.
+settings it reads (:mod:`deftx.report.knobs`), of runs that read the same data wherever they read the same language. A
+cell found in several runs is one cell: equal ones count once, and different ones are told of, the newest is shown.
 """
 
 from __future__ import annotations
@@ -16,10 +16,22 @@ import numpy as np
 import numpy.typing as npt
 
 from deftx import tracking
-from deftx.errors import DeftxError
+from deftx.errors import DeftxError, listed
+from deftx.methods.table import METHODS
 from deftx.report.bootstrap import METRICS, confusion
 from deftx.report.collect import Run, read_predictions, section_key
-from deftx.report.knobs import Settings, canonical, knob_text, read_by, score_settings, sort_key, varying
+from deftx.report.knobs import (
+    Settings,
+    agree,
+    as_method,
+    canonical,
+    data_behind,
+    knob_text,
+    read_by,
+    score_settings,
+    sort_key,
+    varying,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -69,6 +81,7 @@ class Column:
     Attributes:
         condition: One of :data:`deftx.tracking.CONDITIONS`, or another name.
         settings: What it reads.
+        data: Digests of the data behind its scores, by name; of all its runs together.
         origins: Settings of the runs that hold it, whole.
         knobs: What tells it from the other columns of its condition, under short names.
         label: Its title in a table.
@@ -76,6 +89,7 @@ class Column:
 
     condition: str
     settings: Settings
+    data: dict[str, str] = field(default_factory=dict)
     origins: list[Settings] = field(default_factory=list)
     knobs: Settings = field(default_factory=dict)
     label: str = ""
@@ -105,7 +119,8 @@ class Section:
     warnings: list[str] = field(default_factory=list)
     slug: str = ""
     title: str = ""
-    _found: dict[str, Column] = field(default_factory=dict)
+    _found: dict[str, list[Column]] = field(default_factory=dict)
+    _held: dict[tuple[Run, str], Column] = field(default_factory=dict)
 
     @property
     def metric_name(self) -> str:
@@ -120,22 +135,19 @@ class Section:
             if c is column and where == language and cell.value is not None
         )
 
-    def column(self, condition: str, settings: Settings) -> Column | None:
-        """The column of a condition under a run's settings, if it is there."""
-        return self._found.get(_column_key(condition, read_by(condition, settings)))
-
     def column_of(self, run: Run, condition: str) -> Column | None:
-        """The column that holds a run's scores under a condition."""
-        return self.column(condition, score_settings(run.record.settings))
+        """The column that holds a run's own scores under a condition."""
+        return self._held.get((run, condition))
 
     def runs_of(self, column: Column) -> list[Run]:
-        """Runs that scored a column themselves; settings alone would also name runs that never trained it."""
-        return [
-            run
-            for run in self.runs
-            if any(item.condition == column.condition for item in run.record.metrics)
-            and self.column_of(run, column.condition) is column
-        ]
+        """Runs that scored a column themselves."""
+        return [run for run in self.runs if self.column_of(run, column.condition) is column]
+
+    @property
+    def methods(self) -> list[str]:
+        """Conditions that compose SFTs of a method: those in the table of methods, and given SFTs."""
+        there = {column.condition for column in self.columns}
+        return [name for name in (*METHODS, "composed") if name in there]
 
     def named(self, conditions: Iterable[str]) -> list[Column]:
         """Columns of some conditions, in order."""
@@ -157,17 +169,33 @@ class Section:
             return None if fixed is column else fixed
         if column.condition == name:
             return None
-        found = {item for origin in column.origins if (item := self.column(name, origin)) is not None}
-        return found.pop() if len(found) == 1 else None
+        # The same runs' own, where they have it; else that of other runs under the same settings.
+        held = {base for run in self.runs_of(column) if (base := self.column_of(run, name)) is not None}
+        if held:
+            return held.pop() if len(held) == 1 else None
+        found: list[Column] = []
+        for key in dict.fromkeys(
+            _column_key(name, read_by(name, as_method(name, origin))) for origin in column.origins
+        ):
+            fits = [item for item in self._found.get(key, []) if agree(item.data, column.data)]
+            # Of several data sets, the one that shares most of the column's.
+            shared = [len(item.data.keys() & column.data.keys()) for item in fits]
+            found += [item for item, count in zip(fits, shared, strict=True) if count == max(shared)]
+        return found[0] if len(found) == 1 else None
 
-    def add_column(self, condition: str, settings: Settings) -> Column:
-        """The column of a condition under a run's settings, made if needed."""
-        read = read_by(condition, settings)
-        column = self._found.setdefault(_column_key(condition, read), Column(condition, read))
-        if column not in self.columns:
+    def add_column(self, run: Run, condition: str, settings: Settings) -> Column:
+        """The column of a condition under a run's settings and data, made if needed."""
+        read, data = read_by(condition, settings, run.record.cells), data_behind(condition, run.data)
+        alike = self._found.setdefault(_column_key(condition, read), [])
+        column = next((item for item in alike if agree(item.data, data)), None)
+        if column is None:
+            column = Column(condition, read)
+            alike.append(column)
             self.columns.append(column)
+        column.data |= data
         if settings not in column.origins:
             column.origins.append(settings)
+        self._held[run, condition] = column
         return column
 
 
@@ -215,7 +243,7 @@ def _fill(section: Section) -> None:
                 continue
             if item.language not in section.languages:
                 section.languages.append(item.language)
-            column = section.add_column(item.condition, settings)
+            column = section.add_column(run, item.condition, settings)
             value = None if item.value is None or not np.isfinite(item.value) else float(item.value)
             cell = Cell(value, item.n, run, items.get((item.language, item.condition)))
             place = (column, item.language, run.record.seed or 0)
@@ -231,7 +259,7 @@ def _fill(section: Section) -> None:
                 section.cells[place] = cell
     for (old, new), where in conflicts.items():
         section.warnings.append(
-            f"{old} and {new} have the same settings and seed but other numbers ({_few(where)}); "
+            f"{old} and {new} have the same settings and seed but other numbers ({listed(where, 4)}); "
             "the newer one is shown, they are not averaged"
         )
     if shared:
@@ -245,6 +273,12 @@ def _fill(section: Section) -> None:
         }
         if len(rows - {None}) > 1:
             section.warnings.append(f"{language}: the runs were evaluated on different rows (fingerprints differ)")
+    differing = tracking.provenance_differences([item for run in section.runs for item in run.record.provenances])
+    if differing:
+        section.warnings.append(
+            "the stages behind these scores were computed under different versions, thread counts or devices: "
+            + ", ".join(differing)
+        )
 
 
 def _classes(runs: Sequence[Run]) -> list[str]:
@@ -285,10 +319,12 @@ def _items(run: Run, section: Section) -> dict[tuple[str, str], Items]:
     if wrong and section.metric in METRICS:
         section.warnings.append(
             f"{run.shown}: its predictions do not give the {section.metric_name} that {tracking.RESULT} says "
-            f"({_few(wrong)}); no intervals for these scores"
+            f"({listed(wrong, 4)}); no intervals for these scores"
         )
     if doubled:
-        section.warnings.append(f"{run.shown}: an example twice, or missing, in {_few(doubled)}; no intervals for them")
+        section.warnings.append(
+            f"{run.shown}: an example twice, or missing, in {listed(doubled, 4)}; no intervals for them"
+        )
     return found
 
 
@@ -347,17 +383,13 @@ def _place_of(lists: Sequence[Any]) -> Any:
     return lambda code: order.index(code) if code in order else len(order)
 
 
-def _few(texts: Sequence[str], most: int = 4) -> str:
-    more = len(texts) - most
-    return ", ".join(texts[:most]) + (f" and {more} more" if more > 0 else "")
-
-
 def _name_columns(section: Section) -> None:
     """Label columns by what differs between those of one condition, and put them into order."""
     for condition in dict.fromkeys(column.condition for column in section.columns):
         columns = section.named([condition])
+        differing = _differing_data(columns)
         for column, knobs in zip(columns, varying([column.settings for column in columns]), strict=True):
-            column.knobs = knobs
+            column.knobs = knobs | {name: column.data[name][:8] for name in differing if name in column.data}
             column.label = f"{column.title} {column.setting}".strip()
     known = list(tracking.CONDITIONS)
     section.columns.sort(
@@ -367,6 +399,12 @@ def _name_columns(section: Section) -> None:
             [sort_key(value) for value in column.knobs.values()],
         )
     )
+
+
+def _differing_data(columns: Sequence[Column]) -> list[str]:
+    """Names of data that some columns read with another content."""
+    names = dict.fromkeys(name for column in columns for name in column.data)
+    return sorted(name for name in names if len({c.data[name] for c in columns if name in c.data}) > 1)
 
 
 def _name_sections(sections: Sequence[Section]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +17,8 @@ import numpy.typing as npt
 from safetensors import deserialize
 
 from deftx.core.folder import TENSORS, read_facts
-from deftx.stages.evaluate import SFT, Outcome
-from deftx.training.model_folder import shapes_of
+from deftx.stages.objectives import SFT
+from deftx.training.shapes import shapes_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,40 +26,35 @@ if TYPE_CHECKING:
 Coordinates = dict[str, tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]]
 
 
-def diagnostics(sfts: Sequence[SFT], outcomes: Sequence[Outcome], base: Path) -> pd.DataFrame:
+def diagnostics(folders: Mapping[SFT, Path], composed: Sequence[tuple[SFT, SFT]], base: Path) -> pd.DataFrame:
     """One row for each parameter of each SFT, and for each parameter of each composed pair.
 
     Args:
-        sfts: SFTs of the run.
-        outcomes: Evaluated cells; each distinct (φ_T, φ_L) gives overlap rows.
+        folders: SFTs of the run, and where they lie.
+        composed: φ_T and φ_L of the evaluated cells; each distinct pair gives overlap rows.
         base: Folder of the base model, for the parameters in which nothing was selected.
 
     Returns:
-        Columns ``what`` (``sft`` or ``pair``), ``sft``, ``other``, ``parameter``, ``layer`` (int, -1 outside the
-        layers), ``module``, ``size``, ``selected``, ``density``, ``rank``, ``energy``, ``singular_values``,
-        ``overlap``, ``jaccard``, ``sign_conflicts``; missing where a column does not apply.
+        Columns ``what`` (``sft`` or ``pair``), ``sft``, ``other``, ``key``, ``other_key``, ``parameter``, ``layer``
+        (int, -1 outside the layers), ``module``, ``size``, ``selected``, ``density``, ``rank``, ``energy``,
+        ``singular_values``, ``overlap``, ``jaccard``, ``sign_conflicts``; missing where a column does not apply.
     """
     import pandas as pd
 
-    loaded: dict[str, Coordinates] = {}
-
-    def coordinates(sft: SFT) -> Coordinates:
-        if sft.key not in loaded:
-            loaded[sft.key] = _coordinates(sft.folder)
-        return loaded[sft.key]
-
+    loaded = {sft.key: _coordinates(folder) for sft, folder in folders.items()}
+    shapes = {kind: shapes_of(base, kind=kind) for kind in {sft.kind for sft in folders}}
     rows: list[dict[str, Any]] = []
-    shapes = {role: shapes_of(base, kind=role) for role in {sft.role for sft in sfts}}
-    for sft in dict.fromkeys(sfts):
-        denoised = _denoising(sft)
-        item = coordinates(sft)
-        for name in sorted(shapes[sft.role]):
-            size = math.prod(shapes[sft.role][name])
+    for sft, folder in folders.items():
+        denoised = _denoising(folder)
+        item = loaded[sft.key]
+        for name in sorted(shapes[sft.kind]):
+            size = math.prod(shapes[sft.kind][name])
             selected = len(item[name][0]) if name in item else 0
             rows.append(
                 {
                     "what": "sft",
                     "sft": sft.name,
+                    "key": sft.key,
                     **_place(name),
                     "size": size,
                     "selected": selected,
@@ -67,24 +62,16 @@ def diagnostics(sfts: Sequence[SFT], outcomes: Sequence[Outcome], base: Path) ->
                     **denoised.get(name, {}),
                 }
             )
-    pairs = {(o.cell.task, o.cell.language_sft) for o in outcomes if o.cell.language_sft is not None}
-    for task, language in sorted(pairs, key=lambda pair: (pair[0].name, pair[1].name if pair[1] else "")):
-        if language is None:
-            continue
-        for name, counts in _overlaps(coordinates(task), coordinates(language)).items():
-            rows.append(
-                {
-                    "what": "pair",
-                    "sft": task.name,
-                    "other": language.name,
-                    **_place(name),
-                    **counts,
-                }
-            )
+    for task, language in sorted(set(composed), key=lambda pair: (pair[0].name, pair[1].name)):
+        about = {"sft": task.name, "other": language.name, "key": task.key, "other_key": language.key}
+        for name, counts in _overlaps(loaded[task.key], loaded[language.key]).items():
+            rows.append({"what": "pair", **about, **_place(name), **counts})
     columns = [
         "what",
         "sft",
         "other",
+        "key",
+        "other_key",
         "parameter",
         "layer",
         "module",
@@ -99,7 +86,7 @@ def diagnostics(sfts: Sequence[SFT], outcomes: Sequence[Outcome], base: Path) ->
 
 
 def _coordinates(folder: Path) -> Coordinates:
-    """Indices (int64, sorted) and values (float32) of an SFT by parameter, verified as :meth:`SFT.load` does."""
+    """Indices (int64, sorted) and values (float32) of an SFT by parameter, verified as ``SparseDelta.load`` does."""
     facts = read_facts(folder)
     found = dict(deserialize((folder / TENSORS).read_bytes()))  # type: ignore[no-untyped-call]
 
@@ -145,11 +132,11 @@ def _overlaps(first: Coordinates, second: Coordinates) -> dict[str, dict[str, fl
     return found
 
 
-def _denoising(sft: SFT) -> dict[str, dict[str, Any]]:
+def _denoising(folder: Path) -> dict[str, dict[str, Any]]:
     """Rank, energy and spectrum by parameter; empty for an SFT that was given as a bare folder."""
     import pandas as pd
 
-    path = sft.folder.parent / "denoising.parquet"
+    path = folder.parent / "denoising.parquet"
     if not path.is_file():
         return {}
     frame = pd.read_parquet(path)

@@ -1,340 +1,298 @@
-"""What a study starts from: base encoder, unlabelled text, labelled rows. Each becomes a folder or a cached stage.
+"""What a study starts from: the generated family, unlabelled text, labelled rows, test rows, measures of text.
 
-Keys use content, never paths: the base by the hashes of its files, text and rows by their bytes. The same study run
-from another folder, or with data that was moved, finds its results again.
+Each becomes a node, or the fingerprint of something given. Keys use content, never paths: text and rows by their bytes
+or the hub's commit, with *everything* that filters them. The same study run from another folder, or with data that was
+moved, finds its results again.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deftx.cache import Entry, Stage, StageCache, Workspace
-from deftx.data.settings import CorpusSettings, DataSettings, LanguageSettings
-from deftx.data.synthetic import generate_family
+from deftx.cache import Entry, StageCache, Workspace
+from deftx.data.corpora import MissingTextError, TextSource, build_corpus, resolve_text
+from deftx.data.places import Origin, Place, combined_fingerprint
+from deftx.data.settings import DataSettings, LanguageSettings
+from deftx.data.synthetic import family_data, generate_family
 from deftx.errors import DeftxError
-from deftx.stages.settings import ModelSettings, StudySettings
+from deftx.stages.base import Base, base_of
+from deftx.stages.node import Given, Loggers, Node, node, stage_seed
+from deftx.stages.settings import StudySettings
+from deftx.tracking import DataRead
 
 if TYPE_CHECKING:
     import pandas as pd
 
-MODEL_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json")
-TOKENIZER_FILES = (
-    "tokenizer*",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
+    from deftx.data.tasks import TrainPlaces
+
+FAMILY_FOLDER = "family"
+REPORT = "report.json"
+CONTENT = "content.json"
+MEASURES = "profile.json"
 
 
 @dataclass(frozen=True)
-class Base:
-    """The base encoder θ⁰.
+class Needs:
+    """What a command reads and makes.
 
     Attributes:
-        name: Short name or hub id.
-        folder: Model folder in the hub's shape.
-        key: Fingerprint of weights, configuration and tokenizer files.
+        lang: Language SFTs of the targets are trained.
+        task: A task SFT is trained, and φ_S under it.
+        tests: Targets are evaluated.
+        base: A model folder is read, or its shape checked.
+        text: A base that is pretrained here learns from its languages' text.
     """
 
-    name: str
-    folder: Path
-    key: str
+    lang: bool = False
+    task: bool = False
+    tests: bool = False
+    base: bool = True
+    text: bool = True
+
+
+NEEDS = {
+    "run": Needs(lang=True, task=True, tests=True),
+    "sft language": Needs(lang=True),
+    "sft task": Needs(task=True),
+    "eval": Needs(tests=True),
+    "pretrain": Needs(base=False),
+    "pretrain text": Needs(base=False, text=False),
+}
 
 
 @dataclass(frozen=True)
-class Corpus:
-    """Unlabelled text of one language, cleaned and split: ``train.txt`` and ``valid.txt`` of a cached stage.
+class TestRows:
+    """Evaluation rows of one target.
 
-    ``entry`` is None in a plan, where nothing is read.
+    Attributes:
+        needs: The node of the generated family, where they are its.
+        given: What they are.
+        load: Reads them.
     """
 
-    key: str
-    entry: Entry | None
-
-    def lines(self, split: str) -> list[str]:
-        """Lines of ``train`` or ``valid``."""
-        return _there(self.entry).file(f"{split}.txt").read_text(encoding="utf-8").splitlines()
+    needs: Mapping[str, Node]
+    given: Given
+    load: Callable[[], pd.DataFrame]
 
     @property
-    def report(self) -> dict[str, Any]:
-        """How many lines were read, dropped (and why) and kept."""
-        return dict(json.loads(_there(self.entry).file("report.json").read_text(encoding="utf-8")))
+    def content(self) -> dict[str, str]:
+        """Their fingerprint, for what reads them."""
+        return {"rows": self.given.fingerprint}
+
+    @cached_property
+    def frame(self) -> pd.DataFrame:
+        """The rows: id (str), text, text_pair (str or None), label (int). Read once; what they need has to be there.
+
+        Raises:
+            DeftxError: They cannot be read, or were changed since the command began.
+        """
+        rows = self.load()
+        self.given.check()
+        return rows
 
 
-@dataclass(frozen=True)
-class TaskRows:
-    """Labelled rows of a task's source language: ``train.parquet`` and ``valid.parquet`` of a cached stage.
+@dataclass
+class Inputs:
+    """What one study reads.
 
-    ``entry`` is None in a plan, where nothing is read.
+    Attributes:
+        family: The node of the generated family by its input name; empty where nothing is generated.
+        base: θ⁰.
+        texts: Nodes of unlabelled text by language.
+        rows: Nodes of labelled rows by source language.
+        tests: Test rows by target.
+        skipped: Targets without text, and why.
+        read: Every piece of data that is read, as it was when the command began.
     """
 
-    key: str
-    entry: Entry | None
-
-    def rows(self, split: str) -> pd.DataFrame:
-        """Rows of ``train`` or ``valid``: id, text, text_pair, label."""
-        import pandas as pd
-
-        return pd.read_parquet(_there(self.entry).file(f"{split}.parquet"))
+    family: dict[str, Node]
+    base: Base
+    texts: dict[str, Node] = field(default_factory=dict)
+    rows: dict[str, Node] = field(default_factory=dict)
+    tests: dict[str, TestRows] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    read: list[DataRead] = field(default_factory=list)
 
     @property
-    def report(self) -> dict[str, Any]:
-        """How many rows were read, dropped (and why) and kept."""
-        return dict(json.loads(_there(self.entry).file("report.json").read_text(encoding="utf-8")))
+    def nodes(self) -> list[Node]:
+        """Family, rows and text, in the order they are read."""
+        return [*self.family.values(), *self.rows.values(), *self.texts.values()]
 
 
-def _there(entry: Entry | None) -> Entry:
-    if entry is None:
-        raise RuntimeError("a plan has no results to read")
-    return entry
-
-
-def stage_seed(seed: int, kind: str, language: str) -> int:
-    """Seed of a stage, from (seed, stage kind, language) and nothing else: the rank never moves the data's order."""
-    digest = hashlib.sha256(f"{seed}/{kind}/{language}".encode()).digest()
-    return int.from_bytes(digest[:4], "big")
-
-
-def hash_texts(texts: Sequence[str]) -> str:
-    """SHA-256 over texts in order."""
-    digest = hashlib.sha256()
-    for text in texts:
-        digest.update(text.encode())
-        digest.update(b"\0")
-    return digest.hexdigest()
-
-
-def data_settings(study: StudySettings, cache: StageCache) -> DataSettings:
-    """The study's data settings; for the generated family, with its folder as the root."""
-    return family(study, cache) if study.generated else study.data
-
-
-def family(study: StudySettings, cache: StageCache) -> DataSettings:
-    """The data settings of the generated family, written by a cached stage the first time it is needed."""
-    stage = Stage(
-        kind="family",
-        version=1,
-        settings=asdict(study.synthetic),
-        inputs={},
-        seed=study.synthetic.seed,
-        label="family",
-    )
-    entry = cache.get_or_compute(stage, lambda work: generate_family(work.out / "family", study.synthetic))
-    return replace(study.data, root=str(entry.path / "family"))
-
-
-def resolve_model(model: ModelSettings, *, weights: bool = True) -> Path:
-    """The folder of a pretrained model; a hub id is downloaded (or found in the hub's own cache).
+def inputs_of(study: StudySettings, cache: StageCache, needs: Needs) -> Inputs:
+    """Find what a study reads; nothing is read but for fingerprints.
 
     Args:
-        model: Where the model is.
-        weights: Whether the weights are needed, or only the configuration.
+        study: Resolved settings.
+        cache: Remembers digests of files; where the family will be.
+        needs: What the command reads.
 
     Raises:
-        DeftxError: No such folder, or the hub does not answer.
+        DeftxError: Something is not there.
     """
-    if model.path is not None:
-        return Path(model.path).expanduser().resolve()
-    if model.hub is None:
-        raise DeftxError("no model: set model.path=FOLDER or model.hub=ID")
-    from huggingface_hub import snapshot_download
+    from deftx.data.tasks import evaluation_place, load_test, own_test_places, protected_places, train_places
 
-    patterns = [*MODEL_FILES, *TOKENIZER_FILES] if weights else ["config.json"]
-    try:
-        return Path(snapshot_download(model.hub, revision=model.revision, allow_patterns=patterns))
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DeftxError(
-            f"model {model.hub!r} could not be had from the hub ({reason}); download it where there is a network and "
-            "set model.path=FOLDER, or work offline with model=tiny"
-        ) from error
-
-
-def model_key(folder: Path, cache: StageCache) -> str:
-    """Fingerprint of everything in a model folder that changes a result: configuration, weights, tokenizer."""
-    names = {path for pattern in (*MODEL_FILES, *TOKENIZER_FILES) for path in folder.glob(pattern) if path.is_file()}
-    return cache.fingerprint(sorted(names), root=folder)
-
-
-def base_model(study: StudySettings, data: DataSettings, cache: StageCache) -> Base:
-    """θ⁰: the pretrained model the study names, or a small one pretrained as a cached stage."""
-    model = study.model
-    if model.path is None and model.pretrain is not None:
-        return _pretrained_here(study, data, cache)
-    from deftx.training.model_folder import check_model_folder
-
-    folder = resolve_model(model)
-    check_model_folder(folder)
-    return Base(model.hub if model.path is None and model.hub else model.name, folder, model_key(folder, cache))
-
-
-def _pretrained_here(study: StudySettings, data: DataSettings, cache: StageCache) -> Base:
-    from deftx.data.corpora import resolve_text
-    from deftx.data.tasks import protected_texts
-
-    settings = study.model.pretrain
-    if settings is None or not study.pretrain_languages:
-        raise DeftxError("model.pretrain needs model.languages=[...]: the languages whose text the encoder learns from")
-    sources = {code: resolve_text(language, data) for code, language in study.pretrain_languages.items()}
-    protected = {code: protected_texts(language, data) for code, language in study.pretrain_languages.items()}
-    # Not the study's own cleaning: a budget's max_lines must not give another base.
-    cleaning = CorpusSettings(valid_fraction=settings.valid_fraction)
-    inputs = {f"text.{code}": source.fingerprint for code, source in sources.items()}
-    inputs |= {f"protected.{code}": hash_texts(texts) for code, texts in protected.items()}
-    stage = Stage(
-        kind="pretrain",
-        version=2,  # 1 chose by a mean over batches, not over tokens
-        settings={
-            "pretrain": asdict(settings),
-            "corpus": asdict(cleaning),
-            "languages": list(study.model.languages),
-            "precision": study.trainer.precision,
-        },
-        inputs=inputs,
-        # A base model is given, like a download: it does not move with the study's seed.
-        seed=study.model.seed,
-        label="base " + "+".join(study.model.languages or sources),
-    )
-
-    languages = study.model.languages or list(sources)
-    seed = stage_seed(study.model.seed, "pretrain", "+".join(languages))
-
-    def compute(work: Workspace) -> None:
-        from deftx.data.corpora import build_corpus
-        from deftx.data.module import TextDataModule
-        from deftx.training.pretrain import pretrain, train_tokenizer
-
-        texts = {code: build_corpus(source, protected[code], cleaning, seed) for code, source in sources.items()}
-        train = [line for code, text in texts.items() if code in languages for line in text.train]
-        valid = [line for code, text in texts.items() if code in languages for line in text.valid]
-        seen = [line for text in texts.values() for line in text.train]
-        tokenizer = train_tokenizer(
-            seen, settings.vocab_size, lowercase=settings.lowercase, max_length=settings.positions
+    data, family = study.data, {}
+    if study.generated if needs.base else study.pretrains_on_family:
+        made = node(
+            "family",
+            1,
+            asdict(study.synthetic),
+            lambda work, loggers: generate_family(work.out / FAMILY_FOLDER, study.synthetic),
+            seed=study.synthetic.seed,
+            label="family",
         )
-        blocks = TextDataModule.for_language(
-            train,
-            valid,
-            tokenizer,
-            block_length=settings.max_length,
-            seed=seed,
-            mlm_probability=settings.mlm_probability,
-        )
-        pretrain(
-            blocks,
-            tokenizer,
-            settings,
-            study.trainer,
-            work.out / "model",
-            seed=seed,
-            scratch=work.scratch / "checkpoints",
-            label="base · pretraining",
-        )
+        family = {"family": made}
+        data = family_data(data, study.synthetic, cache.folder(made.stage) / FAMILY_FOLDER, made.key)
+    found = Inputs(family, base_of(study, data, family, cache))
+    if not needs.base:
+        return found
 
-    entry = cache.get_or_compute(stage, compute)
-    folder = entry.path / "model"
-    return Base(study.model.name, folder, model_key(folder, cache))
+    def tell(what: str, code: str, origin: Origin) -> None:
+        found.read.append(DataRead(what=what, language=code, **origin.description(cache.fingerprint)))
+
+    languages = {**study.sources, **study.targets}
+    if needs.tests:
+        for code, language in study.targets.items():
+            place = evaluation_place(study.task, language, data, study.split)
+            found.tests[code] = TestRows(
+                _of_family(family, place),
+                Given.of(f"the {study.split} set of {code}", partial(place.fingerprint, cache.fingerprint)),
+                partial(load_test, study.task, language, data, study.split),
+            )
+            tell("test", code, place)
+    own = own_test_places(study.task, list(languages.values()), data)
+    if needs.task:
+        for code, language in study.sources.items():
+            places = train_places(study.train, language, data)
+            found.rows[code] = _rows(study, language, data, family, cache, places, own)
+            tell("train", code, places.train)
+            if places.valid is not None:
+                tell("valid", code, places.valid)
+    sources = study.sources if needs.task and study.source_sft is not None else {}
+    for code, language in {**sources, **(study.targets if needs.lang else {})}.items():
+        try:
+            source = resolve_text(language, data)
+        except MissingTextError as error:
+            if study.missing_text != "skip" or code in sources:
+                raise
+            found.skipped[code] = str(error)
+            continue
+        protected = [*protected_places(language, data), *([own[code]] if code in own else [])]
+        found.texts[code] = _text(study, language, data, family, cache, source, protected)
+        tell("text", code, source)
+    return found
 
 
-def corpus(
+def _protected(places: Sequence[Place], cache: StageCache) -> Given:
+    """Evaluation rows that are kept out of what is trained on."""
+    return Given.of("a file of evaluation rows", partial(combined_fingerprint, places, cache.fingerprint))
+
+
+def _of_family(family: Mapping[str, Node], *origins: Origin | None) -> Mapping[str, Node]:
+    """The family's node, where it makes some of what is read."""
+    return family if any(origin is not None and origin.generated for origin in origins) else {}
+
+
+def _text(
     study: StudySettings,
     language: LanguageSettings,
     data: DataSettings,
+    family: Mapping[str, Node],
     cache: StageCache,
-    tests: Mapping[str, pd.DataFrame],
-) -> Corpus:
+    source: TextSource,
+    protected: Sequence[Place],
+) -> Node:
     """Unlabelled text of one language: cleaned, without evaluation sentences, split by the seed.
 
     Args:
         study: Resolved settings.
         language: The language.
         data: Where the data sets are.
-        cache: Where the stage is.
-        tests: Evaluation rows in files of the user's own, by language.
+        family: The generated family's node, where there is one.
+        cache: Remembers digests of files.
+        source: The text.
+        protected: Evaluation rows whose sentences are kept out.
     """
-    from deftx.data.corpora import build_corpus, resolve_text
-    from deftx.data.tasks import protected_texts, sentences
 
-    source = resolve_text(language, data)
-    protected = protected_texts(language, data)
-    if language.code in tests:
-        protected += sentences(tests[language.code])
-    stage = Stage(
-        kind="corpus",
-        version=1,
-        settings={"corpus": asdict(study.corpus), "language": language.code},
-        inputs={"text": source.fingerprint, "protected": hash_texts(protected)},
-        seed=study.seed,
-        label=f"text {language.code}",
-    )
+    given = {
+        "text": Given.of(f"text of {language.code}", partial(source.fingerprint, cache.fingerprint)),
+        "protected": _protected(protected, cache),
+    }
 
-    def compute(work: Workspace) -> None:
-        built = build_corpus(source, protected, study.corpus, seed=stage_seed(study.seed, "corpus", language.code))
+    def compute(work: Workspace, loggers: Loggers) -> None:
+        from deftx.data.tasks import own_test_rows, protected_texts, sentences
+
+        texts = protected_texts(language, data)
+        for rows in own_test_rows(study.task, [language], data).values():
+            texts += sentences(rows)
+        built = build_corpus(source, texts, study.corpus, seed=stage_seed(study.seed, "corpus", language.code))
+        for item in given.values():
+            item.check()
         for split, lines in (("train", built.train), ("valid", built.valid)):
             (work.out / f"{split}.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        _write_json(work.out / "report.json", built.report)
+        write_json(work.out / REPORT, built.report)
 
-    entry = cache.get_or_compute(stage, compute)
-    return Corpus(stage.key, entry)
+    return node(
+        "corpus",
+        2,
+        {"corpus": asdict(study.corpus), "language": language.code},
+        compute,
+        needs=_of_family(family, source, *protected),
+        content={name: item.fingerprint for name, item in given.items()},
+        seed=study.seed,
+        label=f"text {language.code}",
+        product=("train.txt", "valid.txt"),
+    )
 
 
-def task_rows(
+def _rows(
     study: StudySettings,
     source: LanguageSettings,
     data: DataSettings,
+    family: Mapping[str, Node],
     cache: StageCache,
-    tests: Mapping[str, pd.DataFrame],
-) -> TaskRows:
+    places: TrainPlaces,
+    own: Mapping[str, Place],
+) -> Node:
     """Labelled rows of a source language, without leaks into any evaluation set, split into train and validation.
 
     Args:
         study: Resolved settings.
         source: The source language.
-        data: Where the data sets are.
-        cache: Where the stage is.
-        tests: Evaluation rows in files of the user's own, by language; all are kept out.
-
-    Raises:
-        DeftxError: As :func:`deftx.data.tasks.load_train`; or all training rows have one label.
+        data: Thresholds and shares.
+        family: The generated family's node, where there is one.
+        cache: Remembers digests of files.
+        places: Where the rows are, and the evaluation rows that must not be among them.
+        own: Further such rows by language, in files of the user's own.
     """
-    from deftx.data.tasks import TaskData, fingerprint_rows, load_train, task_files
 
-    also = [tests[code] for code in sorted(tests)]
+    # By role: the same two files as train and valid are other data than as valid and train.
+    places_given = {"train": places.train} | ({"valid": places.valid} if places.valid is not None else {})
+    protected = [*places.protected, *own.values()]
+    given = {
+        role: Given.of(f"{study.train} ({role}) of {source.code}", partial(place.fingerprint, cache.fingerprint))
+        for role, place in places_given.items()
+    }
+    given["protected"] = _protected(protected, cache)
+    filters = study.data.result_settings()
+    if places.valid is not None:
+        del filters["valid_fraction"]  # nothing is held out
 
-    def load() -> TaskData:
-        return load_train(study.train, source, data, stage_seed(study.seed, "task", source.code), also)
+    def compute(work: Workspace, loggers: Loggers) -> None:
+        from deftx.data.tasks import fingerprint_rows, load_train, own_test_rows
 
-    files = task_files(study.train, source, data)
-    if "train" in files:
-        # By role: the same two files as train and valid are other data than as valid and train.
-        inputs = {role: cache.fingerprint(paths) for role, paths in files.items()}
-    else:
-        # A hub data set can change under its name: what it gives today is the input.
-        loaded = load()
-        inputs = {"train": fingerprint_rows(loaded.train), "valid": fingerprint_rows(loaded.valid)}
-    if also:
-        inputs["tests"] = hash_texts([fingerprint_rows(rows) for rows in also])
-    stage = Stage(
-        kind="task",
-        version=1,
-        settings={
-            "train": study.train,
-            "language": source.code,
-            "data": {**data.result_settings(), "labels": list(study.task_spec.labels)},
-        },
-        inputs=inputs,
-        seed=study.seed,
-        label=f"rows {study.train} {source.code}",
-    )
-
-    def compute(work: Workspace) -> None:
-        rows = load()
+        languages = {**study.sources, **study.targets}
+        tests = own_test_rows(study.task, list(languages.values()), data)
+        also = [tests[code] for code in sorted(tests)]
+        rows = load_train(study.train, source, data, stage_seed(study.seed, "task", source.code), also)
+        for item in given.values():
+            item.check()
         if rows.train["label"].nunique() == 1:
             raise DeftxError(
                 f"{study.train} ({source.code}): all {len(rows.train)} training rows have one label; a classifier "
@@ -342,11 +300,76 @@ def task_rows(
             )
         rows.train.to_parquet(work.out / "train.parquet")
         rows.valid.to_parquet(work.out / "valid.parquet")
-        _write_json(work.out / "report.json", rows.report)
+        write_json(work.out / CONTENT, {"train": fingerprint_rows(rows.train), "valid": fingerprint_rows(rows.valid)})
+        write_json(work.out / REPORT, rows.report)
 
-    entry = cache.get_or_compute(stage, compute)
-    return TaskRows(stage.key, entry)
+    return node(
+        "task",
+        2,
+        {
+            "train": study.train,
+            "language": source.code,
+            "data": {**filters, "labels": list(study.task_spec.labels)},
+        },
+        compute,
+        needs=_of_family(family, *places_given.values(), *protected),
+        content={name: item.fingerprint for name, item in given.items()},
+        seed=study.seed,
+        label=f"rows {study.train} {source.code}",
+        # Not the files: their bytes hold versions of libraries.
+        product=(CONTENT,),
+    )
 
 
-def _write_json(path: Path, value: object) -> None:
+def measures(language: str, text: Node, base: Base) -> Node:
+    """Subword fertility, type-token ratio and words per sentence of a language (:mod:`deftx.data.morphology`).
+
+    Does the best sparsity follow morphology? They depend on the text and on the base's tokenizer.
+    """
+
+    def compute(work: Workspace, loggers: Loggers) -> None:
+        from deftx.data.morphology import text_profile
+        from deftx.training.encoder import load_tokenizer
+
+        tokenizer = load_tokenizer(base.found_in(work))
+
+        def count(words: list[str]) -> int:
+            encoded = tokenizer(words, add_special_tokens=False)["input_ids"] if words else []
+            return sum(map(len, encoded))
+
+        write_json(work.out / MEASURES, text_profile(read_text(work.inputs["text"], "train"), count))
+
+    return node(
+        "profile",
+        2,
+        {"language": language},
+        compute,
+        needs={"text": text, **base.needs},
+        content=base.content,
+        label=f"text measures {language}",
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- reading
+
+
+def read_text(entry: Entry, split: str) -> list[str]:
+    """Lines of a text's ``train`` or ``valid``."""
+    return entry.file(f"{split}.txt").read_text(encoding="utf-8").splitlines()
+
+
+def read_rows(entry: Entry, split: str) -> pd.DataFrame:
+    """Labelled rows of ``train`` or ``valid``: id, text, text_pair, label."""
+    import pandas as pd
+
+    return pd.read_parquet(entry.file(f"{split}.parquet"))
+
+
+def read_report(entry: Entry) -> dict[str, Any]:
+    """How many lines or rows were read, dropped (and why) and kept."""
+    return dict(json.loads(entry.file(REPORT).read_text(encoding="utf-8")))
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a value for people and programs."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")

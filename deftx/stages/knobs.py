@@ -1,30 +1,27 @@
-"""A run's settings as ``result.json`` and W&B show them: flat, by knob, ``None`` where nothing reads them."""
+"""A run's settings as ``result.json`` and W&B show them: flat, by knob; ``None``: none of its methods reads it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
-from deftx.stages.settings import StudySettings
+from deftx.core.settings import RankPolicy, ResidualPolicy
+from deftx.knobs import declared, values
+from deftx.methods import UNDENOISED
+from deftx.methods.settings import DENOISING, ShortKnobs
+from deftx.stages.settings import SFTSettings, StudySettings
 
-SFT_KNOBS = ("method", "rank", "residual", "exclude", "k", "seed")
+SFT_KNOBS = ("method", *DENOISING, "k", "seed")
 """What an SFT says of its own training."""
-SHORT_KNOBS = ("rank", "residual", "k", "density", "value_dtype", "mask", "second_phase")
-"""Knobs that move language and task SFTs alike."""
 
 
 def flat_knobs(study: StudySettings) -> dict[str, Any]:
-    """A run's settings under the knobs' names, flat; what the method ignores is ``None``.
+    """A run's settings under the knobs' names, flat; what all of its methods ignore is ``None``.
 
-    A short knob (:data:`SHORT_KNOBS`) is what language and task SFTs have in common, and ``None`` where ``lang.*`` and
-    ``task.*`` differ.
+    A short knob (:class:`~deftx.methods.settings.ShortKnobs`) is what language and task SFTs have in common, and
+    ``None`` where ``lang.*`` and ``task.*`` differ.
     """
-    sfts = {
-        "lang": study.sft_for(study.methods[0], study.language_sft),
-        "task": study.sft_for(study.methods[0], study.task_sft),
-        "source": study.source_sft,
-    }
     knobs = _shared_knobs(study) | {
         "method": study.methods[0],
         "compare": list(study.methods[1:]),
@@ -34,31 +31,42 @@ def flat_knobs(study: StudySettings) -> dict[str, Any]:
         "task.source": study.source.code,
         "task.more_sources": list(study.more_sources),
     }
-    for key in SHORT_KNOBS:
-        values = [getattr(sfts[name], key) for name in ("lang", "task")]
-        knobs[key] = values[0] if values[0] == values[1] else None
-    for name, item in sfts.items():
-        if item is None:
-            knobs[f"{name}.enabled"] = False
-            continue
-        knobs |= {f"{name}.{key}": getattr(item, key) for key in SHORT_KNOBS}
-        knobs[f"{name}.exclude"] = list(item.exclude) if item.rank is not None else None
-        knobs |= {f"{name}.training.{key}": value for key, value in asdict(item.training).items()}
-        if name == "task":
-            knobs["task.training.mlm_probability"] = None
-    knobs |= {f"corpus.{key}": value for key, value in asdict(study.corpus).items()}
-    return knobs
+    knobs |= _sft_knobs("lang", _read(study.language_sft, study.methods))
+    knobs |= _sft_knobs("task", _read(study.task_sft, study.methods), "task")
+    knobs["source.enabled"] = study.source_sft is not None
+    knobs |= _sft_knobs("source", study.source_sft) if study.source_sft is not None else {}
+    for name in declared(ShortKnobs):
+        knobs[name] = knobs[f"lang.{name}"] if knobs[f"lang.{name}"] == knobs[f"task.{name}"] else None
+    return knobs | values(study.corpus, "corpus.")
 
 
-def given_knobs(study: StudySettings, about: Mapping[str, Any]) -> dict[str, Any]:
+def _read(sft: SFTSettings, methods: Sequence[str]) -> SFTSettings:
+    """An SFT as the main method trains it, and how the first one that denoises does."""
+    main, *more = [sft.by(method) for method in methods]
+    denoised = next((item for item in (main, *more) if item.rank is not None), main)
+    return replace(main, **{name: getattr(denoised, name) for name in DENOISING})
+
+
+def _sft_knobs(scope: str, sft: SFTSettings, *readers: str) -> dict[str, Any]:
+    """The knobs of one kind of SFT, policies as texts."""
+    found = values(sft, f"{scope}.", *readers, *([] if sft.rank is not None else UNDENOISED))
+    return {name: str(item) if isinstance(item, RankPolicy | ResidualPolicy) else item for name, item in found.items()}
+
+
+def given_knobs(
+    study: StudySettings, about: Mapping[str, Any], languages: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
     """Settings of an evaluation of given SFTs: what trained them is what they say, not what is configured here.
 
     Args:
         study: Resolved settings.
         about: Metadata of φ_T.
+        languages: Metadata of φ_L by target.
     """
     knobs = _shared_knobs(study) | {name: about.get(name) for name in SFT_KNOBS if name != "seed"}
     knobs |= {f"task_sft.{name}": about.get(name) for name in SFT_KNOBS}
+    for code, said in languages.items():
+        knobs |= {f"language_sft.{code}.{name}": said.get(name) for name in SFT_KNOBS}
     return knobs | {"train": about.get("task"), "sources": about.get("languages")}
 
 

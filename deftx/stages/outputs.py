@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deftx import tracking
 from deftx.cache import StageCache, Workspace
 from deftx.errors import DeftxError
-from deftx.stages.bench import Bench
 from deftx.stages.diagnostics import diagnostics
-from deftx.stages.evaluate import SFT, Outcome
-from deftx.stages.plan import cell_name, run_stage
+from deftx.stages.evaluate import Outcome
+from deftx.stages.execute import Progress
+from deftx.stages.inputs import MEASURES, read_report
+from deftx.stages.objectives import SFT
 from deftx.stages.settings import StudySettings
+from deftx.tracking import CellFacts, Remark, SFTFacts
+from deftx.units import time_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,84 +29,146 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def keep(study: StudySettings, bench: Bench, run_dir: Path) -> None:
+def keep(progress: Progress, run_dir: Path) -> None:
     """Publish what the run wrote, under the keys of what it evaluated; a cache that cannot be written loses nothing."""
-    names = (tracking.RESULT, tracking.METRICS, tracking.PREDICTIONS, tracking.DIAGNOSTICS)
+    graph = progress.graph
+    if graph is None:
+        return
 
     def publish(work: Workspace) -> None:
-        for name in names:
+        # So that the copy is not used any more once an evaluation was made again with other bits.
+        work.inputs.update({item.key: progress.results.of(item) for item in graph.results})
+        for name in tracking.RUN_FILES.values():
             shutil.copyfile(run_dir / name, work.out / name)
 
     try:
-        products = bench.products
-        evaluated = {cell_name(outcome.cell): outcome.key for outcome in products.outcomes}
-        bench.cache.get_or_compute(run_stage(study, evaluated, products.profile_keys), publish)
+        progress.cache.get_or_compute(graph.finished, publish)
     except (DeftxError, OSError) as error:
         log.warning("the finished run is not kept in the cache, a sweep will run it again: %s", error)
 
 
-def fill(record: tracking.RunRecord, bench: Bench) -> None:
+def fill(record: tracking.RunRecord, progress: Progress) -> None:
     """What a run has to say so far, also when it is about to fail."""
-    study, products = bench.study, bench.products
+    study, cache = progress.study, progress.cache
     loaded = "torch" in sys.modules  # else nothing was computed, and no device used
-    record.provenance = bench.cache.provenance if loaded else tracking.provenance(threads=study.trainer.threads)
+    record.provenance = cache.provenance if loaded else tracking.provenance(threads=study.trainer.threads)
     record.peak_memory["gpu"] = _peak_gpu_memory() if loaded else None
-    record.metrics = scores(products.outcomes, list(study.targets), study.task_spec.metric, study.split)
-    record.stages = [event._asdict() for event in bench.cache.events]
-    record.sfts = [_about(sft) for sft in dict.fromkeys(products.sfts)]
+    record.metrics = scores(progress.outcomes, list(study.targets), study.task_spec.metric, study.split)
+    record.stages = [event._asdict() for event in cache.events]
+    for event in cache.events:
+        record.times[event.kind] = round(record.times.get(event.kind, 0.0) + event.seconds, 3)
+    facts = {sft.key: sft_facts(sft, progress) for sft in progress.sfts}
+    record.sfts = list(facts.values())
+    order = {cell.name: number for number, (cell, _) in enumerate(progress.graph.cells if progress.graph else ())}
+    shown = sorted(progress.outcomes, key=lambda outcome: order[outcome.cell.name])
+    record.cells = [_cell(outcome, progress, facts) for outcome in shown]
+    record.provenances = tracking.gather_provenances(_behind(progress))
     record.languages = {
-        code: {"name": language.name, "family": language.family, "script": language.script}
-        | products.profiles.get(code, {})
+        code: {"name": language.name, "family": language.family, "script": language.script} | _measures(code, progress)
         for code, language in study.targets.items()
     }
-    record.data = dict(products.reports)
-    record.fingerprints = dict(products.tests)
-    if products.base is not None:
-        record.fingerprints["base files"] = products.base.key
-    for sft in products.sfts[:1]:
-        record.fingerprints["base"] = str(sft.facts["base_fingerprint"])
-    if study.split != "test":
-        record.notes.append(f"evaluated on the {study.split} split, not on test")
-    record.notes += [f"{code}: no unlabelled text, so no language SFT in its row" for code in products.skipped]
-    record.notes += [
-        f"{code}: labelled rows of this language were trained on, so its row is not zero-shot"
-        for code in study.targets
-        if code in study.sources
-    ]
-    if "source_sft" in study.controls and study.source_sft is None:
-        record.notes.append("source=none: there is no source SFT to leave in")
-    if "other_language_sft" in study.controls and len(study.targets) == 1:
-        record.notes.append("one target: there is no other target's language SFT to compose with")
-    constant = [
-        " ".join(part for part in (cell.language, cell.condition, cell.variant) if part)
-        for cell, predictions in ((outcome.cell, outcome.predictions) for outcome in products.outcomes)
-        if predictions["prediction"].nunique() == 1
-    ]
-    if constant:
-        record.notes.append(
-            f"one class is predicted throughout, nothing was learnt or transferred: {', '.join(constant)}"
-        )
-    if products.drawn:
-        record.notes.append(
-            "the base has no trained MLM head: language SFTs started from a drawn one, which weakens them"
-        )
-    for event in bench.cache.events:
-        record.times[event.kind] = round(record.times.get(event.kind, 0.0) + event.seconds, 3)
+    if progress.graph is not None:
+        _fill_inputs(record, progress)
+    record.notes = [*record.notes, *_remarks(record, progress)]
 
 
-def _about(sft: SFT) -> dict[str, Any]:
+def _fill_inputs(record: tracking.RunRecord, progress: Progress) -> None:
+    """What was read: where it was found, its fingerprints, what was dropped of it."""
+    from deftx.data.tasks import fingerprint_rows
+
+    graph, entries, study = progress.graph, progress.results.entries, progress.study
+    if graph is None:
+        return
+    inputs = graph.inputs
+    named = {f"rows {study.train} {code}": item for code, item in inputs.rows.items()}
+    named |= {f"text {code}": item for code, item in inputs.texts.items()}
+    record.data = {name: read_report(entries[item.key]) for name, item in named.items() if item.key in entries}
+    kept = {"train": f"rows {study.train}", "text": "text"}  # by the names of their reports
+    read = [
+        replace(item, kept=record.data.get(f"{kept.get(item.what)} {item.language}", {}).get("digest"))
+        for item in inputs.read
+    ]
+    record.settings = {**record.settings, tracking.DATA_READ: tracking.data_setting(read)}
+    record.fingerprints = {f"{study.split} {code}": fingerprint_rows(rows) for code, rows in progress.tests.items()}
+    record.fingerprints["base files"] = graph.base.key
+    if graph.base.revision is not None:
+        record.fingerprints["base commit"] = graph.base.revision
+    for sft in record.sfts[:1]:
+        record.fingerprints["base"] = str(sft.base)
+
+
+def sft_facts(sft: SFT, progress: Progress) -> SFTFacts:
     """An SFT as ``result.json`` tells of it; its curve is in ``curves/``."""
-    facts = sft.facts
-    return {
-        "name": sft.name,
-        "role": sft.role,
-        "method": facts.get("method"),
-        "languages": facts.get("languages"),
-        "k": facts.get("k"),
-        "bytes": (sft.folder / "sft.safetensors").stat().st_size,
-        "sha256": sft.key,
-        "metrics": {name: value for name, value in sft.metrics.items() if name != "history"},
-    }
+    facts, folder = progress.facts(sft), progress.folder(sft)
+    stated = json.loads((folder / "sft.json").read_text(encoding="utf-8"))
+    return SFTFacts(
+        kind=sft.kind,
+        key=sft.key,
+        **{name: facts.get(name) for name in ("method", "rank", "residual", "k", "density", "task", "seed")},
+        exclude=facts.get("exclude") or (),
+        mask=facts.get("mask", "magnitude"),
+        second_phase=facts.get("second_phase", True),
+        value_dtype=stated.get("value_dtype", "float32"),
+        languages=facts.get("languages") or (),
+        base=facts.get("base_fingerprint"),
+        on=sft.on,
+        name=sft.name,
+        bytes=(folder / "sft.safetensors").stat().st_size,
+        sha256=stated["sha256"]["sft.safetensors"],
+        metrics={name: value for name, value in progress.metrics(sft).items() if name != "history"},
+    )
+
+
+def _cell(outcome: Outcome, progress: Progress, facts: dict[str, SFTFacts]) -> CellFacts:
+    cell, methods = outcome.cell, progress.study.methods
+    # A control composes the main method's SFTs; given ones are what they say.
+    main = methods[0] if cell.task.node is not None else facts[cell.task.key].method
+    method = cell.condition if cell.condition in methods else main
+    terms = tuple(facts[sft.key].term for sft in cell.sfts)
+    return CellFacts(cell.language, cell.condition, cell.variant, method, outcome.key, terms)
+
+
+def _behind(progress: Progress) -> Iterator[tuple[str, Any]]:
+    """Kind and provenance of every stage that the results so far stand on, each once."""
+    seen = {}
+    for entry in progress.results.entries.values():
+        for item in entry.lineage:
+            seen[item.key] = (item.kind, item.provenance)
+    yield from seen.values()
+
+
+def _measures(code: str, progress: Progress) -> dict[str, Any]:
+    """Measures of a target's text, where they were made."""
+    item = progress.graph.measures.get(code) if progress.graph is not None else None
+    entry = progress.results.entries.get(item.key) if item is not None else None
+    return {} if entry is None else dict(json.loads(entry.file(MEASURES).read_text(encoding="utf-8")))
+
+
+def _remarks(record: tracking.RunRecord, progress: Progress) -> Iterator[Remark]:
+    """What a reader should see beside the numbers."""
+    study = progress.study
+    if study.split != "test":
+        yield Remark("split", f"evaluated on the {study.split} split, not on test")
+    skipped = progress.graph.inputs.skipped if progress.graph is not None else {}
+    if skipped:
+        yield Remark("no_text", "no unlabelled text, so no language SFT in the row", tuple(skipped))
+    if learnt := tuple(code for code in study.targets if code in study.sources):
+        text = "labelled rows of the language were trained on, so its row is not zero-shot"
+        yield Remark("not_zero_shot", text, learnt)
+    if "source_sft" in study.controls and study.source_sft is None:
+        yield Remark("no_source_sft", "source=none: there is no source SFT to leave in")
+    if "other_language_sft" in study.controls and len(study.targets) == 1:
+        yield Remark("one_target", "one target: there is no other target's language SFT to compose with")
+    constant = [item.cell.name for item in progress.outcomes if item.predictions["prediction"].nunique() == 1]
+    if constant:
+        text = "one class is predicted throughout, nothing was learnt or transferred"
+        yield Remark("constant_predictions", text, tuple(constant))
+    if any(progress.facts(sft).get("head_drawn") for sft in progress.sfts if sft.kind == "language" and sft.node):
+        text = "the base has no trained MLM head: language SFTs started from a drawn one, which weakens them"
+        yield Remark("drawn_head", text)
+    remark = tracking.provenance_remark(record.provenances)
+    if remark is not None:
+        yield remark
 
 
 def _peak_gpu_memory() -> int | None:
@@ -116,7 +183,8 @@ def scores(outcomes: Sequence[Outcome], targets: Sequence[str], metric: str, spl
     A condition with several cells for one language (each other target's φ_L in turn) gives their mean.
     """
     found: list[tracking.Metric] = []
-    for name in dict.fromkeys((metric, "macro_f1", "accuracy")):
+    computed = {name for outcome in outcomes for name in outcome.metrics} - {"n"}
+    for name in dict.fromkeys((metric, *sorted(computed))) if outcomes else ():
         groups: dict[tuple[str, str], list[dict[str, float]]] = {}
         for outcome in outcomes:
             groups.setdefault((outcome.cell.language, outcome.cell.condition), []).append(outcome.metrics)
@@ -129,13 +197,13 @@ def scores(outcomes: Sequence[Outcome], targets: Sequence[str], metric: str, spl
     return found
 
 
-def write_tables(run_dir: Path, bench: Bench) -> pd.DataFrame | None:
+def write_tables(run_dir: Path, progress: Progress) -> pd.DataFrame | None:
     """Predictions and diagnostics, so far as there are any; the diagnostics are returned."""
     import pandas as pd
 
-    outcomes = bench.products.outcomes
+    outcomes = progress.outcomes
     if outcomes:
-        words = dict(enumerate(bench.study.task_spec.labels))
+        words = dict(enumerate(progress.study.task_spec.labels))
         frames = [
             outcome.predictions.assign(
                 label=outcome.predictions["label"].map(words),
@@ -147,25 +215,29 @@ def write_tables(run_dir: Path, bench: Bench) -> pd.DataFrame | None:
             for outcome in outcomes
         ]
         tracking.write_predictions(run_dir, pd.concat(frames, ignore_index=True))
-    if not bench.products.sfts or bench.products.base is None:
+    if not progress.sfts or progress.graph is None:
         return None
-    found = diagnostics(bench.products.sfts, outcomes, bench.products.base.folder)
+    folders = {sft: progress.folder(sft) for sft in progress.sfts}
+    pairs = [(cell.task, cell.language_sft) for outcome in outcomes if (cell := outcome.cell).language_sft is not None]
+    found = diagnostics(folders, pairs, progress.results.base_folder(progress.graph.base))
     tracking.write_diagnostics(run_dir, found)
     return found
 
 
 def show(study: StudySettings, record: tracking.RunRecord, run_dir: Path, cache: StageCache) -> None:
+    """Print the scores of the task's own metric, remarks, and where everything is."""
     metric = study.task_spec.metric
-    files = {"result": tracking.RESULT, "predictions": tracking.PREDICTIONS, "diagnostics": tracking.DIAGNOSTICS}
-    where = {what: short(run_dir / name) for what, name in files.items()} | {"stage cache": short(cache.root)}
-    work = f"{cache.computed} stages computed, {cache.hits} from the cache, {record.seconds or 0:.0f} s"
+    # the scores are the table itself
+    where = {what: short(run_dir / name) for what, name in tracking.RUN_FILES.items() if name != tracking.METRICS}
+    where["stage cache"] = short(cache.root)
+    work = f"{cache.computed} stages computed, {cache.hits} from the cache, {time_text(record.seconds or 0)}"
     if not cache.computed and "imports" in record.times:
-        work += f"; imports took {record.times['imports']:.0f} s"
+        work += f"; imports took {time_text(record.times['imports'])}"
     tracking.print_results(
         [item for item in record.metrics if item.metric == metric],
         title=f"{study.name}, {study.task} ({study.split}) from {'+'.join(study.sources)}",
         where=where,
-        notes=[*record.notes, work],
+        notes=[*(note.line for note in record.notes), work],
     )
 
 

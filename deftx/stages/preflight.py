@@ -6,64 +6,44 @@ Shapes come from the model's configuration alone. Everything wrong is reported, 
 from __future__ import annotations
 
 import fnmatch
-import json
 import math
 import os
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
-from deftx.core.settings import RankPolicy
 from deftx.data.corpora import resolve_text
-from deftx.data.tasks import load_test, task_files
-from deftx.errors import DeftxError, collected
-from deftx.stages.inputs import resolve_model
+from deftx.data.labelled import SETS
+from deftx.data.tasks import load_test, train_places
+from deftx.errors import DeftxError, collected, listed
+from deftx.knobs import refuse
+from deftx.stages.base import described, expected_shapes
+from deftx.stages.inputs import NEEDS, Needs
 from deftx.stages.settings import SFTSettings, StudySettings
-from deftx.stages.sources import open_sft, open_task_sft
-from deftx.training.model_folder import bert_facts, check_model_folder, longest_input, shapes_of
+from deftx.stages.sources import open_given
+from deftx.training.model_folder import longest_input
 
 
-@dataclass(frozen=True)
-class Needs:
-    """What a command reads, and so what can be missing.
-
-    Attributes:
-        lang: Language SFTs of the targets are trained.
-        task: A task SFT is trained, and φ_S under it.
-        tests: Targets are evaluated.
-        base: A model folder is read, or its shape checked.
-        text: A base that is pretrained here learns from its languages' text.
-    """
-
-    lang: bool = False
-    task: bool = False
-    tests: bool = False
-    base: bool = True
-    text: bool = True
-
-
-NEEDS = {
-    "run": Needs(lang=True, task=True, tests=True),
-    "sft language": Needs(lang=True),
-    "sft task": Needs(task=True),
-    "eval": Needs(tests=True),
-    "pretrain": Needs(base=False),
-    "pretrain text": Needs(base=False, text=False),
-}
-
-
-def preflight(study: StudySettings, job: str, folders: Mapping[str, Path], out: Path | None = None) -> list[str]:
+def preflight(
+    study: StudySettings,
+    job: str,
+    folders: Mapping[str, Path],
+    out: Path | None = None,
+    *,
+    here: bool = True,
+    known: dict[str, list[str]] | None = None,
+) -> list[str]:
     """Every problem of a study that its configuration, model folder and data files show; empty when there is none.
 
     Args:
         study: Resolved settings.
-        job: A key of :data:`NEEDS`.
+        job: A key of :data:`~deftx.stages.inputs.NEEDS`.
         folders: Folders that will be written, by the knob that names them.
         out: Folder of the SFTs or the model, if the command writes one; must be new or empty.
+        here: Whether the job runs on this machine, and not where a launcher takes it.
+        known: What other jobs of the same command found in their data files, which are read once.
     """
+    known = {} if known is None else known
     needs = NEEDS[job]
     problems: list[str] = []
     for knob, folder in folders.items():
@@ -75,14 +55,18 @@ def preflight(study: StudySettings, job: str, folders: Mapping[str, Path], out: 
             with collected(problems):
                 refuse_used(place)
     with collected(problems):
-        _check_accelerator(study)
+        if here:
+            _check_accelerator(study)
     with collected(problems):
-        problems += _size_problems(study, needs) if needs.base else _shape_problems(study)
+        if needs.base:
+            problems += _size_problems(study, needs)
+        elif study.model.pretrain is not None:
+            refuse(study.model.pretrain, "model.pretrain.")
     if needs.text and not (study.generated if needs.base else study.pretrains_on_family):
         with collected(problems):
             _check_pretraining_text(study)
     if needs.base and not study.generated:
-        problems += _data_problems(study, needs)
+        problems += _data_problems(study, needs, known)
     return problems
 
 
@@ -90,10 +74,10 @@ def given_problems(study: StudySettings, task_sft: str, language_sfts: Mapping[s
     """What is wrong with given SFTs, without loading the base they were made for."""
     problems: list[str] = []
     with collected(problems):
-        open_task_sft(study, task_sft)
+        open_given(task_sft, "task", study)
     for place in language_sfts.values():
         with collected(problems):
-            open_sft(place, "language")
+            open_given(place, "language")
     return problems
 
 
@@ -134,11 +118,6 @@ def _check_accelerator(study: StudySettings) -> None:
             raise DeftxError("trainer.accelerator=gpu: torch sees no GPU; use trainer=cpu or trainer=auto")
 
 
-def _shape_problems(study: StudySettings) -> list[str]:
-    pretrain = study.model.pretrain
-    return [] if pretrain is None else [f"model.pretrain.{text}" for text in pretrain.problems()]
-
-
 def _size_problems(study: StudySettings, needs: Needs) -> list[str]:
     """Ranks, mask sizes and lengths against the shapes of the model."""
     trained = {
@@ -151,9 +130,10 @@ def _size_problems(study: StudySettings, needs: Needs) -> list[str]:
         limit = longest_input(folder)
         for name, sft in trained.items():
             if sft is not None:
-                denoised = name == "source" or "deftx" in study.methods
                 shapes = expected_shapes(study, folder, "task" if name == "task" else "language")
-                problems += _check_size(name, sft if denoised else sft.as_ltsft(), shapes)
+                kinds = [sft] if name == "source" else [sft.by(method) for method in study.methods]
+                for kind in kinds:
+                    problems += _check_size(name, kind, shapes)
                 if sft.training.max_length > limit:
                     problems.append(
                         f"{name}.training.max_length={sft.training.max_length} exceeds {limit}, the longest input of "
@@ -169,8 +149,7 @@ def _check_size(name: str, sft: SFTSettings, shapes: Mapping[str, tuple[int, ...
     if sft.k is not None and sft.k > maskable:
         problems.append(f"{name}: k={sft.k} exceeds the {maskable} maskable parameters of this model")
     if sft.rank is not None:
-        policy = RankPolicy.parse(sft.rank)
-        if policy.kind == "fixed" and policy.value is not None and policy.value > largest:
+        if sft.rank.kind == "fixed" and sft.rank.value is not None and sft.rank.value > largest:
             problems.append(
                 f"{name}: rank={sft.rank} exceeds {largest}, the largest min(m, n) of this model's matrices; "
                 "rank=none trains without denoising"
@@ -183,40 +162,6 @@ def _check_size(name: str, sft: SFTSettings, shapes: Mapping[str, tuple[int, ...
     return problems
 
 
-def expected_shapes(study: StudySettings, folder: Path, kind: str) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of M, before a base that is pretrained here is there.
-
-    Args:
-        study: Resolved settings.
-        folder: From :func:`described`.
-        kind: ``language`` or ``task``.
-    """
-    found = shapes_of(folder, kind=kind)
-    if study.model.path is None and study.model.pretrain is not None:
-        # Pretrained here by MLM alone, it has no pooler: that belongs to the classifier's head.
-        return {name: size for name, size in found.items() if not name.startswith("pooler.")}
-    return found
-
-
-@contextmanager
-def described(study: StudySettings) -> Iterator[Path]:
-    """A folder with the model's ``config.json``; of a model still to be pretrained, one written for it."""
-    model = study.model
-    if model.path is None and model.pretrain is not None:
-        problems = _shape_problems(study)
-        if problems:
-            raise DeftxError("\n".join(problems))
-        with tempfile.TemporaryDirectory() as scratch:
-            facts = bert_facts(model.pretrain, model.pretrain.vocab_size)
-            (Path(scratch) / "config.json").write_text(json.dumps(facts), encoding="utf-8")
-            yield Path(scratch)
-        return
-    folder = resolve_model(model, weights=model.path is not None)
-    if model.path is not None:
-        check_model_folder(folder)
-    yield folder
-
-
 def _check_pretraining_text(study: StudySettings) -> None:
     """A base that is pretrained here needs its languages' text, wherever the study's own data comes from."""
     if study.model.path is not None or study.model.pretrain is None:
@@ -225,35 +170,41 @@ def _check_pretraining_text(study: StudySettings) -> None:
         try:
             resolve_text(language, study.data)
         except DeftxError as error:
+            others = [name for name in (*study.sources, *study.targets) if name not in study.synthetic.members]
+            mixed = code in study.synthetic.members and others
+            why = (
+                f" (the family is generated only for studies of it alone, and {listed(others)} is not in it)"
+                if mixed
+                else ""
+            )
             raise DeftxError(
-                f"model={study.model.name} is pretrained here on text of {code!r}: {error}; choose a pretrained model "
-                "(model=minilm model.path=FOLDER, model=xlmr_base, ...) or other model.languages=[...]"
+                f"model={study.model.name} is pretrained here on text of {code!r}: {error}{why}; choose a pretrained "
+                "model (model=minilm model.path=FOLDER, model=xlmr_base, ...) or other model.languages=[...]"
             ) from error
 
 
-def _data_problems(study: StudySettings, needs: Needs) -> list[str]:
+def _data_problems(study: StudySettings, needs: Needs, known: dict[str, list[str]]) -> list[str]:
     """Read the test files, find training files and text. What is in those two is read before anything trains, too."""
-    local = study.data.root is not None or not _from_hub(study)  # hub data sets are downloaded by the stages themselves
+    data = study.data
+    public = [name for name, spec in SETS.items() if not (spec.own or spec.generated)]
+    # Hub data sets are downloaded by the stages themselves.
+    local = any((data.root, data.train, data.test, *(getattr(data, name) for name in public)))
     checks: list[Callable[[], object]] = []
     if needs.task:
         for source in study.sources.values():
             if local:
-                checks.append(partial(task_files, study.train, source, study.data))
+                checks.append(partial(train_places, study.train, source, data))
             if study.source_sft is not None:
-                checks.append(partial(resolve_text, source, study.data))
+                checks.append(partial(resolve_text, source, data))
     for language in study.targets.values():
         if needs.tests and local:
-            checks.append(partial(load_test, study.task, language, study.data, split=study.split))
+            checks.append(partial(load_test, study.task, language, data, split=study.split))
         if needs.lang and study.missing_text == "error":
-            checks.append(partial(resolve_text, language, study.data))
-    problems: list[str] = []
+            checks.append(partial(resolve_text, language, data))
     for check in checks:
-        with collected(problems):
-            check()
-    return list(dict.fromkeys(problems))
-
-
-def _from_hub(study: StudySettings) -> bool:
-    settings = study.data
-    places = (settings.nusax, settings.smsa, settings.americasnli, settings.multinli, settings.xnli)
-    return not any((*places, settings.train, settings.test))
+        key = repr(check)  # the function and all that it is given
+        if key not in known:
+            known[key] = []
+            with collected(known[key]):
+                check()
+    return list(dict.fromkeys(problem for check in checks for problem in known[repr(check)]))

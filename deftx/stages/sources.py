@@ -3,61 +3,57 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from deftx.cache import file_sha256
+from deftx.data.hub import resolve_commit
 from deftx.errors import DeftxError
-from deftx.stages.evaluate import SFT
+from deftx.methods import METHODS
+from deftx.stages.objectives import SFT, given_key
 from deftx.stages.settings import StudySettings
 
 SFT_FILES = ("sft.json", "sft.safetensors")
 
 
-def open_sft(place: str, role: str) -> SFT:
+def open_given(place: str, kind: str, study: StudySettings | None = None) -> tuple[SFT, dict[str, Any]]:
     """Find and verify an SFT.
 
     Args:
         place: Folder with ``sft.safetensors`` and ``sft.json``, or a hub id ``owner/name``.
-        role: ``task`` or ``language``; what the SFT has to be.
+        kind: ``task`` or ``language``; what the SFT has to be.
+        study: Of a task SFT: whose labels it has to predict.
+
+    Returns:
+        The SFT, and what its ``sft.json`` says.
 
     Raises:
-        DeftxError: Not there, not intact, or of the other kind.
+        DeftxError: Not there, not intact, of the other kind, or with another task's labels.
     """
     from deftx.core.delta import SparseDelta
 
     folder = Path(place).expanduser()
     if not folder.exists() and place.count("/") == 1 and not place.startswith((".", "/", "~")):
         folder = _download(place)
-    delta = SparseDelta.load(folder)
-    kind = delta.metadata.get("kind")
-    if kind != role:
+    facts = dict(SparseDelta.load(folder).metadata)
+    if facts.get("kind") != kind:
         raise DeftxError(
-            f"{place} is a {kind} SFT, a {role} SFT is needed: give task_sft=... and language_sft.CODE=..."
+            f"{place} is a {facts.get('kind')} SFT, a {kind} SFT is needed: give task_sft=... and language_sft.CODE=..."
         )
-    name = (
-        f"{role} {'+'.join(map(str, delta.metadata.get('languages', [])))} {delta.metadata.get('method', '')}".strip()
-    )
-    metrics = dict(delta.metadata.get("metrics") or {})
-    return SFT(role, name, folder, file_sha256(folder / "sft.safetensors"), metrics)
-
-
-def open_task_sft(study: StudySettings, place: str) -> SFT:
-    """Find and verify a task SFT that predicts the study's labels.
-
-    Raises:
-        DeftxError: As :func:`open_sft`; or its labels are another task's.
-    """
-    sft = open_sft(place, "task")
-    found, needed = sft.facts.get("labels"), list(study.task_spec.labels)
-    if found != needed:
-        raise DeftxError(f"{place} predicts {found}; {study.task} needs {needed}: give another task_sft")
-    return sft
+    if study is not None and facts.get("labels") != (needed := list(study.task_spec.labels)):
+        raise DeftxError(f"{place} predicts {facts.get('labels')}; {study.task} needs {needed}: give another task_sft")
+    languages = "+".join(map(str, facts.get("languages", [])))
+    name = f"{kind} {languages} {facts.get('method', '')}".strip()
+    on = tuple(map(str, (facts.get("trained_on") or {}).values()))
+    made_by = METHODS.get(str(facts.get("method")))
+    composition = "sum" if made_by is None else made_by.composition
+    return SFT(kind, name, given_key(folder), folder=folder, on=on, composition=composition), facts
 
 
 def _download(repo: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(repo, allow_patterns=list(SFT_FILES)))
+        commit = resolve_commit(repo, None, "model")
+        return Path(snapshot_download(repo, revision=commit, allow_patterns=list(SFT_FILES)))
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DeftxError(

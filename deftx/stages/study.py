@@ -1,4 +1,4 @@
-"""A whole study: inputs, language SFTs, task SFTs, compositions, scores; and what a run leaves behind.
+"""Running a study's graph: a whole study, parts of one, single SFTs, given SFTs, a base of one's own.
 
 Each run writes ``result.json`` and ``metrics.csv`` (also when it fails), ``predictions.parquet`` and
 ``diagnostics.parquet`` into its folder, and prints one table: targets × conditions.
@@ -9,22 +9,23 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from deftx import tracking
+from deftx import atomic, tracking
 from deftx.cache import StageCache
 from deftx.data.settings import LanguageSettings
 from deftx.errors import DeftxError
-from deftx.stages.bench import Bench
-from deftx.stages.evaluate import SFT, Cell, Evaluator, study_cells
-from deftx.stages.inputs import base_model, family
-from deftx.stages.knobs import SFT_KNOBS, flat_knobs, given_knobs
+from deftx.stages.execute import Progress, Results
+from deftx.stages.graph import GivenSFTs, graph
+from deftx.stages.inputs import NEEDS
+from deftx.stages.knobs import flat_knobs, given_knobs
 from deftx.stages.outputs import fill, keep, short, show, write_tables
-from deftx.stages.preflight import NEEDS, refuse_used
+from deftx.stages.preflight import refuse_used
 from deftx.stages.settings import StudySettings
-from deftx.stages.sources import open_sft, open_task_sft
+from deftx.stages.sources import open_given
 
 log = logging.getLogger(__name__)
 
@@ -43,15 +44,10 @@ def run_study(study: StudySettings, run_dir: Path) -> tracking.RunRecord:
         DeftxError: Something the user can mend; ``result.json`` then says ``failed`` and why.
     """
 
-    def body(bench: Bench) -> None:
-        trainer = bench.open(NEEDS["run"])
-        cells = study_cells(
-            study,
-            bench.texts,
-            lambda whose, language, sft, method: bench.language_sft(trainer, language, sft),
-            lambda whose, method, on: bench.task_sft(trainer, method, on),
-        )
-        _evaluate(bench, cells, study.task_sft.training.max_length)
+    def body(progress: Progress) -> None:
+        for sft in progress.open(NEEDS["run"]).sfts:
+            progress.train(sft)
+        progress.evaluate()
 
     return _run(study, run_dir, "run", flat_knobs(study), body, kept=True)
 
@@ -60,17 +56,20 @@ def run_parts(study: StudySettings, run_dir: Path) -> tracking.RunRecord:
     """Make parts of a study that other runs will find in the cache (``only=[...]``); nothing is evaluated.
 
     Args:
-        study: Resolved settings; ``only`` names the parts (:mod:`deftx.stages.parts`).
+        study: Resolved settings; ``only`` names the parts (:class:`deftx.stages.graph.Part`).
         run_dir: Folder of this run.
-
-    Raises:
-        DeftxError: A part names a language or method that the study has not.
     """
 
-    def body(bench: Bench) -> None:
-        trainer = bench.open(NEEDS["run"])
+    def body(progress: Progress) -> None:
+        nodes = progress.open(NEEDS["run"])
         for name in study.only:
-            bench.make(trainer, name)
+            if not (part := nodes.named(name)):
+                # An encoder that is given, a target without text, the full phase of a method that reads none.
+                log.warning("only=%s: this study makes nothing of that name", name)
+            for item in part[-1:]:
+                progress.results.of(item)
+        made = progress.results.entries
+        progress.sfts += [sft for sft in nodes.sfts if sft.key in made]
 
     return _run(study, run_dir, "stage", flat_knobs(study) | {"only": list(study.only)}, body)
 
@@ -86,17 +85,16 @@ def run_sft(study: StudySettings, kind: str, out: Path | None, run_dir: Path) ->
     """
     destination = out or run_dir / "sfts"
 
-    def body(bench: Bench) -> None:
-        trainer = bench.open(NEEDS[f"sft {kind}"])
-        method = study.methods[0]
-        if kind == "language":
-            made = bench.target_sfts(trainer, method)
-        else:
-            made = {study.task: bench.task_sft(trainer, method, bench.source_sfts(trainer))}
+    def body(progress: Progress) -> None:
+        nodes = progress.open(NEEDS[f"sft {kind}"])
+        for sft in nodes.sfts:
+            progress.train(sft)
+        wanted = [sft for sft in nodes.sfts if sft.kind == kind]
         single = out is not None and (kind == "task" or len(study.targets) == 1)
-        for name, sft in made.items():
+        names = [study.task] if kind == "task" else [code for code in study.targets if code in nodes.inputs.texts]
+        for name, sft in zip(names, wanted, strict=True):
             place = destination if single else destination / name
-            _copy(sft.folder, place)
+            _copy(progress.folder(sft), place)
             print(f"{sft.name}: {short(place)}")
 
     return _run(study, run_dir, f"sft-{kind}", flat_knobs(study), body)
@@ -111,24 +109,18 @@ def run_eval(study: StudySettings, task_sft: str, language_sfts: dict[str, str],
         language_sfts: Folder or hub id of φ_L by target; a target without one is evaluated on θ⁰ + φ_T.
         run_dir: Folder of this run.
     """
-    given = open_task_sft(study, task_sft)
-    about = given.facts
-    languages: dict[str, SFT] = {}
-    knobs = given_knobs(study, about)
-    for code, place in language_sfts.items():
-        languages[code] = open_sft(place, "language")
-        said = languages[code].facts
+    task, about = open_given(task_sft, "task", study)
+    given = {code: open_given(place, "language") for code, place in language_sfts.items()}
+    for code, (_, said) in given.items():
         if said.get("languages") != [code]:
-            log.warning("language_sft.%s=%s was trained on %s", code, place, said.get("languages"))
-        knobs |= {f"language_sft.{code}.{name}": said.get(name) for name in SFT_KNOBS}
-    alone = "source_language_only" if about.get("trained_on") else "no_language_sft"
+            log.warning("language_sft.%s=%s was trained on %s", code, language_sfts[code], said.get("languages"))
+    languages = {code: sft for code, (sft, _) in given.items()}
+    knobs = given_knobs(study, about, {code: said for code, (_, said) in given.items()})
 
-    def body(bench: Bench) -> None:
-        bench.open(NEEDS["eval"])
-        bench.products.sfts += [given, *languages.values()]
-        cells = [Cell(code, "composed", given, languages[code]) for code in study.targets if code in languages]
-        cells += [Cell(code, alone, given, None) for code in study.targets]
-        _evaluate(bench, cells, int(about["training"]["max_length"]))
+    def body(progress: Progress) -> None:
+        nodes = progress.open(NEEDS["eval"], GivenSFTs(task, languages, int(about["training"]["max_length"])))
+        progress.sfts += nodes.sfts
+        progress.evaluate()
 
     return _run(study, run_dir, "eval", knobs, body)
 
@@ -141,8 +133,6 @@ def run_pretrain(study: StudySettings, text: Sequence[str], out: Path) -> None:
         text: Files, folders or globs used in place of the languages' own text.
         out: Folder of the model; must not exist or be empty.
     """
-    from dataclasses import replace
-
     refuse_used(out)
     if text:
         # The files are the user's: relative to where the command was given, whatever data the study would use.
@@ -150,20 +140,9 @@ def run_pretrain(study: StudySettings, text: Sequence[str], out: Path) -> None:
         language = LanguageSettings(code="text", name="text", text=places)
         model = replace(study.model, languages=["text"], vocabulary=[])
         study = replace(study, model=model, pretrain_languages={"text": language})
-    cache = _open_cache(study)
-    data = study.data if text or not study.pretrains_on_family else family(study, cache)
-    base = base_model(study, data, cache)
-    _copy(base.folder, out)
+    results = Results(_open_cache(study), lambda _: [])
+    _copy(results.base_folder(graph(study, results.cache, needs=NEEDS["pretrain"]).base), out)
     print(f"model: {short(out.absolute())}\nuse it with: model=local model.path={short(out.absolute())}")
-
-
-def _evaluate(bench: Bench, cells: Sequence[Cell], max_length: int) -> None:
-    if bench.products.base is None:
-        raise RuntimeError("the bench is not open")
-    evaluator = Evaluator(bench.study, bench.products.base, bench.cache, max_length)
-    # Cells that share a composition's terms follow each other, so that the model changes least.
-    for cell in sorted(cells, key=lambda item: (item.task.key, item.language_sft.key if item.language_sft else "")):
-        bench.products.outcomes.append(evaluator.evaluate(cell, bench.tests[cell.language]))
 
 
 def _open_cache(study: StudySettings) -> StageCache:
@@ -186,15 +165,10 @@ def _ready(study: StudySettings) -> dict[str, Any]:
 def _copy(folder: Path, place: Path) -> None:
     """Copy a result out of the cache, whole or not at all; an existing folder is never overwritten."""
     refuse_used(place)
-    partial = place.with_name(f".{place.name}.partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(folder, partial)
-        if place.exists():
-            place.rmdir()  # empty
-        partial.replace(place)
+        with atomic.folder(place) as temporary:
+            shutil.copytree(folder, temporary, dirs_exist_ok=True)
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
         # copytree's own error lists one (source, target, reason) for each file.
         reason = error.args[0][0][2] if isinstance(error, shutil.Error) else error.strerror or error
         raise DeftxError(f"cannot write {place}: {reason}; free space or choose another out=FOLDER") from error
@@ -205,7 +179,7 @@ def _run(
     run_dir: Path,
     job: str,
     knobs: dict[str, Any],
-    body: Callable[[Bench], None],
+    body: Callable[[Progress], None],
     *,
     kept: bool = False,
 ) -> tracking.RunRecord:
@@ -231,17 +205,27 @@ def _run(
         tags=[*study.methods, study.task, *study.targets],
     )
     with tracker, tracking.recording(run_dir, record):
-        bench = Bench(study, cache, tracker.lightning_loggers)
+        progress = Progress(study, Results(cache, tracker.lightning_loggers))
+
+        def finish() -> None:
+            fill(record, progress)
+            tables = write_tables(run_dir, progress)
+            tracker.finish_run(record, tables, {sft.key: progress.folder(sft) for sft in progress.sfts})
+
         try:
-            body(bench)
-        finally:
-            fill(record, bench)
-            tables = write_tables(run_dir, bench)
-            tracker.finish_run(record, tables, {sft.key: sft.folder for sft in bench.products.sfts})
+            body(progress)
+        except BaseException:
+            try:
+                progress.so_far()
+                finish()
+            except Exception as error:  # noqa: BLE001 - the run's own error is the one to tell
+                log.warning("what the run came to before it failed is not told in full: %s", error)
+            raise
+        finish()
     if kept:
-        keep(study, bench, run_dir)
+        keep(progress, run_dir)
     if study.trainer.profile:
         tracking.print_steps(record.sfts)
-    if bench.products.outcomes:
+    if progress.outcomes:
         show(study, record, run_dir, cache)
     return record

@@ -10,17 +10,17 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
+from deftx import atomic
 from deftx.cache import Entry, StageCache
-from deftx.config import OBJECTIVES, SearchSettings
 from deftx.errors import DeftxError
 from deftx.jobs import End, Task, work
 from deftx.launch import LauncherSettings, Lost, run_all
+from deftx.search import OBJECTIVES, SearchSettings, knob_and_value
 from deftx.signals import terminated_as_interrupted
-from deftx.stages.plan import Planner, StudyPlan
 from deftx.stages.settings import StudySettings
+from deftx.sweeps.plan import JobPlan, SharedPart, plan_jobs, shared_parts
 from deftx.sweeps.search import search
 from deftx.sweeps.show import job_line, print_plan, print_summary, swept
-from deftx.sweeps.waves import Part, shared_parts
 from deftx.tracking import RESULT, SWEEP, SweepJob, SweepRecord, mean_scores, read_result, write_sweep
 
 log = logging.getLogger(__name__)
@@ -37,6 +37,7 @@ class Sweep:
         launcher: Where jobs run.
         config_dir: The user's own configuration folder.
         studies: Settings of each job of ``deftx run``; empty for other commands, which are neither planned nor shared.
+        devices: Kind of device that each job trains on (:meth:`LauncherSettings.device`).
     """
 
     command: str
@@ -45,30 +46,26 @@ class Sweep:
     launcher: LauncherSettings
     config_dir: str | None = None
     studies: Sequence[StudySettings] = ()
+    devices: Sequence[str] = ()
     scores: dict[int, Mapping[str, float]] = field(default_factory=dict)
-    _plans: dict[int, StudyPlan] = field(default_factory=dict)
+    _plans: dict[int, JobPlan] = field(default_factory=dict)
 
     @property
     def cache_root(self) -> str:
         """The stage cache all jobs share."""
         return self.studies[0].cache_root
 
-    def plans(self) -> dict[int, StudyPlan]:
-        """What each job would compute, looked at now."""
-        planners = {study.cache_root: Planner(study.cache_root) for study in self.studies}
-        return {number: planners[study.cache_root].plan(study) for number, study in enumerate(self.studies)}
-
-    def task(self, overrides: Sequence[str], folder: Path, headline: str = "") -> Task:
-        """A job as it travels."""
+    def task(self, overrides: Sequence[str], folder: Path, headline: str = "", job: int = 0) -> Task:
+        """A job as it travels, on the kind of device that job number ``job`` was planned for."""
         config_dir = None if self.config_dir is None else str(Path(self.config_dir).absolute())
         logged = self.launcher.name != "basic"
-        return Task(self.command, tuple(overrides), str(folder), config_dir, headline, logged)
+        return Task(self.command, tuple(overrides), str(folder), config_dir, headline, self.devices[job], logged)
 
 
 def dry_run(sweep: Sweep) -> None:
     """Print what a sweep, or a single run, would compute; nothing is written."""
-    plans = sweep.plans()
-    open_plans = {number: plan for number, plan in plans.items() if plan.done is None}
+    plans = plan_jobs(sweep.studies)
+    open_plans = {number: plan for number, plan in plans.items() if plan.finished is None}
     waves = shared_parts(open_plans) if len(plans) > 1 else []
     print_plan(plans, waves, sweep.cache_root)
 
@@ -80,21 +77,21 @@ def run_sweep(sweep: Sweep) -> int:
         The exit status: 0, or 1 where a job failed.
 
     Raises:
-        DeftxError: The sweep's folder is not new or cannot be written, or the launcher cannot be had.
+        DeftxError: The sweep's folder is not new or cannot be written, or the launcher does not work here.
         KeyboardInterrupt: Interrupted; the summary of what was finished has been printed.
     """
     _make(sweep.folder)
     jobs = [
-        SweepJob(number, list(texts), differing, str(number))
+        _job(number, texts, differing, str(number))
         for number, (texts, differing) in enumerate(zip(sweep.overrides, swept(sweep.overrides), strict=True))
     ]
     study = sweep.studies[0].name if sweep.studies else sweep.command
-    record = SweepRecord(study, sweep.command, jobs)
+    record = SweepRecord(study, sweep.command, jobs, shared=_shared(jobs))
     write_sweep(sweep.folder, record)
     try:
         with _ending_in_order(sweep.launcher):
             if sweep.studies:
-                sweep._plans = sweep.plans()
+                sweep._plans = plan_jobs(sweep.studies)
                 _restore(sweep, record)
                 _run_waves(sweep, record)
             _run_jobs(sweep, record)
@@ -128,7 +125,7 @@ def run_search(sweep: Sweep, settings: SearchSettings) -> int:
     def run(proposals: Sequence[Sequence[str]]) -> list[End | Lost]:
         first = len(record.stages)
         trials = [
-            SweepJob(first + n, [*common, *texts, f"only=[{','.join(judged)}]"], list(texts), f"trials/{first + n}")
+            _job(first + n, [*common, *texts, f"only=[{','.join(judged)}]"], texts, f"trials/{first + n}")
             for n, texts in enumerate(proposals)
         ]
         record.stages += trials
@@ -147,11 +144,24 @@ def run_search(sweep: Sweep, settings: SearchSettings) -> int:
     try:
         with _ending_in_order(sweep.launcher):
             best = search(settings, sweep.folder, run, at_once=at_once)
-            record.jobs.append(SweepJob(0, [*common, *best], best, "best"))
+            record.jobs.append(_job(0, [*common, *best], best, "best"))
+            record.shared = _shared(record.jobs)
             _run_jobs(sweep, record)
     finally:
         _close(sweep, record)
     return 1 if any(job.status == "failed" for job in record.jobs) else 0
+
+
+def _job(number: int, overrides: Sequence[str], differing: Sequence[str], folder: str) -> SweepJob:
+    """A job that waits; what it changes stands in it as fields, too."""
+    return SweepJob(number, list(overrides), list(differing), folder, dict(map(knob_and_value, differing)))
+
+
+def _shared(jobs: Sequence[SweepJob]) -> list[str]:
+    """Overrides that all jobs have and none of them changes."""
+    changed = {knob for job in jobs for knob in job.knobs}
+    every = [text for text in jobs[0].overrides if all(text in job.overrides for job in jobs)]
+    return [text for text in every if knob_and_value(text)[0] not in changed]
 
 
 def _ending_in_order(launcher: LauncherSettings) -> contextlib.AbstractContextManager[None]:
@@ -202,20 +212,16 @@ def _restore(sweep: Sweep, record: SweepRecord) -> None:
     for job in record.jobs:
         plan = sweep._plans[job.number]
         # Read once more, checksums and all: what is copied is published again.
-        entry = caches[sweep.studies[job.number].cache_root].find(plan.result) if plan.done and plan.result else None
+        entry = caches[sweep.studies[job.number].cache_root].find(plan.graph.finished) if plan.finished else None
         scores = None if entry is None else _scores_of(entry)
         if entry is None or scores is None:
             continue
         place = sweep.folder / job.folder
-        partial = place.with_name(f".{place.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
         try:
-            partial.mkdir()
-            for name in entry.manifest["files"]:
-                shutil.copyfile(entry.file(name), partial / name)
-            partial.replace(place)
+            with atomic.folder(place) as temporary:
+                for name in entry.manifest["files"]:
+                    shutil.copyfile(entry.file(name), temporary / name)
         except OSError as error:
-            shutil.rmtree(partial, ignore_errors=True)
             raise DeftxError(f"cannot write {place}: {error.strerror}; free space and run the command again") from error
         job.status = "cached"
         sweep.scores[job.number] = scores
@@ -257,8 +263,8 @@ def _run_waves(sweep: Sweep, record: SweepRecord) -> None:
                 sweep.launcher,
                 work,
                 [
-                    sweep.task(stage.overrides, sweep.folder / stage.folder, f"shared: {stage.swept[1]}")
-                    for stage in stages
+                    sweep.task(stage.overrides, sweep.folder / stage.folder, f"shared: {part.label}", part.job)
+                    for part, stage in zip(parts, stages, strict=True)
                 ],
                 ended,
                 sweep.folder,
@@ -269,7 +275,7 @@ def _run_waves(sweep: Sweep, record: SweepRecord) -> None:
                 _give_up(record, part, stage.error or "unknown")
 
 
-def _give_up(record: SweepRecord, part: Part, reason: str) -> None:
+def _give_up(record: SweepRecord, part: SharedPart, reason: str) -> None:
     """A part that failed: whatever needs it would train it again and fail the same way."""
     for job in record.jobs:
         if job.status == "waiting" and job.number in part.jobs:
@@ -284,6 +290,7 @@ def _run_jobs(sweep: Sweep, record: SweepRecord) -> None:
             job.overrides,
             sweep.folder / job.folder,
             f"job {job.number + 1} of {total}: {' '.join(job.swept)}",
+            job.number,
         )
         for job in jobs
     ]

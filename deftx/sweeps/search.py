@@ -16,10 +16,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deftx.config import OBJECTIVES, SearchSettings, override
 from deftx.errors import DeftxError
 from deftx.jobs import End
 from deftx.launch import Lost
+from deftx.search import OBJECTIVES, SearchSettings, override
 
 if TYPE_CHECKING:
     import optuna
@@ -52,7 +52,7 @@ def search(
         raise DeftxError("a search needs Optuna: pip install 'deftx[search]'") from error
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    role, direction = OBJECTIVES[settings.objective]
+    kind, direction = OBJECTIVES[settings.objective]
     study = optuna.create_study(
         direction=optuna.study.StudyDirection[direction.upper()],
         sampler=optuna.samplers.TPESampler(seed=settings.sampler_seed, constant_liar=at_once > 1),
@@ -63,7 +63,7 @@ def search(
         proposals = [_propose(trial, settings.space) for trial in asked]
         for trial, proposal, end in zip(asked, proposals, run(proposals), strict=True):
             reason = str(end) if isinstance(end, Lost) else end.error
-            value = None if isinstance(end, Lost) or reason else _value(end, role)
+            value = None if isinstance(end, Lost) or reason else _value(end, kind)
             if value is None:
                 reasons.append(reason or "no SFT was judged")
                 study.tell(trial, state=optuna.trial.TrialState.FAIL)
@@ -95,7 +95,7 @@ def _propose(trial: optuna.Trial, space: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _value(end: End, role: str) -> float | None:
-    """Mean score of the judged SFTs; those under the task SFT and the source's own are not."""
-    values = [score for name, score in end.sfts.items() if name.split(" ")[0] == role]
+def _value(end: End, kind: str) -> float | None:
+    """Mean score of the judged SFTs; φ_S under a task SFT, of the other kind, is not."""
+    values = end.sfts.get(kind)
     return math.fsum(values) / len(values) if values else None

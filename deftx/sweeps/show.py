@@ -6,10 +6,12 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from deftx.cache import Stage
-from deftx.stages.plan import History, PlannedStage, StudyPlan, totals
-from deftx.sweeps.waves import Part
+from deftx.cache import Stage, StageCache
+from deftx.stages.graph import History
+from deftx.stages.node import Node
+from deftx.sweeps.plan import JobPlan, SharedPart
 from deftx.tracking import SweepJob, print_sweep
+from deftx.units import size_text, time_text
 
 _LISTED = 24
 
@@ -22,43 +24,46 @@ def swept(overrides: Sequence[Sequence[str]]) -> list[list[str]]:
     return [[text.replace("\\", "") for text in job if text not in common] for job in overrides]
 
 
-def print_plan(plans: Mapping[int, StudyPlan], waves: Sequence[Sequence[Part]], cache_root: str) -> None:
+def print_plan(plans: Mapping[int, JobPlan], waves: Sequence[Sequence[SharedPart]], cache_root: str) -> None:
     """Print what would run: stages by kind, what is missing, the waves, guesses at time and disk.
 
     Args:
         plans: Of every job.
-        waves: From :func:`~deftx.sweeps.waves.shared_parts`, of the jobs that are not finished.
+        waves: From :func:`~deftx.sweeps.plan.shared_parts`, of the jobs that are not finished.
         cache_root: The stage cache.
     """
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console, history = Console(), History(cache_root)
-    stages: dict[str, PlannedStage] = {}
+    console, history = Console(), History(StageCache(cache_root))
+    nodes: dict[str, tuple[Node, bool]] = {}
     for plan in plans.values():
-        for item in plan.stages:
-            stages.setdefault(item.stage.key, item)
-    kinds = list(dict.fromkeys(item.stage.kind for item in stages.values()))
+        for item, there in plan.asked:
+            nodes.setdefault(item.key, (item, there))
+    kinds = list(dict.fromkeys(item.stage.kind for item, _ in nodes.values()))
+    missing = [item for item, there in nodes.values() if not there]
     table = Table()
     for title in ("stage", "to compute", "cached", "about", "disk"):
         table.add_column(title, justify="left" if title == "stage" else "right")
     for kind in [*kinds, None]:
-        mine = [item for item in stages.values() if kind in (None, item.stage.kind)]
-        missing = [item for item in mine if not item.cached]
-        seconds, size, unknown = totals(missing, history)
+        mine = [item for item in missing if kind in (None, item.stage.kind)]
+        cached = sum(there and kind in (None, item.stage.kind) for item, there in nodes.values())
+        seconds, size, unknown = history.totals(mine)
         if kind is None:
             table.add_section()
-        guess = duration(seconds) if unknown < len(missing) else "?" if missing else "–"
-        told = guess + (f" + {unknown} × ?" if 0 < unknown < len(missing) else "")
-        table.add_row(kind or "all", str(len(missing)), str(len(mine) - len(missing)), told, disk(size))
+        guess = time_text(seconds) if unknown < len(mine) else "?" if mine else "–"
+        told = guess + (f" + {unknown} × ?" if 0 < unknown < len(mine) else "")
+        table.add_row(kind or "all", str(len(mine)), str(cached), told, size_text(size))
     console.print(table)
-    wanted = [item.stage for item in stages.values() if not item.cached]
-    names = list(dict.fromkeys(f"{stage.kind} {stage.label}{_seed(stage, wanted)}" for stage in wanted))
+    seeds: dict[tuple[str, str], set[int | None]] = {}
+    for item in missing:
+        seeds.setdefault((item.stage.kind, item.stage.label), set()).add(item.stage.seed)
+    names = list(dict.fromkeys(_named(item.stage, seeds) for item in missing))
     lines = [f"to compute: {name}" for name in names[:_LISTED]]
     if len(names) > _LISTED:
         lines.append(f"... and {len(names) - _LISTED} more")
-    done = [number for number, plan in plans.items() if plan.done is not None]
+    done = [number for number, plan in plans.items() if plan.finished is not None]
     if len(plans) > 1:
         lines.append(f"jobs: {len(plans)}, of which {len(done)} were finished before")
         for number, wave in enumerate(waves, 1):
@@ -66,36 +71,20 @@ def print_plan(plans: Mapping[int, StudyPlan], waves: Sequence[Sequence[Part]], 
             lines.append(f"wave {number}: {labels}, shared by up to {max(len(part.jobs) for part in wave)} jobs")
     elif done:
         lines.append("this very run was finished before")
-    unknown = totals([item for item in stages.values() if not item.cached], history)[2]
+    unknown = history.totals(missing)[2]
     if unknown:
         lines.append(f"?: {unknown} stages of kinds and budgets that never ran with this cache: no time to go by")
     free = next(shutil.disk_usage(p).free for p in (Path(cache_root), *Path(cache_root).parents) if p.exists())
-    lines.append(f"stage cache {cache_root}: {disk(free)} free; times are one job's after the other")
+    lines.append(f"stage cache {cache_root}: {size_text(free)} free; times are one job's after the other")
     lines.append("dry run: nothing was computed and nothing written")
     for line in lines:
         console.print(Text(line), soft_wrap=True, highlight=False)
 
 
-def _seed(stage: Stage, stages: Sequence[Stage]) -> str:
-    """The seed of a stage, where it tells it from another of the same name."""
-    alike = {item.seed for item in stages if (item.kind, item.label) == (stage.kind, stage.label)}
-    return f", seed {stage.seed}" if len(alike) > 1 else ""
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people say them: ``40 s``, ``12 min``, ``3.5 h``."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def disk(size: float) -> str:
-    """Bytes as people say them: ``12 MB``, ``1.1 GB``."""
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}"
-        size /= 1000
-    return f"{size:.1f} GB"
+def _named(stage: Stage, seeds: Mapping[tuple[str, str], set[int | None]]) -> str:
+    """A stage for people; with its seed where that tells it from another of the same name."""
+    name = f"{stage.kind} {stage.label}"
+    return f"{name}, seed {stage.seed}" if len(seeds[stage.kind, stage.label]) > 1 else name
 
 
 def job_line(position: int, total: int, job: SweepJob) -> str:
@@ -103,7 +92,7 @@ def job_line(position: int, total: int, job: SweepJob) -> str:
     text = f"[{position}/{total}] {' '.join(job.swept) or 'job ' + str(job.number)}: {job.status}"
     if job.error:
         return f"{text}: {job.error.splitlines()[0]}"
-    return text + (f" in {duration(job.seconds)}" if job.seconds else "")
+    return text + (f" in {time_text(job.seconds)}" if job.seconds else "")
 
 
 def print_summary(jobs: Sequence[SweepJob], scores: Mapping[int, Mapping[str, float]], folder: str) -> None:

@@ -11,13 +11,29 @@ are imported where they are used, so that importing this module is quick.
 
 from deftx.tracking import names
 from deftx.tracking.environment import provenance
+from deftx.tracking.facts import (
+    DATA_READ,
+    CellFacts,
+    DataRead,
+    Provenance,
+    Remark,
+    SFTFacts,
+    Term,
+    data_read,
+    data_setting,
+    gather_provenances,
+    provenance_differences,
+    provenance_remark,
+)
 from deftx.tracking.imports import clock_imports
+from deftx.tracking.legacy import with_keys
 from deftx.tracking.results import (
     CONDITIONS,
     DIAGNOSTICS,
     METRICS,
     PREDICTIONS,
     RESULT,
+    RUN_FILES,
     SCHEMA_VERSION,
     Metric,
     RunRecord,
@@ -28,37 +44,52 @@ from deftx.tracking.results import (
     write_predictions,
     write_result,
 )
+from deftx.tracking.settings import LoggerSettings
 from deftx.tracking.summary import summarise
 from deftx.tracking.sweeps import SWEEP, SweepJob, SweepRecord, read_sweep, write_sweep
 from deftx.tracking.tables import print_results, print_steps, print_sweep, results_table
-from deftx.tracking.tracker import LoggerSettings, Tracker
+from deftx.tracking.tracker import Tracker
 
 __all__ = [
     "CONDITIONS",
+    "DATA_READ",
     "DIAGNOSTICS",
     "METRICS",
     "PREDICTIONS",
     "RESULT",
+    "RUN_FILES",
     "SCHEMA_VERSION",
     "SWEEP",
+    "CellFacts",
+    "DataRead",
     "LoggerSettings",
     "Metric",
+    "Provenance",
+    "Remark",
     "RunRecord",
+    "SFTFacts",
     "SweepJob",
     "SweepRecord",
+    "Term",
     "Tracker",
     "clock_imports",
+    "data_read",
+    "data_setting",
+    "gather_provenances",
     "mean_scores",
     "names",
     "print_results",
     "print_steps",
     "print_sweep",
     "provenance",
+    "provenance_differences",
+    "provenance_remark",
     "read_result",
     "read_sweep",
     "recording",
     "results_table",
     "summarise",
+    "with_keys",
     "write_diagnostics",
     "write_predictions",
     "write_result",

@@ -16,7 +16,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from deftx.tracking.results import DIAGNOSTICS, METRICS, PREDICTIONS, RESULT, RunRecord, plain
+from deftx.methods.settings import LABELLED
+from deftx.tracking.facts import SFTFacts
+from deftx.tracking.results import METRICS, RESULT, RUN_FILES, RunRecord, plain
 
 __all__ = ["artifact_name", "declare", "is_input", "result_artifact", "result_name", "sft_artifact", "sft_name"]
 
@@ -24,18 +26,19 @@ SFT_FACTS = "sft.json"
 _LONGEST = 128
 
 
-def sft_name(role: str, facts: Mapping[str, Any]) -> str:
+def sft_name(kind: str, facts: Mapping[str, Any]) -> str:
     """Name of an SFT's artifact, the same wherever it is trained: ``sft-language-ace-deftx-rank-16-k-100-seed-0-tiny``.
 
     Args:
-        role: ``language`` or ``task``.
+        kind: ``language`` or ``task``.
         facts: The metadata of its ``sft.json``.
     """
     languages = "+".join(facts.get("languages") or [])
-    parts = ["sft", role, facts.get("task") if role == "task" else None, languages, facts.get("method")]
+    parts = ["sft", kind, facts.get("task") if kind == "task" else None, languages, facts.get("method")]
     if facts.get("trained_on"):
         parts.append("on-" + "+".join(facts["trained_on"]))
-    for knob in ("rank", "residual", "k", "seed"):
+    # K says what a density came to.
+    for knob in (*(name for name in LABELLED if name != "density"), "seed"):
         if facts.get(knob) is not None:
             parts += [knob, facts[knob]]
     return artifact_name([*parts, facts.get("base_model")])
@@ -47,7 +50,7 @@ def result_name(record: RunRecord) -> str:
     languages = "+".join(knobs.get("language") or [])
     kind = None if record.job_type == "run" else record.job_type
     parts = ["result", kind, record.study, knobs.get("task"), languages, knobs.get("method")]
-    for knob in ("rank", "residual", "k", "density"):
+    for knob in LABELLED:
         if knobs.get(knob) is not None:
             parts += [knob, knobs[knob]]
     return artifact_name([*parts, "seed", record.seed])
@@ -62,19 +65,19 @@ def artifact_name(parts: Sequence[Any]) -> str:
     return clean
 
 
-def is_input(record: RunRecord, role: str) -> bool:
-    """Whether a job reads an SFT of this role rather than makes it.
+def is_input(record: RunRecord, sft: SFTFacts) -> bool:
+    """Whether a job reads an SFT rather than makes it.
 
-    A composing job reads all of them. One that trains a task SFT reads language SFTs: the source's, which it starts on.
+    A composing job reads all of them. One that trains a task SFT reads those that it is trained on.
     """
-    return bool(record.metrics) or (role == "language" and any(sft["role"] == "task" for sft in record.sfts))
+    return bool(record.cells) or any(sft.key in other.on for other in record.sfts)
 
 
-def sft_artifact(about: Mapping[str, Any], folder: Path, *, whole: bool) -> Any:
+def sft_artifact(sft: SFTFacts, folder: Path, *, whole: bool) -> Any:
     """An SFT's ``wandb.Artifact``: its facts, or all of its files.
 
     Args:
-        about: Its entry in ``result.json``.
+        sft: Its entry in ``result.json``.
         folder: Holds ``sft.json`` and ``sft.safetensors``.
         whole: Add every file of the folder.
     """
@@ -82,8 +85,8 @@ def sft_artifact(about: Mapping[str, Any], folder: Path, *, whole: bool) -> Any:
 
     facts = json.loads((folder / SFT_FACTS).read_text(encoding="utf-8"))["metadata"]
     told = {name: facts.get(name) for name in ("base_model", "base_fingerprint", "task", "rank", "residual", "seed")}
-    told |= {name: about.get(name) for name in ("role", "method", "languages", "k", "bytes", "sha256")}
-    artifact = wandb.Artifact(sft_name(str(about["role"]), facts), type="sft", metadata=plain(told))
+    told |= {name: getattr(sft, name) for name in ("method", "languages", "k", "bytes", "sha256")} | {"role": sft.kind}
+    artifact = wandb.Artifact(sft_name(sft.kind, facts), type="sft", metadata=plain(told))
     for path in sorted(folder.rglob("*")) if whole else [folder / SFT_FACTS]:
         if path.is_file():
             artifact.add_file(str(path), name=path.relative_to(folder).as_posix())
@@ -103,7 +106,7 @@ def result_artifact(record: RunRecord, run_dir: Path, inputs: Sequence[str], *, 
 
     told = {"study": record.study, "job": record.job, "seed": record.seed, "sfts": list(inputs)}
     artifact = wandb.Artifact(result_name(record), type="result", metadata=plain(told))
-    for name in (RESULT, METRICS, *((PREDICTIONS, DIAGNOSTICS) if whole else ())):
+    for name in RUN_FILES.values() if whole else (RESULT, METRICS):
         if (run_dir / name).is_file():
             artifact.add_file(str(run_dir / name), name=name)
     return artifact

@@ -6,6 +6,7 @@ that it reads in grey and with any colour vision.
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from deftx.tracking.results import RunRecord
@@ -33,18 +34,18 @@ def draw_mask_density(record: RunRecord, diagnostics: pd.DataFrame) -> Pixels | 
     Returns:
         RGBA pixels, uint8 of shape (height, width, 4); None where no SFT has layers.
     """
-    parts = _by_role(record, diagnostics[(diagnostics["what"] == "sft") & (diagnostics["layer"] >= 0)])
+    parts = _by_kind(record, diagnostics[(diagnostics["what"] == "sft") & (diagnostics["layer"] >= 0)])
     if not parts:
         return None
     figure, axes = _figure(len(parts), width=4.6, left=0.32)
-    for place, (role, rows) in zip(axes, parts.items(), strict=True):
+    for place, (kind, rows) in zip(axes, parts.items(), strict=True):
         counts = rows.groupby(["module", "layer"])[["selected", "size"]].sum()
         grid = (counts["selected"] / counts["size"]).unstack("layer")
         picture = place.imshow(grid.to_numpy(), aspect="auto", cmap="viridis", vmin=0)
         place.set_xticks(range(len(grid.columns)), grid.columns)
         place.set_yticks(range(len(grid.index)), grid.index, fontsize=7)
         place.set_xlabel("layer")
-        place.set_title(f"{_TITLES[role]}: share selected", fontsize=9)
+        place.set_title(f"{_TITLES[kind]}: share selected", fontsize=9)
         figure.colorbar(picture, ax=place)
     return _pixels(figure)
 
@@ -63,12 +64,12 @@ def draw_spectra(record: RunRecord, diagnostics: pd.DataFrame) -> Pixels | None:
     import numpy as np
 
     rows = diagnostics[(diagnostics["what"] == "sft") & (diagnostics["layer"] >= 0)]
-    parts = _by_role(record, rows[rows["singular_values"].notna()])
+    parts = _by_kind(record, rows[rows["singular_values"].notna()])
     if not parts:
         return None
     figure, axes = _figure(len(parts), width=4.2, left=0.16)
     colours = matplotlib.colormaps["viridis"]
-    for place, (role, part) in zip(axes, parts.items(), strict=True):
+    for place, (kind, part) in zip(axes, parts.items(), strict=True):
         last = max(int(part["layer"].max()), 1)
         for layer, matrices in part.groupby("layer"):
             curves = [np.asarray(values, dtype=float) for values in matrices["singular_values"]]
@@ -83,21 +84,20 @@ def draw_spectra(record: RunRecord, diagnostics: pd.DataFrame) -> Pixels | None:
             place.plot(np.arange(1, length + 1), np.log10(mean), color=colour, linewidth=1, label=f"layer {layer}")
         place.set_xlabel("direction")
         place.set_ylabel("log₁₀ of singular value / largest")
-        place.set_title(_TITLES[role], fontsize=9)
+        place.set_title(_TITLES[kind], fontsize=9)
     axes[-1].legend(fontsize=6, ncols=2)
     return _pixels(figure)
 
 
-def _by_role(record: RunRecord, rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    own, _ = own_sfts(record, rows)
-    parts = {
-        role: rows[rows["sft"].isin([name for name, sft in own.items() if sft["role"] == role])] for role in _TITLES
-    }
-    return {role: part for role, part in parts.items() if len(part)}
+def _by_kind(record: RunRecord, rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    own = own_sfts(record)
+    parts = {kind: rows[rows["key"].isin([key for key, sft in own.items() if sft.kind == kind])] for kind in _TITLES}
+    return {kind: part for kind, part in parts.items() if len(part)}
 
 
 def _figure(count: int, *, width: float, left: float) -> tuple[Any, list[Any]]:
-    """A figure with one panel for each role; ``left`` is the share of a panel's width that its labels take."""
+    """A figure with one panel for each kind; ``left`` is the share of a panel's width that its labels take."""
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.WARNING)  # it tells of the fonts it finds, once
     from matplotlib.figure import Figure
 
     # Places by hand: an automatic layout draws everything twice, and each of a sweep's jobs has these pictures.

@@ -6,6 +6,8 @@ with their units. W&B reads a dot as nesting, so levels are parted by ``/``.
 
 from __future__ import annotations
 
+from deftx.methods.settings import LABELLED
+
 __all__ = [
     "BASELINE",
     "CACHE_COMPUTED",
@@ -32,7 +34,7 @@ __all__ = [
     "stage_seconds",
 ]
 
-KNOBS = ("method", "task", "language", "rank", "residual", "k", "density", "seed")
+KNOBS = ("method", "task", "language", *LABELLED, "seed")
 """Config values that every run has at the top level under exactly these names; None where they do not apply."""
 
 METHOD, BASELINE = "deftx", "ltsft"

@@ -16,9 +16,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from deftx import atomic
 from deftx.errors import DeftxError
-from deftx.tracking.environment import peak_memory
+from deftx.memory import peak_memory
+from deftx.methods.table import METHODS
+from deftx.tracking.facts import CellFacts, Provenance, Remark, SFTFacts, data_read
 from deftx.tracking.imports import import_seconds
+from deftx.tracking.legacy import upgrade
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,6 +32,7 @@ __all__ = [
     "DIAGNOSTICS",
     "PREDICTIONS",
     "RESULT",
+    "RUN_FILES",
     "Metric",
     "RunRecord",
     "mean_scores",
@@ -43,27 +48,24 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 OLDEST_READ = 1
 RESULT = "result.json"
 METRICS = "metrics.csv"
 PREDICTIONS = "predictions.parquet"
 DIAGNOSTICS = "diagnostics.parquet"
-
-JOB_TYPES = ("run", "stage", "sft-language", "sft-task", "eval")
+RUN_FILES = {"result": RESULT, "scores": METRICS, "predictions": PREDICTIONS, "diagnostics": DIAGNOSTICS}
 
 CONDITIONS = {
     "no_language_sft": "no language SFTs",
     "source_sft": "source SFT left in",
     "other_language_sft": "other language's SFT",
-    "random_mask": "random mask",
-    "ltsft": "LT-SFT",
-    "deftx": "DeFT-X",
+    **{name: METHODS[name].title for name in reversed(METHODS)},
     "source_language_only": "task SFT alone",
     "composed": "composed",
 }
-"""Stable names of what a target is evaluated with, in the order of the table's columns, and the columns'
-titles."""
+"""Stable names of what a target is evaluated with, in the order of the table's columns, and the columns' titles:
+controls, methods, and given SFTs."""
 
 
 @dataclass(frozen=True)
@@ -94,18 +96,18 @@ class RunRecord:
     Attributes:
         study: name of the study (the W&B group).
         job: name of this run within it.
-        settings: the knobs, flat or nested; a knob the method ignores is None.
+        settings: the knobs, flat or nested; a knob the method ignores is None. ``data.read`` says what data was read
+            (:func:`deftx.tracking.data_setting`), as soon as it is known.
         seed: the run's seed.
-        provenance: from :func:`provenance`.
+        provenance: of this process, from :func:`deftx.tracking.provenance`.
         status: ``running``, ``done`` or ``failed``.
         metrics: every score.
-        fingerprints: name -> fingerprint: ``base`` (as in ``sft.json``), ``base files``, the rows evaluated.
+        fingerprints: name -> fingerprint: ``base`` (as in ``sft.json``), ``base files``, ``base commit`` on the
+            hub, the rows evaluated.
         job_type: ``run``, ``stage`` (part of a study that a sweep's jobs share), ``sft-language``, ``sft-task`` or
             ``eval``.
-        sfts: one mapping for each SFT: ``name``, ``role`` (``language`` or ``task``), ``method``, ``languages``, ``k``,
-            ``bytes`` of its file, ``sha256``, ``metrics`` of its sparse phase (score, steps, seconds, tokens a second,
-            padding, peak memory, parts of a step where ``trainer.profile`` asked for them) and, under ``full``, of its
-            full phase.
+        sfts: every SFT that the run made or read.
+        cells: every evaluation, with what it composes.
         languages: code -> what is known of a target: ``name``, ``family``, ``script``, and of its unlabelled text
             ``fertility`` (pieces a word), ``type_token_ratio``, ``words_per_sentence``, where it was computed.
         data: name -> what was read, dropped (and why) and kept.
@@ -115,7 +117,9 @@ class RunRecord:
             that first needed a module.
         peak_memory: bytes: ``cpu`` (this process), ``gpu`` (given by the caller).
         error: of a failed run: ``type``, ``message``, ``traceback``.
-        notes: plain remarks a reader should see beside the numbers (an untrained head, dev in place of test).
+        notes: what a reader should see beside the numbers (an untrained head, dev in place of test).
+        provenances: what the stages that the result stands on were computed under; several where they differ, empty
+            where nobody noted it.
         started, finished: UTC, ISO 8601; ``seconds``: wall time between them.
     """
 
@@ -128,18 +132,34 @@ class RunRecord:
     metrics: list[Metric] = field(default_factory=list)
     fingerprints: dict[str, str] = field(default_factory=dict)
     job_type: str = "run"
-    sfts: list[Mapping[str, Any]] = field(default_factory=list)
+    sfts: list[SFTFacts] = field(default_factory=list)
+    cells: list[CellFacts] = field(default_factory=list)
     languages: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     stages: list[Mapping[str, Any]] = field(default_factory=list)
     times: dict[str, float] = field(default_factory=dict)
     peak_memory: dict[str, int | None] = field(default_factory=dict)
     error: dict[str, str | None] | None = None
-    notes: list[str] = field(default_factory=list)
+    notes: list[Remark] = field(default_factory=list)
+    provenances: list[Provenance] = field(default_factory=list)
     started: str = field(default_factory=lambda: _now())
     finished: str | None = None
     seconds: float | None = None
     _clock: float = field(default_factory=time.perf_counter, repr=False)
+
+    def own_cells(self) -> list[CellFacts]:
+        """The cells of the job's own composed models: controls and the methods it is compared with left out."""
+        if self.job_type == "eval":  # given SFTs are composed as they are, whatever trained them
+            return [cell for cell in self.cells if cell.condition == "composed"] or self.cells
+        return [cell for cell in self.cells if cell.condition == self.settings.get("method")]
+
+    def composed(self, condition: str | None = None) -> set[str]:
+        """Keys of the SFTs that cells of a condition compose; without one, of every condition but the controls."""
+        if condition is not None:
+            cells = [cell for cell in self.cells if cell.condition == condition]
+        else:
+            cells = [cell for cell in self.cells if cell.condition == cell.method or self.job_type == "eval"]
+        return {term.key for cell in cells for term in cell.terms}
 
     def finish(self, error: BaseException | None = None) -> None:
         """Set status, end, wall time, peak memory, and for a failed run the error."""
@@ -229,10 +249,14 @@ def read_result(path: str | os.PathLike[str]) -> RunRecord:
     """
 
     def build(version: int, content: Any) -> RunRecord:
-        if version == 1:
-            # Its name began with it: sft-language-2026-11-21_...
-            content["job_type"] = next((name for name in JOB_TYPES if content["job"].startswith(name)), "run")
+        if version < SCHEMA_VERSION:
+            content = upgrade(version, content)
         content["metrics"] = [Metric(**metric) for metric in content["metrics"]]
+        content["sfts"] = [SFTFacts(**sft) for sft in content["sfts"]]
+        content["cells"] = [CellFacts.read(cell) for cell in content["cells"]]
+        content["notes"] = [Remark(**remark) for remark in content["notes"]]
+        content["provenances"] = [Provenance(**item) for item in content["provenances"]]
+        data_read(content.get("settings", {}))  # refused now rather than where it is needed
         return RunRecord(**content)
 
     return read_record(path, RESULT, "result", (OLDEST_READ, SCHEMA_VERSION), build)
@@ -289,7 +313,7 @@ def write_predictions(run_dir: str | os.PathLike[str], frame: pd.DataFrame) -> P
 
 def write_diagnostics(run_dir: str | os.PathLike[str], frame: pd.DataFrame) -> Path:
     """Write ``diagnostics.parquet``: spectra, ranks, energies, mask densities and overlaps, one row for each
-    fact.
+    fact. Its columns ``key`` and ``other_key`` are those of the result's SFTs.
 
     Raises:
         DeftxError: the directory cannot be written.
@@ -303,22 +327,15 @@ def write_file(path: Path, fill: Callable[[Path], Any]) -> Path:
     Raises:
         DeftxError: the folder cannot be written.
     """
-    temporary = path.with_name(f".{path.stem}.{os.urandom(4).hex()}{path.suffix}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fill(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        with atomic.file(path) as temporary:
+            fill(temporary)
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise DeftxError(
             f"cannot write {path}: {reason}. Make room or permission there, or choose another output folder, "
             "and run the command again: finished stages come from the cache."
         ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
     return path
 
 

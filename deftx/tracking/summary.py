@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from deftx.tracking import names
 from deftx.tracking.artifacts import is_input
+from deftx.tracking.facts import SFTFacts
 from deftx.tracking.results import CONDITIONS, Metric, RunRecord, finite
 
 if TYPE_CHECKING:
@@ -47,29 +48,12 @@ def results_rows(metrics: Iterable[Metric]) -> tuple[list[str | int], list[Itera
     return ["language", "split", "metric", "n", *conditions], data
 
 
-def own_sfts(record: RunRecord, diagnostics: pd.DataFrame) -> tuple[dict[str, Mapping[str, Any]], pd.DataFrame]:
-    """SFTs that the job's own composed models consist of, by name, and the diagnostics' rows of their pairs.
-
-    Of a job that composes nothing: the SFTs it made.
-    """
-    method, targets = record.settings.get("method"), set(record.settings.get("language") or [])
-
-    def is_own(sft: Mapping[str, Any]) -> bool:
-        if not record.metrics:
-            return not is_input(record, sft["role"])
-        # Given SFTs are composed as they are, whatever trained them and on whatever language.
-        if record.job_type == "eval":
-            return True
-        return sft["method"] == method and (sft["role"] == "task" or bool(set(sft["languages"] or []) & targets))
-
-    own = {str(sft["name"]): sft for sft in record.sfts if is_own(sft)}
-    pairs = diagnostics[diagnostics["what"] == "pair"]
-    pairs = pairs[pairs["sft"].isin(own) & pairs["other"].isin(own)]
-    if len(pairs):
-        # A control's task SFT, trained without φ_S, is in no pair.
-        composed = {*pairs["sft"], *pairs["other"]}
-        own = {name: sft for name, sft in own.items() if name in composed}
-    return own, pairs
+def own_sfts(record: RunRecord) -> dict[str, SFTFacts]:
+    """SFTs that the job's own composed models consist of, by key; of a job that composes nothing, those it made."""
+    if not record.cells:
+        return {sft.key: sft for sft in record.sfts if not is_input(record, sft)}
+    own = {term.key for cell in record.own_cells() for term in cell.terms}
+    return {sft.key: sft for sft in record.sfts if sft.key in own}
 
 
 def _by_row(
@@ -129,33 +113,37 @@ def _costs(record: RunRecord) -> dict[str, float | int | None]:
 
 def _sft_facts(record: RunRecord, diagnostics: pd.DataFrame) -> dict[str, float]:
     found: dict[str, float] = {}
-    own, _ = own_sfts(record, diagnostics)
-    rows = diagnostics[(diagnostics["what"] == "sft") & diagnostics["sft"].isin(own)]
-    role = rows["sft"].map({name: sft["role"] for name, sft in own.items()})
+    own = own_sfts(record)
+    rows = diagnostics[(diagnostics["what"] == "sft") & diagnostics["key"].isin(own)]
+    kind = rows["key"].map({key: sft.kind for key, sft in own.items()})
     for of in ("language", "task", names.MEAN):
-        part = rows if of == names.MEAN else rows[role == of]
-        sizes = [sft["bytes"] for sft in own.values() if of in (names.MEAN, sft["role"])]
+        part = rows if of == names.MEAN else rows[kind == of]
+        sizes = [sft.bytes for sft in own.values() if of in (names.MEAN, sft.kind) and sft.bytes is not None]
         if not len(part):
             continue
         found[names.energy(of)] = float(part["energy"].astype(float).mean())
         found[names.rank_kept(of)] = float(part["rank"].astype(float).mean())
         found[names.density(of)] = float(part["selected"].sum() / part["size"].sum())
-        found[names.sft_bytes(of)] = sum(sizes) / len(sizes)
+        if sizes:
+            found[names.sft_bytes(of)] = sum(sizes) / len(sizes)
     return found
 
 
 def _overlaps(record: RunRecord, diagnostics: pd.DataFrame) -> dict[str, float | None]:
-    """Overlap of the task's mask with each target language's, all parameters together."""
-    own, pairs = own_sfts(record, diagnostics)
-    selected = diagnostics[diagnostics["what"] == "sft"].groupby("sft")["selected"].sum().to_dict()
+    """Overlap of the task's mask with each target's language SFT, all parameters together."""
+    selected = diagnostics[diagnostics["what"] == "sft"].groupby("key")["selected"].sum().to_dict()
+    rows = diagnostics[diagnostics["what"] == "pair"]
+    pairs = {(key, other): part for (key, other), part in rows.groupby(["key", "other_key"])}
     shares: dict[str, float | None] = {}
     conflicts: dict[str, float | None] = {}
-    for (task, language), part in pairs.groupby(["sft", "other"]):
+    for cell in record.own_cells():
+        if cell.pair not in pairs:
+            continue  # a target without text
+        part = pairs[cell.pair]
         shared = float(part["overlap"].sum())
-        union = float(selected[str(task)] + selected[str(language)]) - shared
-        code = "+".join(own[str(language)]["languages"] or ["unknown"])
-        shares[code] = shared / union if union else 0.0
-        conflicts[code] = float(part["sign_conflicts"].sum()) / shared if shared else 0.0
+        union = float(sum(selected[key] for key in cell.pair)) - shared
+        shares[cell.language] = shared / union if union else 0.0
+        conflicts[cell.language] = float(part["sign_conflicts"].sum()) / shared if shared else 0.0
     if not shares:
         return {}
     return {names.jaccard(code): value for code, value in _with_mean(shares).items()} | {

@@ -8,17 +8,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from deftx.tracking.legacy import upgrade_sweep
 from deftx.tracking.results import plain, read_record, write_file
 
 __all__ = ["JOB_STATES", "SWEEP", "SweepJob", "SweepRecord", "read_sweep", "write_sweep"]
 
 SWEEP = "sweep.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+OLDEST_READ = 1
 JOB_STATES = ("waiting", "running", "done", "cached", "failed")
 """``cached``: an earlier launch had finished it, and its results were copied into this sweep's folder."""
 
@@ -32,6 +35,7 @@ class SweepJob:
         overrides: the whole of what was asked for.
         swept: the part that differs between the jobs, such as ``rank=16``.
         folder: where its ``result.json`` is or will be, relative to the sweep's folder.
+        knobs: the same as fields: knob -> value as it is written on the command line.
         status: one of :data:`JOB_STATES`.
         error: why it failed.
         seconds: wall time, once it ended.
@@ -41,6 +45,7 @@ class SweepJob:
     overrides: list[str]
     swept: list[str]
     folder: str
+    knobs: Mapping[str, str] = field(default_factory=dict)
     status: str = "waiting"
     error: str | None = None
     seconds: float | None = None
@@ -55,6 +60,7 @@ class SweepRecord:
         command: the subcommand, such as ``run``.
         jobs: one entry for each.
         stages: the shared stages that ran first, in the same form; ``swept`` names them.
+        shared: overrides that all jobs have and none of them changes.
         started, finished: UTC, ISO 8601.
     """
 
@@ -62,6 +68,7 @@ class SweepRecord:
     command: str
     jobs: list[SweepJob]
     stages: list[SweepJob] = field(default_factory=list)
+    shared: list[str] = field(default_factory=list)
     started: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     finished: str | None = None
 
@@ -85,8 +92,10 @@ def read_sweep(path: str | os.PathLike[str]) -> SweepRecord:
     """
 
     def build(version: int, content: Any) -> SweepRecord:
+        if version < SCHEMA_VERSION:
+            content = upgrade_sweep(content)
         for kind in ("jobs", "stages"):
             content[kind] = [SweepJob(**job) for job in content[kind]]
         return SweepRecord(**content)
 
-    return read_record(path, SWEEP, "sweep", (SCHEMA_VERSION, SCHEMA_VERSION), build)
+    return read_record(path, SWEEP, "sweep", (OLDEST_READ, SCHEMA_VERSION), build)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from deftx.tracking.facts import SFTFacts
 from deftx.tracking.results import CONDITIONS, Metric, finite
+from deftx.units import size_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -125,11 +127,11 @@ def print_results(
         console.print(Text(line), soft_wrap=True, highlight=False)
 
 
-def print_steps(sfts: Sequence[Mapping[str, Any]], *, console: Console | None = None) -> None:
+def print_steps(sfts: Sequence[SFTFacts], *, console: Console | None = None) -> None:
     """Print where a training step's time goes, for the phases that recorded it (``trainer.profile``).
 
     Args:
-        sfts: ``name`` and ``metrics`` of each SFT, as :class:`~deftx.tracking.results.RunRecord` holds them.
+        sfts: of a run.
         console: default: standard output.
     """
     from rich.console import Console
@@ -137,16 +139,16 @@ def print_steps(sfts: Sequence[Mapping[str, Any]], *, console: Console | None = 
 
     lines = []
     for sft in sfts:
-        sparse = sft.get("metrics") or {}
+        sparse = sft.metrics
         for phase, facts in (("full", sparse.get("full") or {}), ("sparse", sparse)):
             seconds = facts.get("profile") or {}
             step = sum(seconds.values())
             if step:
                 shares = ", ".join(f"{part} {taken / step:.0%}" for part, taken in seconds.items())
                 lines.append(
-                    f"{sft['name']}, {phase} phase: {1000 * step:.1f} ms ({shares}), "
+                    f"{sft.name}, {phase} phase: {1000 * step:.1f} ms ({shares}), "
                     f"{facts['tokens_per_second']:,.0f} tokens/s, padding {facts['padding']:.0%}, "
-                    f"peak memory {facts['peak_memory'] / 2**30:.2f} GiB"
+                    f"peak memory {size_text(facts['peak_memory'])}"
                 )
     if lines:
         console = console or Console()

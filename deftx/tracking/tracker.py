@@ -5,73 +5,27 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from deftx.errors import DeftxError, did_you_mean
+from deftx.errors import DeftxError
+from deftx.knobs import refuse
 from deftx.tracking import names
 from deftx.tracking.artifacts import declare, is_input, result_artifact, sft_artifact
 from deftx.tracking.media import draw_mask_density, draw_spectra
 from deftx.tracking.results import RunRecord, plain
+from deftx.tracking.settings import MODES, LoggerSettings
 from deftx.tracking.summary import results_rows, summarise
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["LoggerSettings", "Tracker"]
+__all__ = ["Tracker"]
 
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class LoggerSettings:
-    """Where a run is logged beside its own files.
-
-    Attributes:
-        wandb: ``offline`` (files in the run directory, no account, no network), ``online`` or ``off``. The
-            environment's ``WANDB_MODE`` can lower it, never raise it.
-        project: W&B project.
-        entity: W&B user or team; None: the account's own.
-        group: None: the study's name.
-        name: None: the job's name.
-        tags: added to method, task and languages.
-        dir: where W&B writes its files; None: the run directory.
-        artifacts: put whole SFTs, predictions and diagnostics into artifacts; else only the small files that lineage
-            needs.
-        pictures: draw mask densities and spectra into the W&B run; 0.3 s a job.
-        curves: write training curves as CSV under ``curves/`` in the run directory.
-    """
-
-    wandb: str = "offline"
-    project: str = "deftx"
-    entity: str | None = None
-    group: str | None = None
-    name: str | None = None
-    tags: list[str] = field(default_factory=list)
-    dir: str | None = None
-    artifacts: bool = False
-    pictures: bool = True
-    curves: bool = True
-
-    def validate(self) -> None:
-        """Check what can be checked without importing wandb.
-
-        Raises:
-            DeftxError: an unknown mode, or a project name that W&B does not take.
-        """
-        if self.wandb not in _MODES:
-            guess = did_you_mean(str(self.wandb), _MODES)
-            raise DeftxError(f"logger.wandb is {self.wandb!r}; it can be {', '.join(_MODES)}{guess}")
-        if not self.project or len(self.project) > 128 or re.search(r"[/\\#?%:]", self.project):
-            raise DeftxError(f"logger.project is {self.project!r}; W&B takes 1 to 128 characters without / \\ # ? % :")
-
-
-_MODES = ("off", "offline", "online")
 
 
 class Tracker:
@@ -109,7 +63,7 @@ class Tracker:
         config: Mapping[str, Any] | None = None,
         tags: Sequence[str] = (),
     ) -> None:
-        settings.validate()
+        refuse(settings, "logger.")
         self.settings = settings
         self.run_dir = Path(run_dir).absolute()
         self.study = study
@@ -131,7 +85,7 @@ class Tracker:
         return Path(self.settings.dir).expanduser().absolute() if self.settings.dir else self.run_dir
 
     def __enter__(self) -> Self:
-        mode = min(self.settings.wandb, _environment_mode(), key=_MODES.index)
+        mode = min(self.settings.wandb, _environment_mode(), key=MODES.index)
         if mode == "off" or not _is_first_rank():
             return self
         try:
@@ -174,12 +128,13 @@ class Tracker:
         """Hand over what the job made. It is logged when the block ends, after ``result.json`` has been written.
 
         Summary values have the names of :mod:`deftx.tracking.names`; beside them come the table ``results`` (a row for
-        each target and metric, a column for each condition), two pictures, and artifacts with their lineage.
+        each target and metric, a column for each condition), two pictures, and artifacts with their lineage. Settings
+        that became known since the run began go into its config.
 
         Args:
             record: the run's record; read at the end, so it may still be unfinished.
             diagnostics: the frame of ``diagnostics.parquet``.
-            sfts: sha256 -> folder of each SFT in ``record.sfts``.
+            sfts: key -> folder of each SFT in ``record.sfts``.
         """
         self._handed = (record, diagnostics, dict(sfts or {}))
 
@@ -224,6 +179,10 @@ class Tracker:
     ) -> None:
         import wandb
 
+        with self._forgiving("completing the config"):
+            late = {name: value for name, value in _flat(plain(record.settings)).items() if name not in self.config}
+            if late:
+                self.run.config.update(late)
         with self._forgiving("logging the summary"):
             self.run.summary.update(summarise(record, diagnostics))
         logged: dict[str, Any] = {}
@@ -247,10 +206,10 @@ class Tracker:
         """Artifacts: SFTs as inputs or outputs, a composing job's result as output."""
         known: list[str] = []
         whole = self.settings.artifacts
-        for about in (sft for sft in record.sfts if sft["sha256"] in sfts):
-            with self._forgiving(f"logging the artifact of {about['name']}"), self._staging():
-                artifact = sft_artifact(about, sfts[about["sha256"]], whole=whole)
-                declare(self.run, artifact, used=is_input(record, about["role"]))
+        for sft in (sft for sft in record.sfts if sft.key in sfts):
+            with self._forgiving(f"logging the artifact of {sft.name}"), self._staging():
+                artifact = sft_artifact(sft, sfts[sft.key], whole=whole)
+                declare(self.run, artifact, used=is_input(record, sft))
                 known.append(artifact.name)
         if record.metrics:
             with self._forgiving("logging the artifact of the result"), self._staging():

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import pickle
 import struct
 import time
@@ -28,6 +27,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
+from deftx import atomic
 from deftx.errors import DeftxError
 from deftx.training.modules import Encoder
 from deftx.training.profile import StepProfile
@@ -315,24 +315,11 @@ def write(path: Path, payload: Mapping[str, Any]) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as stream:
-            try:
-                torch.save(dict(payload), stream)
-            except RuntimeError as error:  # torch hides the reason of a failed write
-                raise (error.__context__ if isinstance(error.__context__, OSError) else OSError(str(error))) from error
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
+    with atomic.file(path) as temporary, temporary.open("wb") as stream:
         try:
-            os.fsync(folder)  # the rename too
-        finally:
-            os.close(folder)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+            torch.save(dict(payload), stream)
+        except RuntimeError as error:  # torch hides the reason of a failed write
+            raise (error.__context__ if isinstance(error.__context__, OSError) else OSError(str(error))) from error
 
 
 def read(path: Path) -> dict[str, Any]:

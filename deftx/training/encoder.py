@@ -1,10 +1,15 @@
 """Pretrained encoders: load, untie, freeze, and name their parameters.
 
+An encoder's parts are found by the structure of the model, never by a family's names: the base by
+``base_model_prefix``, the embedding and the decoder by transformers' accessors, norms by their class, the pooler as
+what only a classifier's base has, and the head as what lies outside the base.
+
 What may change (M) is keyed by the *base model's own names*, never by the training model's: in transformers 5
 ``XLMRobertaForMaskedLM`` reports its tied embedding as ``lm_head.decoder.weight``, and an SFT with that key would
 change nothing in a classifier. The output embedding becomes a frozen clone of the input embedding after loading
-(``tie_word_embeddings=False`` at load would leave it random); LayerNorm is frozen by the name ``LayerNorm``
-(so XLM-R's ``lm_head.layer_norm`` trains). A head the checkpoint lacks is drawn from the seed alone.
+(``tie_word_embeddings=False`` at load would leave it random). Every norm of the base is frozen; in a head those called
+``LayerNorm`` are, as in the reference (so XLM-R's ``lm_head.layer_norm`` trains). A head the checkpoint lacks is drawn
+from the seed alone.
 
 Source: the reference code of LT-SFT (Ansell et al., ACL 2022), ``cambridgeltl/composable-sft``.
 """
@@ -12,7 +17,7 @@ Source: the reference code of LT-SFT (Ansell et al., ACL 2022), ``cambridgeltl/c
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import copy
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +29,8 @@ from torch import Tensor, nn
 
 from deftx.core.delta import fingerprint
 from deftx.errors import DeftxError
-from deftx.training.model_folder import FAMILIES, bert_facts, check_model_folder
+from deftx.seeds import seed_of
+from deftx.training.model_folder import bert_facts, check_model_folder
 from deftx.training.settings import PretrainSettings
 
 logger = logging.getLogger(__name__)
@@ -33,17 +39,15 @@ _SAID: set[str] = set()
 
 @dataclass
 class LoadReport:
-    """What loading found: the family, and which head tensors were drawn instead of read.
+    """What loading found: which head tensors were drawn instead of read.
 
     Attributes:
-        model_type: the family, a key of ``FAMILIES``.
         drawn: full names of the head tensors drawn from the seed.
         pooler_in_head: a BERT checkpoint without pooler: the pooler is drawn and counts as head, not as M.
         parameters: P, all parameters of the training model, the frozen decoder copy included.
         warnings: sentences a user should see, also logged.
     """
 
-    model_type: str
     drawn: list[str] = field(default_factory=list)
     pooler_in_head: bool = False
     parameters: int = 0
@@ -68,18 +72,8 @@ def load_masked_lm(folder: Path, *, seed: int) -> tuple[Any, LoadReport]:
     """
     from transformers import AutoModelForMaskedLM
 
-    model, report, missing = _load(AutoModelForMaskedLM, folder, {})
-    decoder = model.get_output_embeddings()
-    embedding = model.get_input_embeddings().weight
-    if decoder.weight is embedding or _name(model, "decoder.weight") in missing:
-        decoder.weight = nn.Parameter(embedding.detach().clone(), requires_grad=False)
-    decoder.weight.requires_grad_(False)
-    model.config.tie_word_embeddings = False
-    head = getattr(model, FAMILIES[report.model_type])
-    biased = getattr(head, "predictions", head)
-    decoder.bias = biased.bias  # one parameter, whatever the checkpoint said
-
-    drawn = [name for name in missing if not name.endswith(("decoder.weight", "decoder.bias"))]
+    model, report, missing = _load(AutoModelForMaskedLM, folder)
+    drawn = _untie(model, missing)
     _draw(model, drawn, seed)
     if drawn:
         report.drawn = drawn
@@ -88,7 +82,7 @@ def load_masked_lm(folder: Path, *, seed: int) -> tuple[Any, LoadReport]:
             f"{folder} has no trained masked-language-model head ({len(drawn)} tensors missing): it is drawn from seed "
             f"{seed} and must be learnt, so language SFTs on this base are weaker than on one with its MLM head",
         )
-    _freeze_layer_norms(model)
+    _freeze_norms(model)
     report.parameters = _count(model)
     return model, report
 
@@ -119,22 +113,26 @@ def load_classifier(folder: Path, *, labels: Sequence[str], seed: int) -> tuple[
         "id2label": dict(enumerate(labels)),
         "label2id": {label: index for index, label in enumerate(labels)},
     }
-    model, report, missing = _load(AutoModelForSequenceClassification, folder, names)
-    pooler = [name for name in missing if ".pooler." in name]
-    classifier = [name for name, _ in model.named_parameters() if name.startswith("classifier.")]
-    report.drawn = sorted(pooler + classifier)
+    model, report, missing = _load(AutoModelForSequenceClassification, folder, fresh_head=names)
+    report.drawn = sorted({*missing, *_outside_base(model)})
     _draw(model, report.drawn, seed)
-    if pooler:
-        report.pooler_in_head = True
-        model.deftx_pooler_in_head = True
+    if report.pooler_in_head:
         report.warnings.append(f"{folder} has no pooler: it is drawn from seed {seed} and trained as part of the head")
-    _freeze_layer_norms(model)
+    _freeze_norms(model)
     report.parameters = _count(model)
     return model, report
 
 
-def _load(auto: Any, folder: Path, options: Mapping[str, Any]) -> tuple[Any, LoadReport, list[str]]:
-    config = check_model_folder(folder)
+HEADS = {"sequence": load_classifier}
+"""How an encoder is loaded with the head of a task: ``sequence`` gives a row one label."""
+
+
+def _load(auto: Any, folder: Path, *, fresh_head: Mapping[str, Any] | None = None) -> tuple[Any, LoadReport, list[str]]:
+    """Load a model; also return full names of the tensors its checkpoint lacks, a pooler's or some outside the base.
+
+    ``fresh_head`` holds options of the configuration for a head that the caller draws, whatever the checkpoint has.
+    """
+    check_model_folder(folder)
     with quiet_transformers():
         try:
             model, info = auto.from_pretrained(
@@ -146,25 +144,65 @@ def _load(auto: Any, folder: Path, options: Mapping[str, Any]) -> tuple[Any, Loa
                 local_files_only=True,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
-                **options,
+                **(fresh_head or {}),
             )
         except Exception as error:  # whatever a damaged file makes the reader raise
             raise DeftxError(f"the weights in {folder} cannot be read ({type(error).__name__}: {error})") from error
     prefix = f"{model.base_model_prefix}."
-    lost = sorted(name for name in info["missing_keys"] if name.startswith(prefix) and ".pooler." not in name)
-    odd = sorted(str(entry[0]) for entry in info["mismatched_keys"] if not str(entry[0]).startswith("classifier."))
+    missing = sorted(info["missing_keys"])
+    report = LoadReport()
+    lost = [name for name in missing if name.startswith(prefix)]
+    if lost:
+        pooler = _pooler(model)
+        lost = [name for name in lost if name.removeprefix(prefix) not in pooler]
+        report.pooler_in_head = True
+        model.deftx_drawn_pooler = pooler
+    odd = sorted(str(entry[0]) for entry in info["mismatched_keys"])
+    if fresh_head is not None:
+        odd = [name for name in odd if name.startswith(prefix)]
     if lost or odd:
         shown = ", ".join((lost + odd)[:5]) + (", ..." if len(lost + odd) > 5 else "")
         raise DeftxError(
             f"the checkpoint in {folder} does not fit its config.json: {len(lost)} base tensors missing, "
             f"{len(odd)} with another shape ({shown}); download the model again"
         )
-    return model, LoadReport(config["model_type"]), sorted(info["missing_keys"])
+    return model, report, missing
 
 
-def _name(model: Any, suffix: str) -> str:
-    """Full name of the MLM head's tensor that ends with ``suffix``."""
-    return next((n for n, _ in model.named_parameters(remove_duplicate=False) if n.endswith(suffix)), "")
+def _pooler(model: Any) -> frozenset[str]:
+    """Return base names of the parameters that the same encoder lacks under a masked language model."""
+    from transformers import AutoModelForMaskedLM
+
+    shared = {name for name, _ in _without_weights(AutoModelForMaskedLM, model.config).base_model.named_parameters()}
+    return frozenset(name for name, _ in model.base_model.named_parameters() if name not in shared)
+
+
+def _without_weights(auto: Any, config: Any) -> Any:
+    """Return the model that transformers builds from a configuration, on the meta device."""
+    with quiet_transformers(), torch.device("meta"):
+        return auto.from_config(copy.deepcopy(config))
+
+
+def _untie(model: Any, missing: Sequence[str]) -> list[str]:
+    """Freeze the decoder; one that shares the embedding's storage or is missing becomes a clone of the embedding.
+
+    Returns:
+        The missing tensors that still have to be drawn.
+    """
+    decoder, embedding = model.get_output_embeddings(), model.get_input_embeddings().weight
+    path = next(name for name, module in model.named_modules() if module is decoder)
+    filled = set()
+    if decoder.weight.data_ptr() == embedding.data_ptr() or f"{path}.weight" in missing:
+        decoder.weight = nn.Parameter(embedding.detach().clone())
+        filled.add(f"{path}.weight")
+    decoder.weight.requires_grad_(False)
+    model.config.tie_word_embeddings = False
+    # A bias beside the decoder and the decoder's own are one parameter, whatever the checkpoint said.
+    bias = getattr(model.get_submodule(path.rpartition(".")[0]), "bias", None)
+    if decoder.bias is not None and bias is not None:
+        decoder.bias = bias
+        filled.add(f"{path}.bias")
+    return [name for name in missing if name not in filled]
 
 
 def _draw(model: Any, names: Sequence[str], seed: int) -> None:
@@ -178,15 +216,35 @@ def _draw(model: Any, names: Sequence[str], seed: int) -> None:
             elif "norm" in name.lower():
                 tensor.fill_(1.0)
             else:
-                digest = hashlib.sha256(f"head/{seed}/{name}".encode()).digest()
-                generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+                generator = torch.Generator().manual_seed(seed_of("head", seed, name))
                 tensor.copy_(torch.randn(tensor.shape, generator=generator) * scale)
 
 
-def _freeze_layer_norms(model: Any) -> None:
-    for name, parameter in model.named_parameters():
-        if "LayerNorm" in name:
-            parameter.requires_grad_(False)
+def _freeze_norms(model: Any) -> None:
+    heads = _outside_base(model)
+    frozen = [*norm_parameters(model.base_model), *(p for name, p in heads.items() if "LayerNorm" in name)]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+
+
+def norm_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters of every normalisation layer inside a module.
+
+    Each family names these layers differently, but their classes are named alike. A norm is a module without children
+    whose class, or one it inherits from, has ``Norm`` in its name: ``LayerNorm``, ``RMSNorm``, ``EuroBertRMSNorm``.
+    """
+    norms = (
+        part
+        for part in module.modules()
+        if next(part.children(), None) is None and any("Norm" in kind.__name__ for kind in type(part).__mro__)
+    )
+    return [parameter for norm in norms for parameter in norm.parameters()]
+
+
+def _outside_base(model: Any) -> dict[str, nn.Parameter]:
+    """Return the parameters outside the base by full names: the head and, untied, the decoder."""
+    base = {id(parameter) for parameter in model.base_model.parameters()}
+    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in base}
 
 
 def _warn(report: LoadReport, message: str) -> None:
@@ -200,12 +258,8 @@ def _count(model: Any) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _pooler_is_head(model: Any) -> bool:
-    return bool(getattr(model, "deftx_pooler_in_head", False))
-
-
 def base_parameters(model: Any) -> dict[str, nn.Parameter]:
-    """Return every parameter of the base encoder under the base model's own names, LayerNorm included.
+    """Return every parameter of the base encoder under the base model's own names, norms included.
 
     A pooler that was drawn (see :func:`load_classifier`) belongs to the head and is left out.
     """
@@ -214,9 +268,8 @@ def base_parameters(model: Any) -> dict[str, nn.Parameter]:
     embedding = base.get_input_embeddings().weight
     if not any(parameter is embedding for parameter in found.values()):
         raise RuntimeError("the input embedding is not among the base model's parameters")
-    if _pooler_is_head(model):
-        found = {name: parameter for name, parameter in found.items() if not name.startswith("pooler.")}
-    return found
+    drawn: frozenset[str] = getattr(model, "deftx_drawn_pooler", frozenset())
+    return {name: parameter for name, parameter in found.items() if name not in drawn}
 
 
 def maskable_parameters(model: Any) -> dict[str, nn.Parameter]:
@@ -239,18 +292,54 @@ def base_fingerprint_of(model: Any) -> str:
 
 
 def built_shapes(folder: Path, *, kind: str) -> dict[str, tuple[int, ...]]:
-    """Return names and shapes of M, LayerNorm left out, of the model transformers builds from ``config.json``.
+    """Return names and shapes of the base without its norms, of the model transformers builds from ``config.json``.
 
     The model is built on the meta device: no weights. A pooler is among them where the architecture has one. What
-    :func:`~deftx.training.model_folder.shapes_of` gives without transformers has to agree with it.
+    :func:`~deftx.training.shapes.shapes_of` gives without transformers has to agree with it.
     """
     from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
     auto: Any = AutoModelForMaskedLM if kind == "language" else AutoModelForSequenceClassification
-    with quiet_transformers(), torch.device("meta"):
-        model = auto.from_config(AutoConfig.from_pretrained(str(folder), local_files_only=True))
-    base = model.base_model.named_parameters()
-    return {name: tuple(parameter.shape) for name, parameter in base if "LayerNorm" not in name}
+    with quiet_transformers():
+        config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+    base = _without_weights(auto, config).base_model
+    norms = {id(parameter) for parameter in norm_parameters(base)}
+    return {name: tuple(p.shape) for name, p in base.named_parameters() if id(p) not in norms}
+
+
+def head_logits(model: Any, hidden: Tensor) -> Tensor:
+    """Return the logits that a masked language model's head computes from hidden states.
+
+    The head is whatever lies outside the base, one module or several. Only the model's own forward knows how these are
+    chained, so that forward runs, and the encoder in it is replaced by one that returns ``hidden``.
+
+    Args:
+        model: a masked language model.
+        hidden: float [..., H], hidden states of any tokens.
+
+    Returns:
+        Logits, float [..., vocabulary].
+    """
+    base = model.base_model
+    setattr(model, model.base_model_prefix, _Encoded(hidden))
+    try:
+        logits: Tensor = model().logits
+    finally:
+        setattr(model, model.base_model_prefix, base)
+    return logits
+
+
+class _Encoded(nn.Module):
+    """Replaces an encoder whose output is already known."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        from transformers.modeling_outputs import BaseModelOutput
+
+        return BaseModelOutput(last_hidden_state=self.hidden)
 
 
 def bert_config(settings: PretrainSettings, vocab_size: int, *, pad_token_id: int = 0) -> Any:

@@ -30,21 +30,23 @@ from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from pytorch_lightning.strategies import DDPStrategy
 
 from deftx.errors import DeftxError
+from deftx.knobs import refuse
+from deftx.memory import peak_memory
 from deftx.training.callback import SparseFineTuning
 from deftx.training.checkpoint import Checkpoints, read_best, read_outcome
 from deftx.training.devices import launch
 from deftx.training.modules import Encoder
 from deftx.training.profile import StepProfile, medians
 from deftx.training.record import Progress, Record
-from deftx.training.settings import TrainerSettings, TrainingSettings, refuse
+from deftx.training.settings import TrainerSettings, TrainingSettings
 
 
 @dataclass
 class PhaseResult:
-    """What a fit gave; the module holds the best weights when it is returned.
+    """What a fit gave; the module holds the best weights when it is returned. As it begins: nothing was trained.
 
     Attributes:
-        best_score: best value of the monitored validation metric.
+        best_score: best value of the monitored validation metric; None where nothing was trained.
         best_step: optimizer step it was reached at.
         steps: optimizer steps run.
         seconds: wall time of the fit; of a resumed one, over all attempts, up to the state each left.
@@ -58,11 +60,11 @@ class PhaseResult:
         train_examples: rows or blocks of the training data.
     """
 
-    best_score: float
-    best_step: int
-    steps: int
-    seconds: float
-    tokens_per_second: float
+    best_score: float | None = None
+    best_step: int = 0
+    steps: int = 0
+    seconds: float = 0.0
+    tokens_per_second: float = 0.0
     history: list[dict[str, float]] = field(default_factory=list)
     checkpoint: Path = Path()
     padding: float = 0.0
@@ -109,8 +111,8 @@ def fit_phase(
         callback: makes the fit a phase of a sparse fine-tuning; None trains everything the module trains.
         settings: how to train.
         trainer: what to run on.
-        scratch: folder of this phase's checkpoints; nothing is written elsewhere. What an interrupted attempt at the
-            same fit left there is gone on from; of any other fit, it is replaced.
+        scratch: folder of this phase's checkpoints; nothing is written elsewhere. The fit resumes from
+            what an interrupted attempt at it left there; what another fit left is replaced.
         seed: decides the order of the data, the masking and dropout.
         loggers: Lightning loggers of this phase.
         label: how progress bar and errors name the phase.
@@ -223,7 +225,7 @@ def _run(job: _Job, loggers: Sequence[Any] = ()) -> dict[str, Any]:
         every=every,
         facts=job.facts(),
         profile=parts,
-        peak_memory=lambda: _peak_memory(accelerator),
+        peak_memory=torch.cuda.max_memory_allocated if accelerator == "cuda" else lambda: peak_memory() or 0,
     )
     record.kept = lambda: checkpoints.best_file
     callbacks: list[pl.Callback] = [record]
@@ -294,17 +296,6 @@ def computing(module: Encoder, trainer: TrainerSettings) -> Iterator[None]:
             torch.compiler.reset()  # or later fits of this process meet dynamo's limit of graphs and run uncompiled
         if trainer.checkpointing:
             module.model.gradient_checkpointing_disable()
-
-
-def _peak_memory(accelerator: str) -> int:
-    if accelerator == "cuda":
-        return torch.cuda.max_memory_allocated()
-    try:
-        import resource
-    except ImportError:
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _accelerator(trainer: TrainerSettings) -> str:

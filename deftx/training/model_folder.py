@@ -1,25 +1,83 @@
-"""A model folder in the hub's shape, read without torch or transformers: what lies in it, and the shapes of M.
+"""A model folder in the hub's shape, read without torch or transformers: its family, its files, what its config says.
 
-The four supported families are one architecture, BERT's, so names and shapes follow from six numbers of
-``config.json``. A configuration that says anything else (a decoder, relative positions, a number that is missing) is
-built by transformers on the meta device instead; both ways give the same names in the same order, and a test holds
-them together. Stage keys and checks read this, so a study that is all in the cache loads neither library.
+The table of families is the one place that names them. The files are those that transformers 5.23 opens for a local
+folder; stage keys count them, downloads ask for them.
 """
 
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from deftx.errors import DeftxError, did_you_mean
 from deftx.training.settings import PretrainSettings
 
-# model type -> attribute of the masked language model that holds its head
-FAMILIES = {"bert": "cls", "roberta": "lm_head", "xlm-roberta": "lm_head", "camembert": "lm_head"}
+
+@dataclass(frozen=True)
+class Family:
+    """What a study needs to know of an encoder family before a model is built, and ``config.json`` does not say.
+
+    Everything else is found by the structure of the model (:mod:`~deftx.training.encoder`). ``Family()`` describes an
+    architecture that is not BERT's.
+
+    Attributes:
+        embeddings: BERT's embedding tables in the order of the model's parameters, by which ties in a mask are broken.
+            Empty where the architecture is not BERT's: transformers then builds the model to see its shapes.
+        pooler: whether a classifier of BERT's architecture has a pooler, which its masked language model lacks.
+        counts_behind_padding: whether the first position has the number after the padding token's, so that the table
+            of positions has rows that are never used.
+        dropouts: names of the probabilities of dropout, without ``classifier_dropout``, which follows them if null.
+    """
+
+    embeddings: tuple[str, ...] = ()
+    pooler: bool = False
+    counts_behind_padding: bool = False
+    dropouts: tuple[str, ...] = ("hidden_dropout_prob", "attention_probs_dropout_prob")
+
+
+_ROBERTA = Family(embeddings=("word", "token_type", "position"), counts_behind_padding=True)
+FAMILIES = {
+    "bert": Family(embeddings=("word", "position", "token_type"), pooler=True),
+    "roberta": _ROBERTA,
+    "xlm-roberta": _ROBERTA,
+    "camembert": _ROBERTA,
+}
+
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 TOKENIZERS = ("tokenizer.json", "vocab.txt", "sentencepiece.bpe.model", "spiece.model", "vocab.json")
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".h5", ".msgpack")
+MODEL_FILES = (
+    "config.json",
+    "config.*.json",  # of other versions of transformers, where config.json lists them
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    # Vocabularies of rarer tokenizers, any of which tokenizer_config.json may name: PhoBERT's is bpe.codes.
+    "*.codes",
+    "*.spm",
+    "*.tokenizer",
+    "*_vocab.json",
+    "dict.txt",
+    "byte_maps.json",
+    "emoji.json",
+    "normalizer.json",
+    "word_*.json",
+    "tekken.json",
+)
+"""Patterns of what is read from a model folder and changes a result, for keys and for downloads."""
+_CONVERT = (
+    "which deftx never opens; convert them once where you trust the file: "
+    "AutoModelForMaskedLM.from_pretrained(FOLDER).save_pretrained(FOLDER) writes model.safetensors"
+)
 
 
 def check_model_folder(folder: Path) -> dict[str, Any]:
@@ -29,7 +87,7 @@ def check_model_folder(folder: Path) -> dict[str, Any]:
         folder: holds ``config.json``, safetensors weights (one file or shards) and a tokenizer.
 
     Raises:
-        DeftxError: a file is missing, only pickled weights are there, or the family is not supported.
+        DeftxError: a file is missing, weights are pickled, an adapter lies beside them, or the family is not supported.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -40,17 +98,18 @@ def check_model_folder(folder: Path) -> dict[str, Any]:
     missing = []
     if "config.json" not in found:
         missing.append("config.json")
-    pickled = [name for name in found if name.endswith(PICKLES)]
-    if not any(name in found for name in WEIGHTS):
+    weights = {os.path.relpath(path, folder): path for path in weight_files(folder)}
+    if not weights:
+        pickled = [name for name in found if name.endswith(PICKLES)]
         if pickled:
-            raise DeftxError(
-                f"{folder} has pickled weights only ({', '.join(pickled)}), which deftx never opens; convert them once "
-                "where you trust the file: AutoModelForMaskedLM.from_pretrained(FOLDER).save_pretrained(FOLDER) "
-                "writes model.safetensors"
-            )
+            raise DeftxError(f"{folder} has pickled weights only ({', '.join(pickled)}), {_CONVERT}")
         missing.append("model.safetensors (or model.safetensors.index.json with its shards)")
-    elif WEIGHTS[0] not in found:
-        missing += _missing_shards(folder)
+    # Transformers unpickles every shard whose name does not end in .safetensors, even if model.safetensors.index.json
+    # names it.
+    pickled = [name for name in weights if not name.endswith((".safetensors", ".safetensors.index.json"))]
+    if pickled:
+        raise DeftxError(f"the weights of {folder} are in pickled files ({', '.join(pickled)}), {_CONVERT}")
+    missing += [name for name, path in weights.items() if not path.is_file()]
     if not any(name in found for name in TOKENIZERS):
         missing.append(f"a tokenizer ({', '.join(TOKENIZERS[:3])})")
     if missing:
@@ -58,18 +117,90 @@ def check_model_folder(folder: Path) -> dict[str, Any]:
             f"model folder {folder} lacks {'; '.join(missing)}\nfound: {', '.join(found) or 'nothing'}\n"
             "next: download the whole model (hf download MODEL --local-dir FOLDER) or write one with deftx pretrain"
         )
-    return _read_config(folder)
+    if "adapter_config.json" in found:
+        raise DeftxError(
+            f"{folder} holds an adapter beside the model (adapter_config.json), which transformers applies on machines "
+            "with peft and ignores on others; merge it into the weights (PeftModel.merge_and_unload) or remove the file"
+        )
+    return read_config(folder)
 
 
-def _missing_shards(folder: Path) -> list[str]:
+def model_files(folder: Path) -> list[Path]:
+    """Return every file of a model folder that is read and changes a result: configuration, weights, tokenizer.
+
+    Weights count under any name that an index or ``config.json`` gives them. A chat template does not count: it is
+    read, but no text passes through it.
+
+    Raises:
+        DeftxError: the index of the weights cannot be read.
+    """
+    folder = Path(folder)
+    found = {path for pattern in MODEL_FILES for path in folder.glob(pattern)} | set(weight_files(folder))
+    return sorted(path for path in found if path.is_file())
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files that transformers opens for a folder's weights; empty if there are none.
+
+    It opens the file that ``config.json`` names as ``transformers_weights``, else ``model.safetensors``, else the
+    index with all its shards. Shards may have any name; those that are missing are returned too.
+
+    Raises:
+        DeftxError: the index cannot be read.
+    """
+    first = _first_weights(Path(folder))
+    if first is None or not first.name.endswith(".index.json"):
+        return [first] if first else []
+    shards = set(_weight_map(first).values()) if first.is_file() else ()
+    return [first, *(Path(folder) / shard for shard in sorted(shards))]
+
+
+def tensor_names(folder: Path) -> list[str] | None:
+    """Return the names of a checkpoint's tensors without reading them; None where there are no weights to ask.
+
+    Raises:
+        DeftxError: the weights cannot be read.
+    """
+    from safetensors import safe_open
+
+    first = _first_weights(Path(folder))
+    if first is None:
+        return None
+    if first.name.endswith(".index.json"):
+        return list(_weight_map(first))
     try:
-        shards = set(json.loads((folder / WEIGHTS[1]).read_text("utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, AttributeError) as error:
-        raise DeftxError(f"{folder / WEIGHTS[1]} is not an index of safetensors shards: {error!r}") from error
-    return sorted(shard for shard in shards if not (folder / shard).is_file())
+        with safe_open(first, "np") as file:
+            return list(file.keys())
+    except Exception as error:
+        raise DeftxError(f"the weights in {folder} cannot be read ({type(error).__name__}: {error})") from error
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def _first_weights(folder: Path) -> Path | None:
+    """Return the weights or the index that transformers opens first."""
+    try:
+        named = json.loads((folder / "config.json").read_text("utf-8")).get("transformers_weights")
+    except (OSError, ValueError, AttributeError):  # read_config says what is wrong with it
+        named = None
+    if named is not None:
+        return folder / str(named)
+    return next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Return the shard of each tensor, by the tensor's name."""
+    try:
+        shards = json.loads(index.read_text("utf-8"))["weight_map"]
+        return {str(name): str(shard) for name, shard in shards.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DeftxError(f"{index} is not an index of safetensors shards: {error!r}") from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return ``config.json`` of a model folder.
+
+    Raises:
+        DeftxError: there is none, it cannot be read, or its family is not supported.
+    """
     path = Path(folder) / "config.json"
     try:
         config = json.loads(path.read_text("utf-8"))
@@ -84,78 +215,6 @@ def _read_config(folder: Path) -> dict[str, Any]:
             f"supported families: {', '.join(FAMILIES)}"
         )
     return dict(config)
-
-
-def shapes_of(folder: Path, *, kind: str) -> dict[str, tuple[int, ...]]:
-    """Return M's names and shapes from ``config.json`` alone, in the order of the model's own parameters.
-
-    Args:
-        folder: model folder; weights are not loaded (a BERT's file is asked whether it has a pooler).
-        kind: ``"language"`` (MaskedLM) or ``"task"`` (classifier; includes BERT's pooler).
-
-    Raises:
-        DeftxError: no readable ``config.json``, or an unsupported family.
-    """
-    if kind not in ("language", "task"):
-        raise ValueError(f"kind is {kind!r}; available: language, task")
-    found = _encoder_shapes(_read_config(folder), kind)
-    if found is None:
-        from deftx.training.encoder import built_shapes
-
-        found = built_shapes(folder, kind=kind)
-    if any(name.startswith("pooler.") for name in found) and not _has_pooler(Path(folder)):
-        return {name: shape for name, shape in found.items() if not name.startswith("pooler.")}
-    return found
-
-
-_SIZES = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "vocab_size",
-    "max_position_embeddings",
-    "type_vocab_size",
-)
-_PLAIN: dict[str, tuple[object, ...]] = {
-    "is_decoder": (None, False),
-    "add_cross_attention": (None, False),
-    "position_embedding_type": (None, "absolute"),
-    "pruned_heads": (None, {}),
-}
-
-
-def _encoder_shapes(config: dict[str, Any], kind: str) -> dict[str, tuple[int, ...]] | None:
-    """Shapes of a plain BERT encoder; None where the configuration does not describe one."""
-    sizes = [config.get(name) for name in _SIZES]
-    if any(config.get(name) not in usual for name, usual in _PLAIN.items()):
-        return None
-    if not all(type(size) is int and size > 0 for size in sizes):
-        return None
-    hidden, layers, heads, intermediate, vocabulary, positions, types = map(int, sizes)  # type: ignore[arg-type]
-    if hidden % heads:
-        return None
-    bert = config["model_type"] == "bert"
-    embeddings = {"word": vocabulary, "position": positions, "token_type": types}
-    order = ("word", "position", "token_type") if bert else ("word", "token_type", "position")
-    found: dict[str, tuple[int, ...]] = {
-        f"embeddings.{name}_embeddings.weight": (embeddings[name], hidden) for name in order
-    }
-    dense = {
-        "attention.self.query": (hidden, hidden),
-        "attention.self.key": (hidden, hidden),
-        "attention.self.value": (hidden, hidden),
-        "attention.output.dense": (hidden, hidden),
-        "intermediate.dense": (intermediate, hidden),
-        "output.dense": (hidden, intermediate),
-    }
-    for layer in range(layers):
-        for name, shape in dense.items():
-            found[f"encoder.layer.{layer}.{name}.weight"] = shape
-            found[f"encoder.layer.{layer}.{name}.bias"] = shape[:1]
-    if bert and kind == "task":
-        found["pooler.dense.weight"], found["pooler.dense.bias"] = (hidden, hidden), (hidden,)
-    return found
 
 
 def bert_facts(settings: PretrainSettings, vocab_size: int, *, pad_token_id: int = 0) -> dict[str, Any]:
@@ -178,29 +237,31 @@ def bert_facts(settings: PretrainSettings, vocab_size: int, *, pad_token_id: int
 def longest_input(folder: Path) -> int:
     """Return how many tokens the model of a folder accepts at once, from ``config.json`` alone.
 
-    RoBERTa's kin number positions from behind the padding token's, so two of XLM-R's 514 are never used.
+    Two of XLM-R's 514 positions are never used, see :class:`Family`.
 
     Raises:
         DeftxError: no readable ``config.json``, or an unsupported family.
     """
-    config = _read_config(folder)
+    config = read_config(folder)
     positions = int(config.get("max_position_embeddings", 512))
-    return positions if config["model_type"] == "bert" else positions - int(config.get("pad_token_id", 1)) - 1
+    if FAMILIES[config["model_type"]].counts_behind_padding:
+        return positions - int(config.get("pad_token_id", 1)) - 1
+    return positions
 
 
-def _has_pooler(folder: Path) -> bool:
-    """Whether the checkpoint holds a pooler; yes where there are no weights to ask."""
-    from safetensors import safe_open
+def draws_random_numbers(model: Path | Mapping[str, Any]) -> bool:
+    """Return whether training an encoder draws random numbers on the device: whether any dropout is above 0.
 
-    index = folder / WEIGHTS[1]
-    if (folder / WEIGHTS[0]).is_file():
-        try:
-            with safe_open(folder / WEIGHTS[0], "np") as file:
-                names = list(file.keys())
-        except Exception as error:
-            raise DeftxError(f"the weights in {folder} cannot be read ({type(error).__name__}: {error})") from error
-    elif index.is_file():
-        names = list(json.loads(index.read_text("utf-8"))["weight_map"])
-    else:
-        return True
-    return any("pooler." in name for name in names)
+    A probability that is not stated counts as above 0, because transformers' default may be 0.1. A
+    ``classifier_dropout`` that is absent or null follows the encoder's own.
+
+    Args:
+        model: model folder, of which ``config.json`` is read, or that file's content (such as :func:`bert_facts`).
+
+    Raises:
+        DeftxError: no readable ``config.json``, or an unsupported family.
+    """
+    config = model if isinstance(model, Mapping) else read_config(model)
+    dropouts = [config.get(name) for name in FAMILIES[config["model_type"]].dropouts]
+    dropouts.append(config.get("classifier_dropout") or 0)
+    return any(probability is None or probability > 0 for probability in dropouts)

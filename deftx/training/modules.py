@@ -27,8 +27,13 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from deftx.core.delta import SparseDelta
 from deftx.core.optim import SelectedGradients, SparseAdamW, clip_trained
 from deftx.errors import DeftxError, did_you_mean
-from deftx.training.encoder import base_parameters, head_parameters, maskable_parameters, model_inputs
-from deftx.training.model_folder import FAMILIES
+from deftx.training.encoder import (
+    base_parameters,
+    head_logits,
+    head_parameters,
+    maskable_parameters,
+    model_inputs,
+)
 from deftx.training.settings import TrainerSettings, TrainingSettings
 from deftx.training.vocabulary import LARGE, frozen_cross_entropy
 
@@ -244,23 +249,18 @@ class MaskedLM(Encoder):
     """
 
     def __init__(self, model: Any, settings: TrainingSettings, *, everything: bool = False) -> None:
-        """See :class:`Encoder`; raises :class:`DeftxError` for a model of another family."""
+        """See :class:`Encoder`; raises :class:`DeftxError` for a model without output embeddings."""
         super().__init__(model, settings, everything=everything)
-        family = model.config.model_type
-        if family not in FAMILIES:
-            raise DeftxError(f"masked language modelling supports {', '.join(FAMILIES)}, not {family!r}")
-        self._head = FAMILIES[family]
+        if model.get_output_embeddings() is None:
+            raise DeftxError(f"masked language modelling needs output embeddings; {type(model).__name__} has none")
         self.val_loss = WeightedMean()
 
     def forward(self, batch: Mapping[str, Any]) -> Tensor:
         """Return logits at the masked positions, [N, vocabulary]."""
         hidden = self.model.base_model(**model_inputs(batch)).last_hidden_state
-        head = getattr(self.model, self._head)
         if not self.options.masked_logits:
-            everywhere: Tensor = head(hidden).flatten(0, 1)
-            return everywhere.index_select(0, batch["positions"])
-        logits: Tensor = head(hidden.flatten(0, 1).index_select(0, batch["positions"]))
-        return logits
+            return head_logits(self.model, hidden).flatten(0, 1).index_select(0, batch["positions"])
+        return head_logits(self.model, hidden.flatten(0, 1).index_select(0, batch["positions"]))
 
     def loss(self, batch: Mapping[str, Any], *, reduction: str = "mean") -> Tensor:
         """Return the cross entropy of the masked tokens."""

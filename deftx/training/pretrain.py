@@ -17,11 +17,13 @@ from typing import Any
 
 import torch
 
+from deftx import atomic
 from deftx.errors import DeftxError
+from deftx.knobs import refuse
 from deftx.training.encoder import bert_config, quiet_transformers
 from deftx.training.fit import PhaseResult, fit_phase
 from deftx.training.modules import MaskedLM
-from deftx.training.settings import PretrainSettings, TrainerSettings, TrainingSettings, refuse
+from deftx.training.settings import PretrainSettings, TrainerSettings, TrainingSettings
 
 LONGEST_WORD = 100  # letters; WordPiece's own limit
 SPECIAL_TOKENS = {
@@ -149,18 +151,14 @@ def pretrain(
             loggers=loggers,
             label=label,
         )
-        made = Path(temporary) / "model"
+    with atomic.folder(folder) as made:
         with quiet_transformers():
             model.save_pretrained(str(made))
             tokenizer.save_pretrained(str(made))
         facts = {"settings": asdict(settings), "seed": seed, "steps": result.steps, "val_loss": result.best_score}
         (made / "pretraining.json").write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", "utf-8")
-        if folder.exists():
-            folder.rmdir()
-        made.chmod(0o755)
         for file in made.iterdir():
-            file.chmod(0o644)  # weights are written for the owner alone
-        made.replace(folder)
+            file.chmod(made.stat().st_mode & 0o666)  # weights are written for the owner alone
     return replace(result, checkpoint=folder)
 
 

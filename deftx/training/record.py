@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +12,7 @@ import pytorch_lightning as pl
 import torch
 
 from deftx.errors import DeftxError
+from deftx.seeds import seed_of
 from deftx.training.modules import Encoder
 from deftx.training.settings import TrainingSettings
 
@@ -181,9 +181,3 @@ class Progress(pl.Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
         self.bar.stop()
-
-
-def seed_of(*parts: Any) -> int:
-    """A seed that is a function of its parts."""
-    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:7], "big")

@@ -1,4 +1,4 @@
-"""Settings of the training room: how a phase trains, on what it runs, and how a small encoder is pretrained.
+"""Settings of the training room: how a phase trains, on what it runs, and what encoder it starts from.
 
 Light dataclasses (standard library only), so that ``deftx --help`` can read them without torch. The defaults are
 neutral; the papers' values live in ``conf/budget``.
@@ -6,12 +6,9 @@ neutral; the papers' values live in ``conf/budget``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from deftx.errors import DeftxError
-
-ACCELERATORS = ("auto", "cpu", "gpu")
-PRECISIONS = ("32-true", "bf16-mixed")
+from deftx.knobs import above, at_least, between, knob, one_of
 
 
 @dataclass
@@ -38,53 +35,43 @@ class TrainingSettings:
         log_every: optimizer steps between two records of the training loss.
     """
 
-    learning_rate: float = 5e-5
-    weight_decay: float = 0.0
-    batch_size: int = 8
-    accumulate: int = 1
-    max_length: int = 256
-    epochs: int = 1
-    min_steps: int = 0
-    max_steps: int | None = None
-    eval_every: int | None = None
-    clip_norm: float = 1.0
-    l1_full: float = 0.0
-    l1_sparse: float = 0.0
-    mlm_probability: float = 0.15
-    warmup_steps: int = 0
-    length_buckets: int = 0
-    log_every: int = 50
+    learning_rate: float = knob(5e-5, above(0))
+    weight_decay: float = knob(0.0, at_least(0))
+    batch_size: int = knob(8, at_least(1))
+    accumulate: int = knob(1, at_least(1))
+    max_length: int = knob(256, at_least(8, " tokens"))
+    epochs: int = knob(1, at_least(1))
+    min_steps: int = knob(0, at_least(0))
+    max_steps: int | None = knob(None, at_least(1, ", or null"))
+    eval_every: int | None = knob(None, at_least(1, ", or null for each epoch"))
+    clip_norm: float = knob(1.0, at_least(0))
+    l1_full: float = knob(0.0, at_least(0), ignored_by={"sparse"})
+    l1_sparse: float = knob(0.0, at_least(0), ignored_by={"full"})
+    mlm_probability: float = knob(0.15, between(0, 1), ignored_by={"task"})
+    warmup_steps: int = knob(0, at_least(0))
+    length_buckets: int = knob(0, at_least(0), since=2, ignored_by={"language"})
+    log_every: int = knob(50, at_least(1), ignored_by={"full", "sparse"})
 
-    def problems(self) -> list[str]:
-        """Return one sentence for each value out of its range; empty when all is well."""
-        found = []
-        for name in ("batch_size", "accumulate", "epochs", "log_every"):
-            if getattr(self, name) < 1:
-                found.append(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.max_length < 8:
-            found.append(f"max_length is {self.max_length}; it must be at least 8 tokens")
-        steps = ("min_steps", "warmup_steps", "length_buckets")
-        for name in ("weight_decay", "clip_norm", "l1_full", "l1_sparse", *steps):
-            if not getattr(self, name) >= 0:
-                found.append(f"{name} is {getattr(self, name)}; it must not be negative")
-        if not self.learning_rate > 0:
-            found.append(f"learning_rate is {self.learning_rate}; it must be positive")
-        if not 0 < self.mlm_probability < 1:
-            found.append(f"mlm_probability is {self.mlm_probability}; it must lie between 0 and 1")
-        if self.max_steps is not None and self.max_steps < max(1, self.min_steps):
-            found.append(
-                f"max_steps is {self.max_steps}; it must be at least 1 and at least min_steps ({self.min_steps})"
-            )
-        if self.eval_every is not None and self.eval_every < 1:
-            found.append(f"eval_every is {self.eval_every}; it must be at least 1, or null for each epoch")
-        return found
+    def conditions(self) -> list[str]:
+        """What values must have in common."""
+        if self.max_steps is None or self.max_steps >= self.min_steps:
+            return []
+        return [f"max_steps={self.max_steps}: must be at least min_steps ({self.min_steps})"]
+
+
+_PRECISION = replace(
+    one_of("32-true", "bf16-mixed"),
+    sentence="must be 32-true or bf16-mixed; 16-mixed is not supported: its loss scaling changes the gradient norm "
+    "that is clipped and skips steps",
+)
 
 
 @dataclass
 class TrainerSettings:
     """What a phase runs on.
 
-    Only the precision is part of a stage's key: device, threads and kernels change results by float rounding.
+    Of these the precision is part of a stage's key, and where any dropout is drawn, the kind and number of devices that
+    draw it. Threads and kernels change results by float rounding.
 
     Attributes:
         accelerator: ``auto`` (a GPU where there is one), ``cpu`` or ``gpu``.
@@ -106,41 +93,20 @@ class TrainerSettings:
             one would take over a twentieth of the time; 0 keeps one after every step, whatever it costs.
     """
 
-    accelerator: str = "auto"
-    devices: int = 1
-    precision: str = "32-true"
-    threads: int | None = None
-    num_workers: int = 0
-    progress: bool = True
-    deterministic: bool = True
-    masked_logits: bool = True
-    fused: bool = True
-    sparse_gradients: bool = True
-    compile: bool = False
-    checkpointing: bool = False
-    profile: bool = False
-    checkpoint_minutes: float = 10.0
-
-    def problems(self) -> list[str]:
-        """Return one sentence for each value that cannot work; empty when all is well."""
-        found = []
-        if self.accelerator not in ACCELERATORS:
-            found.append(f"accelerator is {self.accelerator!r}; available: {', '.join(ACCELERATORS)}")
-        if self.precision == "16-mixed":
-            found.append(
-                "precision 16-mixed is not supported: its loss scaling changes the gradient norm that is clipped "
-                "and skips steps; use bf16-mixed or 32-true"
-            )
-        elif self.precision not in PRECISIONS:
-            found.append(f"precision is {self.precision!r}; available: {', '.join(PRECISIONS)}")
-        for name, lowest in (("devices", 1), ("num_workers", 0)):
-            if getattr(self, name) < lowest:
-                found.append(f"{name} is {getattr(self, name)}; it must be at least {lowest}")
-        if self.threads is not None and self.threads < 1:
-            found.append(f"threads is {self.threads}; it must be at least 1, or null")
-        if not self.checkpoint_minutes >= 0:
-            found.append(f"checkpoint_minutes is {self.checkpoint_minutes}; it must not be negative")
-        return found
+    accelerator: str = knob("auto", one_of("auto", "cpu", "gpu"))
+    devices: int = knob(1, at_least(1))
+    precision: str = knob("32-true", _PRECISION)
+    threads: int | None = knob(None, at_least(1, ", or null"))
+    num_workers: int = knob(0, at_least(0))
+    progress: bool = knob(True)
+    deterministic: bool = knob(True)
+    masked_logits: bool = knob(True)
+    fused: bool = knob(True)
+    sparse_gradients: bool = knob(True)
+    compile: bool = knob(False)
+    checkpointing: bool = knob(False)
+    profile: bool = knob(False)
+    checkpoint_minutes: float = knob(10.0, at_least(0))
 
 
 @dataclass
@@ -167,51 +133,55 @@ class PretrainSettings:
         lowercase: fold case in the tokenizer.
     """
 
-    layers: int = 2
-    hidden: int = 128
-    heads: int = 2
-    intermediate: int = 512
-    vocab_size: int = 8000
-    positions: int = 512
-    dropout: float = 0.1
-    steps: int = 1000
-    batch_size: int = 32
-    max_length: int = 128
-    learning_rate: float = 1e-3
-    warmup: float = 0.1
-    weight_decay: float = 0.01
-    eval_every: int | None = None
-    valid_fraction: float = 0.02
-    mlm_probability: float = 0.15
-    lowercase: bool = False
+    layers: int = knob(2, at_least(1))
+    hidden: int = knob(128, at_least(1))
+    heads: int = knob(2, at_least(1))
+    intermediate: int = knob(512, at_least(1))
+    vocab_size: int = knob(8000, at_least(32))
+    positions: int = knob(512)
+    dropout: float = knob(0.1, between(0, 1, "[)"))
+    steps: int = knob(1000, at_least(1))
+    batch_size: int = knob(32, at_least(1))
+    max_length: int = knob(128, at_least(8, " tokens"))
+    learning_rate: float = knob(1e-3)
+    warmup: float = knob(0.1, between(0, 1, "[)"))
+    weight_decay: float = knob(0.01)
+    eval_every: int | None = knob(None)
+    valid_fraction: float = knob(0.02, between(0, 1))
+    mlm_probability: float = knob(0.15, between(0, 1))
+    lowercase: bool = knob(False)
 
-    def problems(self) -> list[str]:
-        """Return one sentence for each value out of its range; empty when all is well."""
+    def conditions(self) -> list[str]:
+        """What values must have in common."""
         found = []
-        for name in ("layers", "hidden", "heads", "intermediate", "steps", "batch_size"):
-            if getattr(self, name) < 1:
-                found.append(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.heads >= 1 and self.hidden % self.heads:
-            found.append(f"hidden is {self.hidden}; it must be a multiple of heads ({self.heads})")
-        if self.vocab_size < 32:
-            found.append(f"vocab_size is {self.vocab_size}; it must be at least 32")
-        if not 8 <= self.max_length <= self.positions:
-            found.append(f"max_length is {self.max_length}; it must lie between 8 and positions ({self.positions})")
-        for name in ("valid_fraction", "mlm_probability"):
-            if not 0 < getattr(self, name) < 1:
-                found.append(f"{name} is {getattr(self, name)}; it must lie between 0 and 1")
-        for name in ("warmup", "dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                found.append(f"{name} is {getattr(self, name)}; it must lie in [0, 1)")
+            found.append(f"hidden={self.hidden}: must be a multiple of heads ({self.heads})")
+        if self.max_length > self.positions:
+            found.append(f"max_length={self.max_length}: must be at most positions ({self.positions})")
         return found
 
 
-def refuse(settings: TrainingSettings | TrainerSettings | PretrainSettings) -> None:
-    """Raise one :class:`DeftxError` that lists every problem of ``settings``; silent when there is none.
+@dataclass
+class ModelSettings:
+    """Where the base encoder comes from: a local folder, a hub id, or a pretraining of our own.
 
-    Raises:
-        DeftxError: a value is out of its range.
+    Attributes:
+        name: short name, for tables and W&B.
+        path: local folder with ``config.json``, ``model.safetensors`` and tokenizer files; wins over ``hub``.
+        hub: model id on the hub.
+        revision: commit or branch on the hub.
+        pretrain: shape and budget of a small encoder trained here on ``languages``; null for a pretrained one.
+        languages: languages the encoder is pretrained on.
+        vocabulary: further languages whose text the tokenizer sees; the encoder does not. Multilingual vocabularies
+            cover languages that their encoder has hardly met, too.
+        seed: seed of that pretraining. A base is given, like a download: it does not move with the run's seed.
     """
-    problems = settings.problems()
-    if problems:
-        raise DeftxError("\n".join(problems))
+
+    name: str = knob("local")
+    path: str | None = knob(None)
+    hub: str | None = knob(None)
+    revision: str | None = knob(None)
+    pretrain: PretrainSettings | None = knob(None)
+    languages: list[str] = knob([])
+    vocabulary: list[str] = knob([])
+    seed: int = knob(0)

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from deftx.core import composition as composition_module
-from deftx.core.delta import Composition, SparseDelta, compare
+from deftx.core.composition import Composition, compare
+from deftx.core.delta import SparseDelta
 from deftx.errors import DeftxError
 
 BASE = "b" * 64

@@ -121,20 +121,6 @@ def test_missing_wikipedia_is_one_message(hub_copy: Callable[..., Path], tmp_pat
         list(resolve_text(language("quy"), data).lines())
 
 
-def test_fingerprint_is_of_content_and_order(tmp_path: Path) -> None:
-    a, b = write(tmp_path / "a.txt", "x\n"), write(tmp_path / "b.txt", "y\n")
-    moved = write(tmp_path / "elsewhere/c.txt", "x\n")
-
-    def fingerprint(*files: Path) -> str:
-        return TextSource("xxx", files).fingerprint
-
-    assert fingerprint(a) == fingerprint(moved)
-    assert len({fingerprint(a), fingerprint(b), fingerprint(a, b), fingerprint(b, a)}) == 4
-    hub = {resolve_text(language(code), DataSettings()).fingerprint for code in ("quy", "aym")}
-    hub.add(resolve_text(language("quy"), DataSettings(revisions={"wikipedia": "abc"})).fingerprint)
-    assert len(hub) == 3
-
-
 def test_cleaning_is_counted(tmp_path: Path) -> None:
     text = "\ufeffone two\r\n\r\n  one two \nthree\n \none  two\n" + NUMBERED
     corpus = build_corpus(source(tmp_path, text), [], CorpusSettings(min_words=2), seed=0)

@@ -11,17 +11,13 @@ import yaml
 from upstream_folders import AMERICAS, CONF, NUSAX, XNLI, Upstream, language, write
 
 from deftx.data.corpora import build_corpus, resolve_text
+from deftx.data.labelled import AMERICASNLI_LANGUAGES, NUSAX_LANGUAGES, TASKS, XNLI_LANGUAGES
 from deftx.data.settings import LANGUAGE_ALIASES, CorpusSettings, DataSettings, LanguageSettings
-from deftx.data.tasks import (
-    AMERICASNLI_LANGUAGES,
-    NUSAX_LANGUAGES,
-    TASKS,
-    XNLI_LANGUAGES,
-    load_test,
-    protected_texts,
-)
+from deftx.data.tasks import load_test, protected_texts
 
 NATURAL = sorted(path.stem for path in CONF.glob("*.yaml") if not re.fullmatch(r"q[a-t][a-z]", path.stem))
+PUBLIC = [code for code in NATURAL if {language(code).nusax, language(code).americasnli, language(code).xnli} != {None}]
+"""Languages of the public sets; others may stand beside them."""
 NO_WIKIPEDIA = {"bbc", "nij", "bzd", "cni", "hch", "oto", "shp", "tar"}
 WIKIPEDIA = {"jav": "jv", "sun": "su", "quy": "qu", "aym": "ay", "gn": "gn", "ind": "id", "eng": "en", "zho": "zh"}
 
@@ -30,7 +26,7 @@ WIKIPEDIA = {"jav": "jv", "sun": "su", "quy": "qu", "aym": "ay", "gn": "gn", "in
 def test_file_opens_with_its_package_and_a_command(code: str) -> None:
     first, second = (CONF / f"{code}.yaml").read_text(encoding="utf-8").splitlines()[:2]
     assert first == f"# @package language.{code}"
-    assert re.match(rf"# deftx run task=\w+ language={code} data.root=FOLDER model=minilm model.path=FOLDER ", second)
+    assert re.match(rf"# deftx run .*\blanguage={code} ", second)
 
 
 @pytest.mark.parametrize("code", NATURAL)
@@ -44,7 +40,7 @@ def test_file_fills_the_settings(code: str) -> None:
 
 
 def test_every_language_of_every_set_has_one_file() -> None:
-    settings = {code: language(code) for code in NATURAL}
+    settings = {code: language(code) for code in PUBLIC}
     assert sorted(item.nusax for item in settings.values() if item.nusax) == sorted(NUSAX)
     assert sorted(item.americasnli for item in settings.values() if item.americasnli) == sorted(AMERICAS)
     assert sorted(item.xnli for item in settings.values() if item.xnli) == sorted(XNLI)
@@ -55,7 +51,7 @@ def test_every_language_of_every_set_has_one_file() -> None:
 
 
 def test_wikipedia_codes() -> None:
-    assert {code for code in NATURAL if language(code).wikipedia is None} == NO_WIKIPEDIA
+    assert {code for code in PUBLIC if language(code).wikipedia is None} == NO_WIKIPEDIA
     assert {code: language(code).wikipedia for code in WIKIPEDIA} == WIKIPEDIA
 
 
@@ -65,7 +61,7 @@ def test_aliases_name_files_and_hide_none() -> None:
     assert {"en": "eng", "es": "spa", "id": "ind", "jv": "jav"}.items() <= LANGUAGE_ALIASES.items()
 
 
-@pytest.mark.parametrize("code", NATURAL)
+@pytest.mark.parametrize("code", PUBLIC)
 def test_a_clone_with_the_language_is_enough(code: str, upstream: Upstream, tmp_path: Path) -> None:
     """Also for languages whose data nobody had at hand while this was written."""
     settings = language(code)
@@ -90,7 +86,7 @@ def test_a_clone_with_the_language_is_enough(code: str, upstream: Upstream, tmp_
     assert set(corpus.train) == {"one two three", "four five six"}
 
 
-@pytest.mark.parametrize("code", NATURAL)
+@pytest.mark.parametrize("code", PUBLIC)
 def test_text_is_found_below_the_root_or_on_wikipedia(code: str, tmp_path: Path) -> None:
     settings = language(code)
     own = write(tmp_path / "unlabelled" / f"{code}.txt", "line\n")

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from deftx.data.synthetic import LABELS, SyntheticSettings, generate_family, lexicons
+from deftx.data.settings import SyntheticSettings
+from deftx.data.synthetic import LABELS, generate_family, lexicons
 from deftx.errors import DeftxError
 
 SMALL = SyntheticSettings(lines_high=120, lines_low=90, train=60, valid=30, test=60)
@@ -41,7 +42,8 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_same_seed_writes_the_same_bytes_in_another_process(family: Path, tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from deftx.data.synthetic import SyntheticSettings, generate_family; "
+        "import sys; from pathlib import Path; from deftx.data.settings import SyntheticSettings; "
+        "from deftx.data.synthetic import generate_family; "
         "settings = SyntheticSettings(lines_high=120, lines_low=90, train=60, valid=30, test=60); "
         "generate_family(Path(sys.argv[1]), settings)"
     )
@@ -172,14 +174,14 @@ def test_a_tokenizer_trained_on_the_family_splits_stems_from_affixes(tmp_path: P
         ({"targets": ["qba", "qaa"]}, "repeated: qaa"),
         ({"targets": ["QBA"]}, "three lower-case letters"),
         ({"source": "../"}, "three lower-case letters"),
-        ({"test": 100}, "test = 100 is not a multiple of 3"),
-        ({"train": 0}, "train = 0 is below 3"),
-        ({"lines_low": 0}, "lines_low = 0 is below 1"),
-        ({"clauses": 0}, "clauses = 0 is below 1"),
-        ({"synonyms": 1}, "synonyms = 1 is below 2"),
-        ({"cognates": 1.5}, r"cognates = 1.5 is outside \[0, 1\]"),
-        ({"purity": -0.1}, r"purity = -0.1 is outside \[0, 1\]"),
-        ({"false_friends": float("nan")}, r"false_friends = nan is outside \[0, 1\]"),
+        ({"test": 100}, "test=100: must be a positive multiple of 3"),
+        ({"train": 0}, "train=0: must be a positive multiple of 3"),
+        ({"lines_low": 0}, "lines_low=0: must be at least 1"),
+        ({"clauses": 0}, "clauses=0: must be at least 1"),
+        ({"synonyms": 1}, "synonyms=1: must be at least 2"),
+        ({"cognates": 1.5}, r"cognates=1.5: must lie in \[0, 1\]"),
+        ({"purity": -0.1}, r"purity=-0.1: must lie in \[0, 1\]"),
+        ({"false_friends": float("nan")}, r"false_friends=nan: must lie in \[0, 1\]"),
         ({"synonyms": 10_000}, "run out of word forms"),
     ],
 )
@@ -190,7 +192,7 @@ def test_settings_that_cannot_work_are_refused(tmp_path: Path, change: dict[str,
 
 
 def test_all_problems_come_in_one_message(tmp_path: Path) -> None:
-    with pytest.raises(DeftxError, match=r"test = 4 .*cognates = 2"):
+    with pytest.raises(DeftxError, match=r"test=4: (.|\n)*cognates=2"):
         generate_family(tmp_path / "family", replace(SMALL, test=4, cognates=2.0))
 
 

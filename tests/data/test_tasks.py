@@ -6,25 +6,24 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pandas as pd
 import pytest
 from upstream_folders import NLI_WORDS, Upstream, language, tsv, write, write_clones
 
-from deftx.data import labelled
+from deftx.data import rows as reader
+from deftx.data.hub import resolve_commit
+from deftx.data.labelled import NLI, SENTIMENT, TASKS, task_spec
 from deftx.data.settings import DataSettings, LanguageSettings
 from deftx.data.tasks import (
-    NLI,
-    SENTIMENT,
-    TASKS,
     fingerprint_rows,
     load_test,
     load_train,
     protected_texts,
     split_by_text,
-    task_files,
-    task_spec,
+    train_places,
 )
 from deftx.errors import DeftxError
 
@@ -42,14 +41,16 @@ def labels(frame: pd.DataFrame, names: tuple[str, ...]) -> list[str]:
 def test_label_orders_are_those_of_the_hub() -> None:
     assert SENTIMENT == ("negative", "neutral", "positive")
     assert NLI == ("entailment", "neutral", "contradiction")
-    assert {
-        name: (spec.metric, spec.pair) for name, spec in TASKS.items() if name not in ("sentiment", "nli", "tsv")
-    } == {
+    metrics = {
         "synthetic": ("macro_f1", False),
         "nusax": ("macro_f1", False),
         "americasnli": ("accuracy", True),
         "xnli": ("accuracy", True),
+        "sentiment": ("macro_f1", False),
+        "nli": ("accuracy", True),
     }
+    assert {name: (TASKS[name].metric, TASKS[name].pair) for name in metrics} == metrics
+    assert TASKS["tsv"].metric == "macro_f1"
 
 
 def test_nusax_csv(tmp_path: Path) -> None:
@@ -206,16 +207,35 @@ def test_hub_problems_are_one_message(hub_copy: Callable[..., Path], tmp_path: P
         load_test("nusax", language("ace"), data, "dev")
 
 
-def test_hub_ids_revisions_and_splits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is asked of ``datasets`` for each set, without asking."""
-    calls = []
+def test_hub_ids_commits_and_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked of the hub and of ``datasets`` for each set, without asking."""
+    asked, calls = [], []
 
-    def load_dataset(path: str, name: str | None, *, split: str, revision: str | None, cache_dir: str | None) -> None:
-        calls.append((path, name, split, revision, cache_dir))
-        raise ConnectionError("no network")
+    class Api:
+        def repo_info(self, repo_id: str, *, revision: str | None, repo_type: str, timeout: float) -> object:
+            asked.append((repo_id, revision, repo_type))
+            return SimpleNamespace(sha=f"{len(asked):040x}")
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    data = DataSettings(revisions={"nusax": "abc"}, cache_dir="/c")
+    class Builder:
+        def __init__(self, commit: str) -> None:
+            self.hash = commit
+
+        def download_and_prepare(self) -> None:
+            pass
+
+        def as_dataset(self, split: str) -> None:
+            calls[-1] += (split,)
+            raise ValueError("nothing here")
+
+    def load_dataset_builder(path: str, name: str | None, *, revision: str, cache_dir: str | None) -> Builder:
+        calls.append((path, name, int(revision, 16), cache_dir))
+        return Builder(revision)
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    monkeypatch.setattr("deftx.data.hub._remember", lambda note, commit: None)
+    monkeypatch.setattr(datasets, "load_dataset_builder", load_dataset_builder)
+    resolve_commit.cache_clear()
+    data = DataSettings(revisions={"nusax": "abc", "xnli": "x1", "multinli": "m1"}, cache_dir="/c")
     requests: list[Callable[[], object]] = [
         lambda: load_test("nusax", language("sun"), data),
         lambda: load_test("americasnli", language("quy"), data, "dev"),
@@ -224,23 +244,35 @@ def test_hub_ids_revisions_and_splits(monkeypatch: pytest.MonkeyPatch) -> None:
         lambda: load_train("multinli", language("spa"), data, 0),
     ]
     for request in requests:
-        with pytest.raises(DeftxError, match="no network"):
+        with pytest.raises(DeftxError, match="nothing here"):
             request()
+    resolve_commit.cache_clear()
+    assert asked == [
+        ("mteb/NusaX-senti", "abc", "dataset"),
+        ("nala-cub/americas_nli", None, "dataset"),
+        ("facebook/xnli", "x1", "dataset"),
+        ("nyu-mll/multi_nli", "m1", "dataset"),
+    ]
     assert calls == [
-        ("mteb/NusaX-senti", "sun", "test", "abc", "/c"),
-        ("nala-cub/americas_nli", "quy", "validation", None, "/c"),
-        ("facebook/xnli", "sw", "test", None, "/c"),
-        ("nyu-mll/multi_nli", None, "train", None, "/c"),
-        ("facebook/xnli", "es", "train", None, "/c"),
+        ("mteb/NusaX-senti", "sun", 1, "/c", "test"),
+        ("nala-cub/americas_nli", "quy", 2, "/c", "validation"),
+        ("facebook/xnli", "sw", 3, "/c", "test"),
+        ("nyu-mll/multi_nli", None, 4, "/c", "train"),
+        ("facebook/xnli", "es", 3, "/c", "train"),
     ]
 
 
 def test_smsa_without_a_clone_is_upstreams_file(
     upstream: Upstream, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    folder = upstream.root / "indonlu/dataset/smsa_doc-sentiment-prosa"
-    assert "IndoNLP/indonlu/ce728f6926a36174b9923dfe49d6a6839b6e9bb7/dataset/smsa_doc" in labelled.SMSA_URL
-    monkeypatch.setattr(labelled, "SMSA_URL", str(folder / "{split}_preprocess.tsv"))
+    repository = "https://raw.githubusercontent.com/IndoNLP/indonlu/ce728f6926a36174b9923dfe49d6a6839b6e9bb7/"
+
+    def download(url: str, cache_dir: str | None) -> Path:
+        assert url.startswith(f"{repository}dataset/smsa_doc")
+        assert cache_dir == str(tmp_path)
+        return upstream.root / "indonlu" / url.removeprefix(repository)
+
+    monkeypatch.setattr(reader, "download", download)
     data = DataSettings(nusax=str(upstream.root / "nusax"), cache_dir=str(tmp_path))
     loaded = load_train("smsa", language("ind"), data, seed=0)
     assert (len(loaded.train), len(loaded.valid)) == (30, 9)
@@ -278,6 +310,13 @@ def test_smsa_needs_the_originals(tmp_path: Path) -> None:
     clones = write_clones(tmp_path)
     (clones.root / "nusax/datasets/sentiment/indonesian/test.csv").unlink()
     with pytest.raises(DeftxError, match="nusax has no test file for 'indonesian'"):
+        load_train("smsa", language("ind"), DataSettings(root=str(tmp_path)), seed=0)
+
+
+def test_smsa_validates_on_its_own_rows_alone(tmp_path: Path) -> None:
+    clones = write_clones(tmp_path)
+    (clones.root / "indonlu/dataset/smsa_doc-sentiment-prosa/valid_preprocess.tsv").unlink()
+    with pytest.raises(DeftxError, match=r"smsa has no dev file for 'indonesian': .*valid_preprocess\.tsv; upstream"):
         load_train("smsa", language("ind"), DataSettings(root=str(tmp_path)), seed=0)
 
 
@@ -390,7 +429,7 @@ def test_own_test_sentences_are_not_learnt(tmp_path: Path) -> None:
     data = DataSettings(root=str(tmp_path), valid_fraction=0.2)
     loaded = load_train("sentiment", language("ind"), data, seed=0)
     assert loaded.report["train"]["leak"]["dropped"] == 2
-    assert own in task_files("sentiment", language("ind"), data)["protected"]
+    assert any(own in place.files for place in train_places("sentiment", language("ind"), data).protected)
 
 
 def test_labels_of_ones_own(tmp_path: Path) -> None:
@@ -402,6 +441,11 @@ def test_labels_of_ones_own(tmp_path: Path) -> None:
     assert load_test("tsv", OWN, DataSettings(test=str(pairs), labels=["no", "yes"]))["text_pair"].tolist() == ["b"]
     with pytest.raises(DeftxError, match=r"data.labels=\[no,yes\]"):
         load_test("tsv", OWN, DataSettings(test=str(file)))
+    # Labels of a known set may be spelt as there.
+    known = write(tmp_path / "k.tsv", tsv("premise hypothesis label", [["a", "b", "contradictory"], ["c", "d", "-"]]))
+    rows = load_test("tsv", OWN, DataSettings(test=str(known), labels=list(NLI)))
+    assert rows["label"].tolist() == [2]
+    assert rows.attrs["dropped"]["unlabelled"] == 1
 
 
 # --- what is wrong, in one message
@@ -465,8 +509,8 @@ def test_bad_requests(upstream: Upstream, task: str, code: str, split: str, mess
     ("train", "code", "message"),
     [
         ("smsaa", "ind", "unknown training set 'smsaa'; did you mean 'smsa'"),
-        ("smsa", "jav", "smsa is Indonesian, not 'jav'.*task.train=nusax"),
-        ("multinli", "quy", "there is no MultiNLI in 'quy'; it is in XNLI's languages: ar, bg"),
+        ("smsa", "jav", "language 'jav' is not in smsa; its languages are ind; .*task.train=nusax"),
+        ("multinli", "quy", "language 'quy' is not in multinli; its languages are ar, bg"),
         ("nusax", "deu", "language 'deu' is not in nusax"),
     ],
 )
@@ -523,28 +567,6 @@ def test_protected_texts_are_dev_and_test_of_what_is_at_hand(tmp_path: Path) -> 
     data.protect = ["nusaks"]
     with pytest.raises(DeftxError, match=r"data\.protect: 'nusaks'"):
         protected_texts(language("ind"), data)
-
-
-def names_of(files: dict[str, list[Path]], root: Path) -> list[str]:
-    return [path.relative_to(root).as_posix() for paths in files.values() for path in paths]
-
-
-def test_task_files_are_what_training_reads(upstream: Upstream, hub_copy: Callable[..., Path], tmp_path: Path) -> None:
-    data = DataSettings(root=str(upstream.root))
-    names = names_of(task_files("smsa", language("ind"), data), upstream.root)
-    assert names == [
-        "indonlu/dataset/smsa_doc-sentiment-prosa/train_preprocess.tsv",
-        "indonlu/dataset/smsa_doc-sentiment-prosa/valid_preprocess.tsv",
-        "nusax/datasets/sentiment/indonesian/test.csv",
-        "nusax/datasets/sentiment/indonesian/valid.csv",
-    ]
-    names = names_of(task_files("multinli", language("spa"), data), upstream.root)
-    assert names == ["multinli/train-es.tsv", "xnli/dev-es.tsv", "xnli/test-es.tsv"]
-    assert task_files("multinli", language("eng"), DataSettings()) == {}
-    copy = hub_copy(
-        "copy", {"ace": {split: {"text": ["a"], "label": [0]} for split in ("train", "validation", "test")}}
-    )
-    assert len(task_files("nusax", language("ace"), DataSettings(nusax=str(copy)))["train"]) == 4
 
 
 def test_fingerprint_sees_every_cell(upstream: Upstream) -> None:

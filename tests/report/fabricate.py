@@ -124,6 +124,7 @@ def write_run(
                 tracking.Metric(language, condition, "accuracy", float(accuracy), n, flat["split"]),
             ]
     metrics.sort(key=lambda item: item.metric != metric)
+    trained = sfts(flat, list(conditions))
     made = tracking.RunRecord(
         study=flat["study"],
         job=f"run-{folder.name}",
@@ -138,7 +139,8 @@ def write_run(
             "python": "3.11.7",
             "gpu": None,
         },
-        sfts=sfts(flat, list(conditions)),
+        sfts=trained,
+        cells=cells(flat, list(conditions), variants, trained),
         languages={code: {"name": code.title(), **(languages_facts or {}).get(code, {})} for code in flat["language"]},
         finished=f"2026-01-01T00:00:{seed:02d}+00:00",
     )
@@ -152,35 +154,65 @@ def write_run(
     return folder
 
 
-def sfts(flat: Mapping[str, Any], conditions: Sequence[str]) -> list[dict[str, Any]]:
+def sfts(flat: Mapping[str, Any], conditions: Sequence[str]) -> list[tracking.SFTFacts]:
     """What a result says of its SFTs: φ_S where ``task.source`` is given, and the task SFT of ``no_language_sft``."""
     size = int(1e6 * (flat["density"] or 0.1))
-    found: list[dict[str, Any]] = []
-    extra = {"method": "deftx", "sha256": "1" * 64, "metrics": {"seconds": 1000.0, "peak_memory": 2**28}}
+    found: list[tracking.SFTFacts] = []
+
+    def add(label: str, method: str, rank: Any, **facts: Any) -> tracking.SFTFacts:
+        name = f"{label} ltsft" if method == "ltsft" else f"{label} deftx rank={rank} residual=prune:0.05"
+        facts |= {"key": f"{zlib.crc32(name.encode()):064x}", "rank": None if method == "ltsft" else rank}
+        facts["mask"] = flat.get("task.mask" if facts["kind"] == "task" else "lang.mask", "magnitude")
+        found.append(tracking.SFTFacts(name=name, method=method, seed=flat["seed"], base="b" * 64, **facts))
+        return found[-1]
+
+    on: tuple[str, ...] = ()
     if source := flat.get("task.source"):
-        name = f"language {source} deftx rank={flat['source.rank']} residual=prune:0.05"
-        found.append({"name": name, "role": "language", "languages": [source], "k": 7, "bytes": 77 * size, **extra})
+        cost = {"seconds": 1000.0, "peak_memory": 2**28}
+        facts = {"kind": "language", "languages": (source,), "bytes": 77 * size, "metrics": cost}
+        on = (add(f"language {source}", "deftx", flat["source.rank"], **facts).key,)
     if "no_language_sft" in conditions:
-        name = f"task on θ⁰ deftx rank={flat['rank']} residual={flat['residual']}"
-        alone = extra | {"metrics": {"seconds": 7000.0, "peak_memory": 2**33}}
-        found.append({"name": name, "role": "task", "languages": ["ind"], "k": 7, "bytes": 99 * size, **alone})
+        cost = {"seconds": 7000.0, "peak_memory": 2**33}
+        facts = {"kind": "task", "languages": ("ind",), "bytes": 99 * size, "metrics": cost}
+        add("task on θ⁰", "deftx", flat["rank"], **facts)
     for method in [name for name in conditions if name in ("deftx", "ltsft")]:
-        tail = "ltsft" if method == "ltsft" else f"deftx rank={flat['rank']} residual={flat['residual']}"
-        for role, code in (*(("language", code) for code in flat["language"]), ("task", "")):
-            name = f"language {code} {tail}" if role == "language" else f"task on θ⁰+ind {tail}"
-            seconds = 60.0 if method == "ltsft" else 70.0 + len(str(flat["rank"]))
-            found.append(
-                {
-                    "name": name,
-                    "role": role,
-                    "method": method,
-                    "languages": [code] if code else ["ind"],
-                    "k": size,
-                    "bytes": 5 * size,
-                    "sha256": "0" * 64,
-                    "metrics": {"seconds": seconds, "peak_memory": 2**30, "full": {"seconds": 2 * seconds}},
-                }
-            )
+        seconds = 60.0 if method == "ltsft" else 70.0 + len(str(flat["rank"]))
+        cost = {"seconds": seconds, "peak_memory": 2**30, "full": {"seconds": 2 * seconds}}
+        facts = {"k": size, "bytes": 5 * size, "metrics": cost}
+        for code in flat["language"]:
+            add(f"language {code}", method, flat["rank"], kind="language", languages=(code,), **facts)
+        add("task on θ⁰+ind", method, flat["rank"], kind="task", languages=("ind",), on=on, **facts)
+    return found
+
+
+def own(trained: Sequence[tracking.SFTFacts], method: str, language: str | None = None) -> tracking.SFTFacts | None:
+    """The SFT of a target (φ_S of the same language stands before it), or a method's task SFT (a control's, too)."""
+    kind = "task" if language is None else "language"
+    return next(
+        (
+            sft
+            for sft in reversed(trained)
+            if (sft.kind, sft.method) == (kind, method) and language in (None, *sft.languages)
+        ),
+        None,
+    )
+
+
+def cells(
+    flat: Mapping[str, Any], conditions: Sequence[str], variants: Sequence[str], trained: Sequence[tracking.SFTFacts]
+) -> list[tracking.CellFacts]:
+    """What each condition of each target composes."""
+    found = []
+    for language in flat["language"]:
+        for condition in conditions:
+            method = condition if condition in ("deftx", "ltsft") else flat["method"]
+            parts = [own(trained, method), own(trained, method, language)]
+            if condition == "no_language_sft":
+                parts = [sft for sft in trained if sft.kind == "task"][:1]
+            terms = tuple(sft.term for sft in parts if sft is not None)
+            for name in variants:
+                key = f"{zlib.crc32(repr((language, condition, name, terms)).encode()):064x}"
+                found.append(tracking.CellFacts(language, condition, name, method, key, terms))
     return found
 
 
@@ -188,38 +220,34 @@ def diagnostic_rows(flat: Mapping[str, Any], conditions: Sequence[str]) -> pd.Da
     """Spectra, ranks, energies, masks and overlaps of four layers."""
     rng = np.random.default_rng(flat["seed"])
     rows: list[dict[str, Any]] = []
-    selected: dict[str, int] = {}
-    named = [(item["name"], item["role"], item["method"], item["languages"][0]) for item in sfts(flat, conditions)]
-    methods = [name for name in conditions if name in ("deftx", "ltsft")]
-    tasks = {its: name for name, role, its, _ in named if role == "task"}  # the last one: a control's stands before it
-    own = [item for item in named if item[1] == "language" and not (flat.get("task.source") and item is named[0])]
-    for name, _, method, _ in named:
+    trained = sfts(flat, conditions)
+    control = next((s.key for s in trained if s.kind == "task"), None) if "no_language_sft" in conditions else None
+    for sft in trained:
         for layer in (-1, 0, 1, 2, 3):
             for module in MODULES if layer >= 0 else ("embeddings.word_embeddings", "embeddings.LayerNorm"):
                 size = 4096 if layer >= 0 else 20_000
-                slow = 9 if name.startswith("task on θ⁰ ") else 0  # a control's own energy
+                slow = 9 if sft.key == control else 0  # a control's own energy
                 spectrum = np.exp(-np.arange(32) / (6 + slow + 2 * layer + len(module) % 5)) * (1 + 0.1 * rng.random())
                 count = int(size * (flat["density"] or 0.1) * (0.5 + rng.random()))
-                selected[name] = selected.get(name, 0) + count
-                row = {"what": "sft", "sft": name, "parameter": f"{layer}.{module}", "layer": layer, "module": module}
-                row |= {"size": size, "selected": count, "density": count / size}
-                if method == "deftx" and module != "embeddings.LayerNorm":
-                    text = str(flat["source.rank"] if flat.get("task.source") and name == named[0][0] else flat["rank"])
-                    kept = int(text) if text.isdigit() else int(10 + 3 * layer + 2 * len(text) % 7)
+                row = {"what": "sft", "sft": sft.name, "key": sft.key, "parameter": f"{layer}.{module}"}
+                row |= {"layer": layer, "module": module, "size": size, "selected": count, "density": count / size}
+                if sft.rank is not None and module != "embeddings.LayerNorm":
+                    kept = int(sft.rank) if sft.rank.isdigit() else int(10 + 3 * layer + 2 * len(sft.rank) % 7)
                     squares = spectrum**2
                     energy = float(squares[:kept].sum() / squares.sum())
                     row |= {"rank": kept, "energy": energy, "singular_values": spectrum.tolist()}
                 rows.append(row)
-    for method in methods:
-        task = tasks[method]
-        for name, _, its, _ in own:
-            if its == method:
-                for layer in range(4):
-                    both = int(40 * (1 + rng.random()))
-                    row = {"what": "pair", "sft": task, "other": name, "layer": layer, "module": MODULES[0]}
-                    rows.append(row | {"overlap": both, "jaccard": 0.05, "sign_conflicts": both // 3})
-    columns = ["what", "sft", "other", "parameter", "layer", "module", "size", "selected", "density", "rank", "energy"]
-    return pd.DataFrame(rows, columns=[*columns, "singular_values", "overlap", "jaccard", "sign_conflicts"])
+    for method in [name for name in conditions if name in ("deftx", "ltsft")]:
+        task = own(trained, method)
+        for language in (own(trained, method, code) for code in flat["language"]):
+            for layer in range(4):
+                both = int(40 * (1 + rng.random()))
+                row = {"what": "pair", "sft": task.name, "other": language.name, "key": task.key}
+                row |= {"other_key": language.key, "layer": layer, "module": MODULES[0]}
+                rows.append(row | {"overlap": both, "jaccard": 0.05, "sign_conflicts": both // 3})
+    columns = ["what", "sft", "other", "key", "other_key", "parameter", "layer", "module", "size", "selected"]
+    columns += ["density", "rank", "energy", "singular_values", "overlap", "jaccard", "sign_conflicts"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def write_sweep(folder: Path, jobs: Sequence[tuple[Sequence[str], str]], **fields: Any) -> Path:
@@ -231,8 +259,10 @@ def write_sweep(folder: Path, jobs: Sequence[tuple[Sequence[str], str]], **field
             swept=list(swept),
             folder=str(number),
             status=status,
+            knobs=dict(text.split("=", 1) if "=" in text else (text, "") for text in swept),
             error="the disk is full" if status == "failed" else None,
         )
         for number, (swept, status) in enumerate(jobs)
     ]
-    return tracking.write_sweep(folder, tracking.SweepRecord(study="demo", command="run", jobs=made, **fields))
+    record = tracking.SweepRecord("demo", "run", made, shared=["experiment=demo"], **fields)
+    return tracking.write_sweep(folder, record)

@@ -45,7 +45,7 @@ def points(result: Drawn | str) -> list[dict[str, list[float]]]:
 
 def minutes(folder: Path, names: list[str]) -> float:
     """Both phases of SFTs that are named by hand."""
-    told = {sft["name"]: sft["metrics"] for sft in tracking.read_result(folder).sfts}
+    told = {sft.name: sft.metrics for sft in tracking.read_result(folder).sfts}
     return sum(told[name]["seconds"] + told[name].get("full", {}).get("seconds", 0) for name in names) / 60
 
 
@@ -167,3 +167,19 @@ def test_type_token_ratios_are_of_samples_of_one_size(tmp_path: Path, words: dic
         if axis.get_xlabel() == "type-token ratio":
             x = axis.containers[0].lines[0].get_xdata()
             assert list(x) == pytest.approx([0.3 + CODES.index(code) / 10 for code in left])
+
+
+def test_an_evaluation_that_several_runs_hold_is_one_point(tmp_path: Path) -> None:
+    for rank in ("4", "8"):
+        write_run(tmp_path / rank, conditions=BOTH, rank=rank, diagnostics=True, **{"task.source": "ind"})
+    (axis, _) = drawn(facts.overlap(summary(tmp_path))).figure.axes[:2]
+    collections = {item.get_label(): len(item.get_offsets()) for item in axis.collections}
+    # LT-SFT reads no rank: both runs hold one and the same evaluation of it.
+    assert {name: count for name, count in collections.items() if "LT-SFT" in str(name)} == {
+        "ace, LT-SFT": 1,
+        "min, LT-SFT": 1,
+    }
+    assert {name: count for name, count in collections.items() if "DeFT-X" in str(name)} == {
+        "ace, DeFT-X": 2,
+        "min, DeFT-X": 2,
+    }

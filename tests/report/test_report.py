@@ -98,7 +98,7 @@ def test_nothing_that_a_result_says_can_run_in_the_page(report: Report, tmp_path
     bad = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>"
     record = {
         "study": bad,
-        "notes": [bad],
+        "notes": [tracking.Remark(bad, bad, (bad,))],
         "provenance": {"versions": {bad: bad}, "python": bad},
         "languages": {"ace": {"name": bad}},
         "fingerprints": {"base": "b", bad: bad},
@@ -216,13 +216,71 @@ def test_a_damaged_result_is_listed_and_not_fatal(report: Report, tmp_path: Path
     assert said in outcome.words
 
 
-def test_an_older_schema_is_read(report: Report, tmp_path: Path) -> None:
-    write_run(tmp_path / "0", conditions=BOTH)
-    content = json.loads((tmp_path / "0" / "result.json").read_text())
-    content["schema_version"] = 1
-    del content["job_type"], content["languages"]
-    (tmp_path / "0" / "result.json").write_text(json.dumps(content))
-    assert report(tmp_path, "--out", tmp_path / "out").status == 0
+def test_results_of_older_schemas_are_read(report: Report, tmp_path: Path) -> None:
+    """As runs wrote them (``tests/legacy``), without predictions and diagnostics."""
+    for path in (Path(__file__).parents[1] / "legacy").glob("*.json"):
+        (tmp_path / path.stem).mkdir()
+        shutil.copy(path, tmp_path / path.stem / ("sweep.json" if path.stem == "sweep" else "result.json"))
+    outcome = report(tmp_path, "--out", tmp_path / "out")
+    assert outcome.status == 0, outcome.err
+    assert "9 runs with scores, 1 without" in outcome.words
+    assert "unreadable" not in outcome.words
+    assert "in some cells one class is predicted throughout" in outcome.words
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "rank=2,energy:0.9,none density=0.1,0.3" in page
+
+
+def test_nothing_reads_a_name(report: Report, tmp_path: Path) -> None:
+    """Other names, in results, diagnostics and sweeps, and other sentences of remarks: the same tables and plots."""
+    import pandas as pd
+
+    conditions = {"no_language_sft": 0.3, **BOTH}
+    for folder, renamed in (("told", False), ("renamed", True)):
+        for seed in (0, 1):
+            place = tmp_path / folder / "sweep" / str(seed)
+            text = "nothing was learnt" if renamed else "one class is predicted throughout"
+            record = {"notes": [tracking.Remark("constant_predictions", text, ("ace deftx",))]}
+            known = {"task.source": "ace", "source.rank": "31", "record": record}
+            write_run(place, conditions=conditions, rank="4", seed=seed, diagnostics=True, **known)  # type: ignore[arg-type]
+            if renamed:
+                content = json.loads((place / "result.json").read_text())
+                for number, sft in enumerate(content["sfts"]):
+                    sft["name"] = f"language θ⁰+ ltsft rank={number}"
+                (place / "result.json").write_text(json.dumps(content))
+                frame = pd.read_parquet(place / "diagnostics.parquet")
+                tracking.write_diagnostics(place, frame.assign(sft="task on θ⁰+ace", other="language ace"))
+        write_sweep(tmp_path / folder / "sweep", [(["seed=0"], "done"), (["seed=1"], "done")])
+        if renamed:
+            content = json.loads((tmp_path / folder / "sweep" / "sweep.json").read_text())
+            for job in content["jobs"]:
+                job["swept"] = [f"job {job['number']}"]
+            (tmp_path / folder / "sweep" / "sweep.json").write_text(json.dumps(content))
+        outcome = report(tmp_path / folder / "sweep", "--out", tmp_path / f"out-{folder}")
+        assert outcome.status == 0, outcome.err
+        assert f"in some cells {text} (every run)" in outcome.words
+    names = files(tmp_path / "out-told")
+    assert names == files(tmp_path / "out-renamed")
+    assert "plots/demo-nusax-test-tiny-overlap.svg" in names
+    for name in names - {"report.html", "report.json"}:
+        assert (tmp_path / "out-told" / name).read_bytes() == (tmp_path / "out-renamed" / name).read_bytes(), name
+    assert "seed=0,1" in (tmp_path / "out-renamed" / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_page_says_what_data_was_read_and_what_stages_ran_under(report: Report, tmp_path: Path) -> None:
+    read = [
+        tracking.DataRead(what="train", language="ind", digest="d" * 64, hub="nusax", config="ind", revision="c0ffee"),
+        tracking.DataRead(what="text", language="ace", digest="e" * 64, path="text/<ace>.txt"),
+    ]
+    under = [tracking.Provenance({"torch": version}, 2, "cpu", {"full": 1}) for version in ("2.8", "2.9")]
+    known = {"record": {"provenances": under}, "data.read": tracking.data_setting(read)}
+    write_run(tmp_path / "runs" / "0", conditions=BOTH, **known)  # type: ignore[arg-type]
+    assert report(tmp_path / "runs", "--out", tmp_path / "out").status == 0
+    text = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert f"<td>train ind</td><td>nusax, ind, c0ffee</td><td>{'d' * 12}</td>" in text
+    assert "<td>text ace</td><td>text/&lt;ace&gt;.txt</td>" in text
+    assert "data.read" not in text
+    assert "<td>torch, of its stages</td><td>2.8 (1 runs) · 2.9 (1 runs)</td><td>differs</td>" in text
+    assert "<td>threads, of its stages</td><td>2</td><td></td>" in text
 
 
 @pytest.mark.parametrize("damage", ["absent", "garbage", "no columns"])
@@ -327,23 +385,22 @@ def test_a_report_that_fails_leaves_the_old_one(
 
 
 def test_a_kill_leaves_no_half_report(report: Report, grid: Path, tmp_path: Path) -> None:
-    """Killed while it draws: no report in its place; the next one works, and clears what was left once it is old."""
+    """Killed while it draws: no report in its place; the next one works, and clears what was left."""
     out = tmp_path / "out"
     command = [sys.executable, "-m", "deftx", "report", str(grid), "--out", str(out), "--samples", "100"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 60
-        while not list(tmp_path.glob(".out.*.partial/plots/*.svg")) and time.monotonic() < deadline:
+        while not list(tmp_path.glob(".out.*.tmp/plots/*.svg")) and time.monotonic() < deadline:
             assert process.poll() is None, "it ended before a plot was seen"
             time.sleep(0.01)
-        assert list(tmp_path.glob(".out.*.partial/plots/*.svg"))
+        assert list(tmp_path.glob(".out.*.tmp/plots/*.svg"))
         process.send_signal(signal.SIGKILL)
     finally:
         process.kill()
         process.wait()
     assert not out.exists()
-    (left,) = tmp_path.glob(".out.*.partial")
-    os.utime(left, (0, 0))
+    assert len(list(tmp_path.glob(".out.*.tmp"))) == 1
     write_run(tmp_path / "runs" / "0", conditions=BOTH)
     assert report(tmp_path / "runs", "--out", out).status == 0
     assert (out / "report.html").is_file()
@@ -353,7 +410,7 @@ def test_a_kill_leaves_no_half_report(report: Report, grid: Path, tmp_path: Path
 def test_a_report_killed_between_the_renames_is_put_back(tmp_path: Path) -> None:
     from deftx.report.publish import publish
 
-    old = tmp_path / ".out.1234.old"
+    old = tmp_path / ".out.otherhst.1234.00.old"
     old.mkdir()
     (old / "report.json").write_text('{"kind": "deftx report"}')
     os.utime(old, (0, 0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,6 +14,7 @@ from fabricate import LABELS, N, write_run, write_sweep
 from deftx import tracking
 from deftx.report.collect import collect
 from deftx.report.knobs import ordered_values, read_by, score_settings, varying
+from deftx.report.remarks import run_notes
 from deftx.report.sections import MEAN, Section, make_sections
 from deftx.report.summary import Options, Summary, summarise
 
@@ -360,6 +362,92 @@ def test_results_from_before_a_knob_hold_its_default(tmp_path: Path) -> None:
     assert section.baseline_of(deftx[0], "ltsft") is ltsft[0]
 
 
+def data(path: str = "here", **digests: str) -> dict[str, Any]:
+    """The setting ``data.read``: ``train_ind="1"`` is the digest of the source's training rows."""
+    items = [
+        tracking.DataRead(what=what, language=language, digest=digest * 64, path=f"{path}/{what}")
+        for (what, language), digest in ((name.split("_"), digest) for name, digest in digests.items())
+    ]
+    return {"data.read": tracking.data_setting(items)}
+
+
+SOURCE = {"train_ind": "1", "valid_ind": "2", "text_ind": "3"}
+TARGETS = {"test_ace": "4", "text_ace": "5", "test_min": "6", "text_min": "7"}
+EVERY = {"no_language_sft": 0.3, "source_sft": 0.4, "ltsft": 0.5, "deftx": 0.7}
+
+
+@pytest.mark.parametrize(
+    ("other", "split"),
+    [
+        ({}, set()),
+        ({"train_ind": "9"}, set(EVERY)),
+        ({"valid_ind": "9"}, set(EVERY)),
+        ({"test_ace": "9"}, set(EVERY)),
+        ({"text_ace": "9"}, {"ltsft", "deftx"}),
+        ({"text_ind": "9"}, {"source_sft", "ltsft", "deftx"}),
+    ],
+    ids=lambda value: "+".join(sorted(value)),
+)
+def test_a_column_holds_runs_on_the_same_data(tmp_path: Path, other: dict[str, str], split: set[str]) -> None:
+    write_run(tmp_path / "0", conditions=EVERY, **data(**SOURCE, **TARGETS))
+    write_run(tmp_path / "1", conditions=EVERY, seed=1, **data("elsewhere", **{**SOURCE, **TARGETS, **other}))
+    (section,) = sections(tmp_path)
+    found = {condition: section.named([condition]) for condition in EVERY}
+    assert {condition for condition, columns in found.items() if len(columns) == 2} == split
+    for condition in split:
+        (name,) = (name.replace("_", " ") for name in other)
+        before = {**SOURCE, **TARGETS}[next(iter(other))]
+        title = tracking.CONDITIONS[condition]
+        assert [c.label for c in found[condition]] == [f"{title} {name}={before * 8}", f"{title} {name}={'9' * 8}"]
+    for column in found["deftx"]:
+        base = section.baseline_of(column, "ltsft")
+        assert base is not None
+        assert {run.name for run in section.runs_of(base)} == {run.name for run in section.runs_of(column)}
+
+
+def test_other_targets_are_no_other_data(tmp_path: Path) -> None:
+    for number, code in enumerate(("ace", "min")):
+        own = {name: digest for name, digest in TARGETS.items() if code in name}
+        write_run(tmp_path / str(number), conditions=BOTH, language=[code], **data(**SOURCE, **own))
+    write_run(tmp_path / "2", conditions=BOTH, language=["ban"], seed=1)  # an older result says nothing of its data
+    (section,) = sections(tmp_path)
+    assert labels(section) == ["LT-SFT", "DeFT-X"]
+    # Another text of one of them: that run alone is apart.
+    changed = {"test_min": "6", "text_min": "9"}
+    write_run(tmp_path / "3", conditions=BOTH, language=["min"], draw=7, **data(**SOURCE, **changed))
+    (section,) = sections(tmp_path)
+    assert labels(section)[2:] == [f"DeFT-X text min={'7' * 8}", f"DeFT-X text min={'9' * 8}"]
+    languages = [{run.record.settings["language"][0] for run in section.runs_of(c)} for c in section.named(["deftx"])]
+    assert languages == [{"ace", "min", "ban"}, {"min"}]
+
+
+def test_equal_scores_on_other_data_are_no_repetition(tmp_path: Path) -> None:
+    for number, digest in enumerate(("8", "8", "9")):
+        write_run(tmp_path / str(number), conditions=BOTH, **data(f"place {number}", train_ind=digest))
+    found = collect([tmp_path])
+    assert [again.name for again, _ in found.repeated] == [f"{tmp_path.name}/1"]
+    assert len(found.runs) == 2
+    # A failed run is made up for by one on its own data only.
+    write_run(tmp_path / "failed", record=FAILED, with_predictions=False, **data(train_ind="7"))
+    assert collect([tmp_path]).troubles[0].finished_in == ""
+    write_run(tmp_path / "failed", record=FAILED, with_predictions=False, **data(train_ind="9"))
+    assert collect([tmp_path]).troubles[0].finished_in == f"{tmp_path.name}/2"
+
+
+def test_one_line_warns_where_stages_were_computed_under_other_versions(tmp_path: Path) -> None:
+    old, new = (tracking.Provenance({"torch": version}, 2, "cpu", {"full": 1}) for version in ("2.8", "2.9"))
+    for seed, stood_on in enumerate(([old], [new], [old, new], [])):
+        remark = tracking.provenance_remark(stood_on)
+        record = {"provenances": stood_on, "notes": [remark] if remark is not None else []}
+        write_run(tmp_path / str(seed), conditions=BOTH, seed=seed, record=record)
+    write_run(tmp_path / "other", conditions=BOTH, task="xnli", record={"provenances": [old]})
+    first, second = sections(tmp_path)
+    (line,) = first.warnings
+    assert line.endswith("under different versions, thread counts or devices: torch 2.8 / 2.9")
+    assert second.warnings == []
+    assert run_notes(collect([tmp_path])) == {}
+
+
 def test_varying_knobs_have_short_names_where_both_sfts_agree() -> None:
     same = [{"lang.rank": r, "task.rank": r, "lang.k": 5, "x": 1} for r in ("4", "8")]
     assert varying(same) == [{"rank": "4"}, {"rank": "8"}]
@@ -372,3 +460,42 @@ def test_varying_knobs_have_short_names_where_both_sfts_agree() -> None:
 def test_values_are_ordered_as_a_person_orders_them() -> None:
     mixed = ["gavish_donoho", None, "16", "energy:0.9", "4", "energy:0.8", "128", "4"]
     assert ordered_values(mixed) == ["4", "16", "128", "energy:0.8", "energy:0.9", "gavish_donoho", None]
+
+
+def test_a_control_of_another_method_is_another_column(tmp_path: Path) -> None:
+    for method, skill in (("ltsft", 0.8), ("another", 0.4)):
+        write_run(tmp_path / method, conditions={"no_language_sft": skill, method: 0.9}, rank=None, method=method)
+    (section,) = sections(tmp_path)
+    assert [column.label for column in section.named(["no_language_sft"])] == [
+        "no language SFTs method=another",
+        "no language SFTs method=ltsft",
+    ]
+    assert not section.warnings
+
+
+def test_a_mask_that_is_drawn_has_the_baseline_of_another_run(tmp_path: Path) -> None:
+    write_run(tmp_path / "ltsft", conditions={"ltsft": 0.5}, rank=None)
+    drawn: dict[str, object] = {f"{prefix}mask": "random" for prefix in ("", "lang.", "task.")}
+    write_run(tmp_path / "random", conditions={"random_mask": 0.4}, rank=None, method="random_mask", **drawn)
+    (section,) = sections(tmp_path)
+    (ltsft,), (random) = section.named(["ltsft"]), section.named(["random_mask"])
+    assert [section.baseline_of(column, "ltsft") for column in random] == [ltsft]
+
+
+def test_runs_without_a_source_sft_differ_in_one_setting(tmp_path: Path) -> None:
+    source = {"source.rank": None, "source.residual": None}
+    write_run(tmp_path / "with", conditions={"deftx": 0.8}, **{"source.training.epochs": 3})
+    write_run(tmp_path / "without", conditions={"deftx": 0.4}, **{"source.enabled": False, **source})
+    (section,) = sections(tmp_path)
+    assert [column.setting for column in section.columns] == ["source.enabled=false", "source.enabled=true"]
+
+
+def test_what_filters_left_is_data_too(tmp_path: Path) -> None:
+    for seed, kept in enumerate(("a" * 64, "b" * 64, None)):
+        read = [tracking.DataRead(what="train", language="ind", digest="d" * 64, kept=kept)]
+        write_run(tmp_path / str(seed), seed=seed, **{tracking.DATA_READ: tracking.data_setting(read)})
+    (section,) = sections(tmp_path)
+    assert [column.label for column in section.columns] == [
+        "DeFT-X train ind kept=aaaaaaaa",
+        "DeFT-X train ind kept=bbbbbbbb",
+    ]

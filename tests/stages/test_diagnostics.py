@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from deftx.core import gaps
-from deftx.core.delta import SparseDelta, compare
+from deftx.core.composition import compare
+from deftx.core.delta import SparseDelta
 from deftx.stages.diagnostics import _coordinates, _overlaps, from_gaps
 
 

@@ -1,7 +1,6 @@
 """Every field of every settings class, and whose keys change with it: no more and no less than its results.
 
-The keys are those of ``run_study`` itself: its stages are asked for as ever, but what would train writes a file that
-says which key it has, so that whatever is built on it depends on that key alone.
+The keys are those of the study's graph, as a run, a dry run and a sweep read it.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import functools
 import json
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +20,16 @@ import yaml
 from hydra import compose
 from safetensors.numpy import save_file
 
-import deftx.stages.study
-from deftx.cache import Entry, Stage, StageCache, Workspace
+from deftx.cache import StageCache
 from deftx.config import hydra_session
 from deftx.config.resolve import study_settings
-from deftx.data.settings import CorpusSettings, DataSettings, LanguageSettings
-from deftx.data.synthetic import SyntheticSettings
-from deftx.stages.evaluate import Cell, Evaluator
-from deftx.stages.inputs import Base, Corpus
-from deftx.stages.profile import profile_stage
-from deftx.stages.settings import ModelSettings, SFTSettings, StudySettings
-from deftx.stages.sft import Plan, Recipe, Trainer
+from deftx.core.settings import RankPolicy, ResidualPolicy
+from deftx.data.settings import CorpusSettings, DataSettings, LanguageSettings, SyntheticSettings
+from deftx.stages.graph import graph
+from deftx.stages.settings import SFTSettings, StudySettings
 from deftx.tracking import LoggerSettings
 from deftx.training.model_folder import bert_facts
-from deftx.training.settings import PretrainSettings, TrainerSettings, TrainingSettings
+from deftx.training.settings import ModelSettings, PretrainSettings, TrainerSettings, TrainingSettings
 
 PHASES = ("full", "decompose", "select", "sparse")
 ROLES = ("lang", "source", "task")
@@ -72,7 +67,7 @@ def composed(*overrides: str) -> StudySettings:
 
 
 PLACES = {"lang": "language_sft", "source": "source_sft", "task": "task_sft"}
-PLAIN = {*PLACES, "model.pretrain", "trainer", "corpus", "synthetic", "logger", "seed"}
+PLAIN = {*PLACES, "model.pretrain", "trainer", "corpus", "synthetic", "logger", "seed", "device"}
 
 
 def settings_of(*overrides: str) -> StudySettings:
@@ -89,7 +84,8 @@ def settings_of(*overrides: str) -> StudySettings:
         path, _, value = text.partition("=")
         names = path.split(".")
         study = replaced(study, [PLACES.get(names[0], names[0]), *names[1:]], yaml.safe_load(value))
-    return study
+    source = study.source_sft
+    return study if source is None else dataclasses.replace(study, source_sft=source.by(source.method))
 
 
 def replaced(settings: Any, path: list[str], value: Any) -> Any:
@@ -100,29 +96,10 @@ def replaced(settings: Any, path: list[str], value: Any) -> Any:
         return dataclasses.replace(settings, **{name: replaced(getattr(settings, name), path[1:], value)})
     if name in ("k", "density") and isinstance(settings, SFTSettings):  # one or the other
         return dataclasses.replace(settings, **{"k": None, "density": None, name: value})
-    value = tuple(value) if name == "exclude" else str(value) if name == "rank" else value
+    policies = {"rank": RankPolicy.parse, "residual": ResidualPolicy.parse, "exclude": list}
+    value = policies.get(name, lambda it: it)(value)
     assert getattr(settings, name) != value, f"{name} is {value} already"
     return dataclasses.replace(settings, **{name: value})
-
-
-def role_of(study: StudySettings, recipe: Recipe) -> str:
-    if recipe.kind == "task":
-        return "task"
-    return "lang" if recipe.language in study.targets else "source"
-
-
-class Recorder(StageCache):
-    """A cache that notes the keys of a study, and trains nothing."""
-
-    def __init__(self, root: Path) -> None:
-        super().__init__(root)
-        self.keys: dict[str, set[str]] = defaultdict(set)
-
-    def get_or_compute(self, stage: Stage, compute: Callable[[Workspace], None], **rest: Any) -> Entry:
-        if stage.kind not in (*PHASES, "direct", "profile"):  # measures of text have a test of their own
-            self.keys[stage.kind].add(stage.key)
-        stub = {"pretrain": _model, "sparse": _sft, "direct": _sft, "profile": _profile}.get(stage.kind)
-        return super().get_or_compute(stage, compute if stub is None else lambda work: stub(work, stage), **rest)
 
 
 def weights(folder: Path, text: str) -> None:
@@ -130,62 +107,32 @@ def weights(folder: Path, text: str) -> None:
     save_file({"pooler.dense.bias": np.zeros(1, np.float32)}, folder / "model.safetensors", metadata={"text": text})
 
 
-def _model(work: Workspace, stage: Stage) -> None:
-    shape = PretrainSettings(**stage.settings["pretrain"])
-    (work.out / "model").mkdir()
-    (work.out / "model" / "config.json").write_text(json.dumps(bert_facts(shape, shape.vocab_size)))
-    weights(work.out / "model", stage.key)
-
-
-def _profile(work: Workspace, stage: Stage) -> None:
-    (work.out / "profile.json").write_text("{}")
-
-
-def _sft(work: Workspace, stage: Stage) -> None:
-    (work.out / "sft").mkdir()
-    (work.out / "sft" / "sft.safetensors").write_text(stage.key)
-    (work.out / "sft" / "sft.json").write_text('{"metadata": {"head_drawn": []}}')
-    (work.out / "metrics.json").write_text("{}")
-
-
 Keys = Callable[..., dict[str, set[str]]]
 
 
+def keys_of(study: StudySettings, cache: StageCache) -> dict[str, set[str]]:
+    """The keys of a study's nodes, by kind and role."""
+    nodes = graph(study, cache)
+    roles = {"source": "source", "language": "lang", "task": "task", "task_alone": "task"}
+    named = {
+        node.key: f"{node.stage.kind} {roles[part.whose.split(':')[0]]}"
+        for part in nodes.parts
+        if part.whose
+        for node in part.nodes
+    }
+    found: dict[str, set[str]] = defaultdict(set)
+    for node in nodes.nodes:
+        if node.stage.kind != "profile":  # measures of text have a test of their own
+            found[named.get(node.key, node.stage.kind)].add(node.key)
+    assert not list(cache.root.glob("*/*/manifest.json")), "keys are known before anything runs"
+    return dict(found)
+
+
 @pytest.fixture(scope="module")
-def keys(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Keys]:
-    """The keys of a study's stages, by kind and role."""
-    root = tmp_path_factory.mktemp("cache")
-    known: dict[tuple[str, ...], dict[str, set[str]]] = {}
-    plan, state = Trainer.plan, {}
-
-    def record_plan(self: Trainer, recipe: Recipe) -> Plan:
-        made = plan(self, recipe)
-        for stage in (made.full, made.decompose, made.select, made.made):
-            if stage is not None:
-                state["cache"].keys[f"{stage.kind} {role_of(self.study, recipe)}"].add(stage.key)
-        return made
-
-    def record_cell(self: Evaluator, cell: Cell, rows: Any) -> None:
-        state["cache"].keys["evaluate"].add(self.stage(cell, rows).key)
-
-    def body_alone(
-        study: StudySettings, run_dir: Path, job: str, knobs: Any, body: Callable[[Any], None], **_: Any
-    ) -> None:
-        body(deftx.stages.study.Bench(study, state["cache"], lambda _: []))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "plan", record_plan)
-        patch.setattr(Evaluator, "evaluate", record_cell)
-        patch.setattr(deftx.stages.study, "_run", body_alone)
-
-        def of(*overrides: str) -> dict[str, set[str]]:
-            if overrides not in known:
-                state["cache"] = Recorder(root)
-                deftx.stages.study.run_study(settings_of(*overrides), root)
-                known[overrides] = dict(state["cache"].keys)
-            return known[overrides]
-
-        yield of
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Keys:
+    """:func:`keys_of` what overrides say; once for each."""
+    cache = StageCache(tmp_path_factory.mktemp("cache"))
+    return functools.cache(lambda *overrides: keys_of(settings_of(*overrides), cache))
 
 
 def changed(before: dict[str, set[str]], after: dict[str, set[str]]) -> set[str]:
@@ -243,6 +190,11 @@ SFT_FIELDS = {
     "value_dtype": choice("value_dtype", "float16", "sparse"),
     "training": [],  # TRAINING
     "mask": choice("mask", "random", "select", "sparse"),
+    # What trains a target's SFT is the study's method; φ_S has its own.
+    "method": [
+        *[([f"{role}.method=ltsft"], NOTHING) for role in ("lang", "task")],
+        (["source.method=random_mask"], sft("source", ("select", "sparse"))),
+    ],
     # Another kind of stage makes the SFT then; what is built on it changes.
     "second_phase": [
         (["lang.second_phase=false"], EVALUATE),
@@ -392,6 +344,7 @@ STUDY = {
     "logger": [],  # LOGGER
     "cache_root": one("paths.cache=/elsewhere", NOTHING),
     "only": one("only=[base]", NOTHING),
+    "device": one("device=cuda", NOTHING),  # RANDOM_NUMBERS
 }
 
 # Of files of the user's own: ROOT is the data folder, OTHER a folder with the same names and other contents, COPY one
@@ -433,7 +386,7 @@ DATA = {
         (["data.test='OTHER/sentiment/{language}/test.tsv'"], TEXT | ROWS),
     ],
     "labels": one("data.labels=[positive,neutral,negative]", ROWS),
-    "valid_fraction": one("data.valid_fraction=0.2", ROWS),
+    "valid_fraction": one("data.valid_fraction=0.2", NOTHING),  # they have validation rows of their own
     "leak_threshold": one("data.leak_threshold=0.9", ROWS),
     "protect": one("data.protect=[]", NOTHING),  # none of those sets is in the folder; their sentences are the input
     "revisions": one("++data.revisions.nusax=abc", NOTHING),
@@ -554,6 +507,15 @@ def test_files_are_known_by_content_and_not_by_place(
     assert changed(before, keys(*own([*OWN, *overrides]))) == expected
 
 
+def test_a_share_that_is_held_out_counts(
+    keys: Keys, own: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deftx.training.model_folder.check_model_folder", lambda folder: None)
+    alone = [text for text in own(OWN) if not text.startswith("data.valid=")]
+    alone += [f"data.train={own(['ROOT'])[0]}/sentiment/qab/test.tsv", "data.leak_threshold=2"]
+    assert changed(keys(*alone), keys(*alone, "data.valid_fraction=0.2")) == ROWS
+
+
 @pytest.mark.parametrize(
     ("file", "expected"),
     [
@@ -583,9 +545,76 @@ def test_the_same_model_elsewhere(
     assert changed(keys(*own(OWN)), keys(*own(OWN), f"model.path={elsewhere}")) == expected
 
 
-def test_measures_of_a_text_depend_on_text_and_tokenizer() -> None:
-    def key(language: str = "ace", text: str = "t", base: str = "b") -> str:
-        return profile_stage(language, Corpus(text, None), Base("any", Path(), base)).key
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["trainer.devices=2"], BASE),
+        (["device=cuda"], BASE),
+        (["device=cpu"], NOTHING),
+        (["trainer.accelerator=gpu"], BASE),
+    ],
+)
+def test_what_draws_random_numbers_is_in_the_keys_of_what_trains(
+    keys: Keys, overrides: list[str], expected: set[str]
+) -> None:
+    """Dropout is drawn on the device; without it (the other rows of this file) no device draws."""
+    drawing = [*SMALL, "model.pretrain.dropout=0.1"]
+    assert changed(keys(*drawing), keys(*drawing, *overrides)) == expected
 
-    assert len({key(), key("ban"), key(text="u"), key(base="c")}) == 4
-    assert key() == profile_stage("ace", Corpus("t", None), Base("another", Path("elsewhere"), "b")).key
+
+def measured(study: StudySettings, root: Path) -> dict[str, str]:
+    return {code: node.key for code, node in graph(study, StageCache(root)).measures.items()}
+
+
+def test_measures_of_a_text_depend_on_text_and_tokenizer(tmp_path: Path) -> None:
+    usual = measured(settings_of(*SMALL), tmp_path)
+    assert measured(settings_of(*SMALL, "lang.rank=3", "model.name=another"), tmp_path) == usual
+    for other in ("corpus.min_words=2", "model.seed=1", "language=[qbb]"):
+        assert not set(measured(settings_of(*SMALL, other), tmp_path).values()) & set(usual.values())
+
+
+# ------------------------------------------------------------------------------------------------------------ hub
+
+HUB = [
+    "task=nusax",
+    "language=[ace]",
+    "model=minilm",
+    "model.path=MODEL",
+    "sparsity=share",
+    "budget=smoke",
+    "controls=[]",
+    "data.smsa=owner/smsa",
+    "data.nusax=owner/nusax",
+]
+COMMITS = {"owner/nusax": "1" * 40, "owner/smsa": "2" * 40, "wikimedia/wikipedia": "3" * 40, "other/nusax": "1" * 40}
+HUB_ROWS = ROWS | {"corpus", *sft("lang"), *sft("source")}  # NusaX filters text and rows
+
+
+@pytest.mark.parametrize(
+    ("overrides", "commits", "expected"),
+    [
+        ([], {}, NOTHING),
+        (["data.nusax=other/nusax"], {}, HUB_ROWS),
+        ([], {"owner/nusax": "4" * 40}, HUB_ROWS),
+        (["++data.revisions.nusax=" + "1" * 40], {}, NOTHING),
+        (["++data.revisions.nusax=" + "5" * 40], {}, HUB_ROWS),
+        ([], {"owner/smsa": "4" * 40}, ROWS),
+        ([], {"wikimedia/wikipedia": "4" * 40}, {"corpus", *sft("lang"), *sft("source")}),
+    ],
+)
+def test_a_hub_enters_keys_by_its_resolved_commit(
+    own: Callable[..., list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    overrides: list[str],
+    commits: dict[str, str],
+    expected: set[str],
+) -> None:
+    monkeypatch.setattr("deftx.stages.base.check_model_folder", lambda folder: None)
+
+    def of(known: dict[str, str], *texts: str) -> dict[str, set[str]]:
+        resolved = lambda name, revision, kind: revision or known[name]  # noqa: E731
+        monkeypatch.setattr("deftx.data.hub.resolve_commit", resolved)
+        return keys_of(settings_of(*own([*HUB, *texts])), StageCache(tmp_path))
+
+    assert changed(of(COMMITS), of({**COMMITS, **commits}, *overrides)) == expected

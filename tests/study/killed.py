@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import deftx.training.checkpoint as checkpoint
+from deftx.atomic import temporary_name
 from deftx.cli import main
+from deftx.stages import learn
 from deftx.stages.evaluate import Evaluator
-from deftx.stages.sft import Trainer
 from deftx.training.modules import Encoder, MaskedLM, SequenceClassifier
 
 WHAT, WHERE, LAST = sys.argv[1], sys.argv[2], int(sys.argv[3])
@@ -48,7 +49,7 @@ def write(path: Path, payload: Any, write: Any = checkpoint.write) -> None:
     if moment("write", path):
         write(path.with_name("whole"), payload)
         content = path.with_name("whole").read_bytes()
-        path.with_name(f".{path.name}.{os.getpid()}.tmp").write_bytes(content[: len(content) // 2])
+        temporary_name(path).write_bytes(content[: len(content) // 2])
         die()
     write(path, payload)
 
@@ -72,8 +73,8 @@ def written(kind: type, name: str) -> None:
     setattr(kind, name, watched)
 
 
-for stage in ("_decompose", "_select"):
-    written(Trainer, stage)
+for stage in ("decompose", "select"):
+    written(learn._Phases, stage)
 written(Evaluator, "_compute")
 
 if __name__ == "__main__":

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deftx.config import READS
+from deftx.settings import READS
 
 SMALL = [
     "experiment=demo",
@@ -62,3 +63,14 @@ class Outcome:
 
 
 Command = Callable[..., Outcome]
+
+
+def own_rows(tmp_path: Path, shared_cache: Path) -> Path:
+    """Own data: text of the family, and labelled rows in two languages, made of its test sets."""
+    data = Path(shutil.copytree(next(shared_cache.glob("family/*/family")), tmp_path / "own"))
+    for code in ("qab", "qac"):
+        header, *rows = (data / "sentiment" / code / "test.tsv").read_text().splitlines(keepends=True)
+        (data / "sentiment" / code / "train.tsv").write_text(header + "".join(rows[:20]))
+        (data / "sentiment" / code / "test.tsv").write_text(header + "".join(rows[20:]))
+    shutil.copy(data / "sentiment" / "qba" / "test.tsv", data / "sentiment" / "qba" / "valid.tsv")
+    return data

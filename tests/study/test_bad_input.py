@@ -20,6 +20,10 @@ PREPARED = ["compare=[]", "controls=[]", "language=qba"]
         (["task=nusaxx"], ["unknown task 'nusaxx'", "did you mean 'nusax'"]),
         (["model=tinny"], ["unknown model 'tinny'", "did you mean 'tiny'"]),
         (["experiment=dmo"], ["unknown experiment 'dmo'", "did you mean 'demo'"]),
+        (["method=[deftx,ltsft]"], ["a run has one method", "-m method=deftx,ltsft", "compare=[ltsft]"]),
+        (["+foo=1"], ["unknown key 'foo'"]),
+        (["+lang.rnak=3", "k=0"], ["unknown key 'lang.rnak'", "did you mean 'lang.rank'", "k=0"]),
+        (["+trainer.foo=3"], ["unknown key 'trainer.foo'"]),
         (["rnak=3"], ["unknown key 'rnak'", "did you mean 'rank'"]),
         (["lang.training.epoch=3"], ["unknown key", "did you mean 'lang.training.epochs'"]),
         (["seed=abc"], ["seed=abc", "Integer"]),
@@ -50,11 +54,12 @@ PREPARED = ["compare=[]", "controls=[]", "language=qba"]
         (["corpus.max_lines=0"], ["corpus.max_lines=0", "at least 2"]),
         (["data.leak_threshold=-1"], ["data.leak_threshold=-1"]),
         (["data.protect=[foo]"], ["data.protect", "foo", "xnli"]),
-        (["synthetic.train=0"], ["synthetic.train = 0"]),
+        (["synthetic.train=0"], ["synthetic.train=0"]),
         (["logger.wandb=offlin"], ["offlin", "did you mean 'offline'"]),
         (["denoise.exclude=[embedings*]"], ["embedings*", "matches no parameter"]),
         (["data.root=."], ["data.root", "task=nusax"]),
         (["task.more_sources=[qaa]"], ["twice"]),
+        (["task=nusax", "language=ace", "task.more_sources=[jav]"], ["smsa has labelled rows in ind only", "=nusax"]),
         (["--config-name", "x"], ["--config-name", "--config-dir FOLDER"]),
         (["-m", "trainer.devices=2", "rank=2,3"], ["trainer.devices", "one device"]),
         (["nonsense"], ["nonsense", "key=value"]),
@@ -132,6 +137,17 @@ def test_training_rows_of_one_label_are_refused(deftx: Command, tmp_path: Path) 
     outcome = deftx("run", *own, f"data.test={tmp_path / 'test.tsv'}", *PREPARED)
     assert outcome.status == 1
     assert "training rows have one label" in outcome.err
+    assert "Traceback" not in outcome.err
+
+
+def test_training_rows_that_are_all_evaluation_sentences_are_refused(deftx: Command, tmp_path: Path) -> None:
+    rows = "".join(f"word{number} another{number}\t{'no' if number % 2 else 'yes'}\n" for number in range(30))
+    for name in ("train.tsv", "test.tsv"):
+        (tmp_path / name).write_text(f"text\tlabel\n{rows}")
+    own = ["task=tsv", "task.source=qaa", "data.labels=[no,yes]", f"data.train={tmp_path / 'train.tsv'}"]
+    outcome = deftx("run", *own, f"data.test={tmp_path / 'test.tsv'}", *PREPARED)
+    assert outcome.status == 1
+    assert "all 30 training rows are sentences of evaluation sets" in outcome.err
     assert "Traceback" not in outcome.err
 
 

@@ -17,7 +17,7 @@ KILLS = [
     ("validation", "/scratch/sparse-", 3),
     ("write", "/scratch/sparse-", 8),
     ("step", "/scratch/full-", 2),  # a later one
-    ("written", "_decompose", 1),
+    ("written", "decompose", 1),
     ("written", "_compute", 1),  # an evaluation
 ]
 

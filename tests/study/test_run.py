@@ -18,7 +18,7 @@ import pytest
 import torch
 import transformers
 from sklearn.metrics import accuracy_score, f1_score
-from small_study import SMALL, Command
+from small_study import SMALL, Command, own_rows
 
 from deftx.core.delta import SparseDelta
 from deftx.training.fit import fit_phase
@@ -136,6 +136,42 @@ def test_predictions_are_those_of_the_sum_written_out(
             logits = model(**tokenizer(text, return_tensors="pt", truncation=True, max_length=32)).logits[0]
             expected = [row[f"score_{label}"] for label in ("negative", "neutral", "positive")]
             assert logits.tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_result_says_of_each_cell_what_was_composed(deftx: Command, shared_cache: Path) -> None:
+    outcome = deftx("run", "density=0.2")
+    result = outcome.result()
+    sfts = {sft["key"]: sft for sft in result["sfts"]}
+    assert len(result["cells"]) == 10
+    for cell in result["cells"]:
+        manifest = json.loads((shared_cache / "evaluate" / cell["key"][:16] / "manifest.json").read_text())
+        keys = {term["kind"]: term["key"] for term in cell["terms"]}
+        assert keys == {kind: manifest["inputs"][kind] for kind in ("task", "language") if kind in manifest["inputs"]}
+        for term in cell["terms"]:
+            assert term == {name: sfts[term["key"]][name] for name in term}
+        own = cell["condition"] if cell["condition"] in ("deftx", "ltsft") else "deftx"
+        assert {cell["method"], *(term["method"] for term in cell["terms"])} == {own}
+    deftx_, ltsft = (
+        next(cell for cell in result["cells"] if (cell["language"], cell["condition"]) == ("qbb", condition))["terms"]
+        for condition in ("deftx", "ltsft")
+    )
+    assert [(term["kind"], term["languages"], term["task"]) for term in deftx_] == [
+        ("task", ["qaa"], "synthetic"),
+        ("language", ["qbb"], None),
+    ]
+    assert {(term["rank"], term["residual"], term["density"]) for term in deftx_} == {("energy:0.9", "prune:0.05", 0.2)}
+    assert {(term["rank"], term["residual"], term["density"]) for term in ltsft} == {(None, None, 0.2)}
+    assert {term["base"] for term in deftx_} == {result["fingerprints"]["base"]}
+    # φ_T was trained on θ⁰ + φ_S, the control's on θ⁰.
+    (under,) = deftx_[0]["on"]
+    assert (sfts[under]["languages"], sfts[under]["density"]) == (["qaa"], 0.3)  # the sparsity group's
+    (alone,) = {cell["terms"][0]["key"] for cell in result["cells"] if cell["condition"] == "no_language_sft"}
+    assert sfts[alone]["on"] == []
+    frame = pd.read_parquet(next(outcome.folder.rglob("diagnostics.parquet")))
+    assert set(frame["key"]) == set(sfts)
+    pairs = set(frame[frame["what"] == "pair"][["key", "other_key"]].itertuples(index=False, name=None))
+    composed = [tuple(term["key"] for term in cell["terms"]) for cell in result["cells"]]
+    assert pairs == {keys for keys in composed if len(keys) == 2}
 
 
 def test_the_same_run_again_computes_nothing_and_gives_the_same(deftx: Command) -> None:
@@ -263,23 +299,13 @@ def test_a_target_without_text_is_skipped_on_request_only(deftx: Command, shared
     skipped = deftx("run", *own, "missing_text=skip", "controls=[]")
     assert skipped.status == 0, skipped.err
     result = skipped.result()
-    assert any("qbb: no unlabelled text" in note for note in result["notes"])
+    assert [note["about"] for note in result["notes"] if note["kind"] == "no_text"] == [["qbb"]]
+    assert re.search(r"note: no unlabelled text.*: qbb\n", skipped.out)
     # Its row is φ_T alone; the other target's is composed as ever.
     evaluated = {stage["label"]: stage["key"] for stage in result["stages"] if stage["kind"] == "evaluate"}
     assert set(evaluated) == {"qba deftx", "qbb deftx", "qba ltsft", "qbb ltsft"}
     # A file that is named and not there is no missing text: skip does not cover it.
     assert "nowhere.txt" in deftx("run", "missing_text=skip", "language.qbb.text=[nowhere.txt]").err
-
-
-def own_rows(tmp_path: Path, shared_cache: Path) -> Path:
-    """Own data: text of the family, and labelled rows in two languages, made of its test sets."""
-    data = Path(shutil.copytree(next(shared_cache.glob("family/*/family")), tmp_path / "own"))
-    for code in ("qab", "qac"):
-        header, *rows = (data / "sentiment" / code / "test.tsv").read_text().splitlines(keepends=True)
-        (data / "sentiment" / code / "train.tsv").write_text(header + "".join(rows[:20]))
-        (data / "sentiment" / code / "test.tsv").write_text(header + "".join(rows[20:]))
-    shutil.copy(data / "sentiment" / "qba" / "test.tsv", data / "sentiment" / "qba" / "valid.tsv")
-    return data
 
 
 def test_every_table_names_the_split(deftx: Command, shared_cache: Path, tmp_path: Path) -> None:
@@ -289,7 +315,7 @@ def test_every_table_names_the_split(deftx: Command, shared_cache: Path, tmp_pat
     assert outcome.status == 0, outcome.err
     result = outcome.result()
     assert {row["split"] for row in result["metrics"]} == {"dev"}
-    assert any("dev split, not on test" in note for note in result["notes"])
+    assert any(note["kind"] == "split" and "dev split, not on test" in note["text"] for note in result["notes"])
     assert "dev" in outcome.out
 
 
@@ -392,3 +418,13 @@ def test_an_interrupted_run_says_so_and_goes_on_later(tmp_path: Path) -> None:
     result = json.loads(next((tmp_path / "out").rglob("result.json")).read_text())
     assert (result["status"], result["error"]["type"]) == ("failed", "KeyboardInterrupt")
     assert list((tmp_path / "cache" / "pretrain").iterdir())
+
+
+def test_a_cell_that_composes_what_another_does_is_a_cell_of_its_own(deftx: Command) -> None:
+    # Of the source as a target φ_S is its own φ_L: both conditions have one key.
+    outcome = deftx("run", "language=[qaa,qba]", "compare=[]", "controls=[source_sft]")
+    assert outcome.status == 0, outcome.err
+    cells = [(cell["language"], cell["condition"]) for cell in outcome.result()["cells"]]
+    assert cells == [("qaa", "source_sft"), ("qaa", "deftx"), ("qba", "source_sft"), ("qba", "deftx")]
+    found = scores(outcome.result())
+    assert found["qaa", "source_sft", "macro_f1"] == found["qaa", "deftx", "macro_f1"]

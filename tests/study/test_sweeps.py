@@ -10,13 +10,17 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from hydra import compose
 from safetensors.torch import load_file
-from small_study import Command
+from small_study import SMALL, Command
 
+from deftx.cache import StageCache
+from deftx.config import hydra_session, study_settings
 from deftx.core.delta import SparseDelta
 from deftx.core.denoise import denoise
 from deftx.core.settings import RankPolicy, ResidualPolicy
-from deftx.stages.evaluate import Evaluator
+from deftx.stages.evaluate import Cell, Evaluator
+from deftx.stages.graph import Look, graph
 
 FEW = ("language=qba", "compare=[]", "controls=[]")
 GRID = ("-m", *FEW, "rank=2,none")
@@ -40,6 +44,11 @@ def test_a_sweep_again_copies_what_was_finished(
     first = deftx("run", *GRID, cache=tmp_path / "c")
     assert first.status == 0, first.err
     assert states(first.folder) == {"done": 2}
+    # What was swept, as fields; the values as a person writes them.
+    sweep = sweep_of(first.folder)
+    assert [job["knobs"] for job in sweep["jobs"]] == [{"rank": "2"}, {"rank": "none"}]
+    assert {"experiment=demo", "language=qba"} <= set(sweep["shared"])
+    assert not [text for text in sweep["shared"] if text.startswith("rank=")]
 
     def refuse(*_: Any, **options: Any) -> None:
         raise AssertionError(f"{options['label']} was trained again")
@@ -70,6 +79,19 @@ def test_shared_stages_run_first_and_once(deftx: Command, tmp_path: Path) -> Non
     names = [stage["swept"][0] for stage in sweep_of(outcome.folder)["stages"]]
     assert names == ["base", "sft:source:qaa", "full:language:qba", "full:task"]
     assert max(run["finished"] for run in stages) <= min(run["started"] for run in jobs)
+
+
+def test_parts_that_share_a_node_but_nothing_that_trains_do_not_wait_for_each_other(
+    deftx: Command, tmp_path: Path
+) -> None:
+    # φ_T with φ_S and without have one random mask; neither needs the other.
+    arguments = ("-m", "compare=[]", "controls=[no_language_sft]", "mask=random", "language=qba,qbb")
+    outcome = deftx("run", *arguments, cache=tmp_path / "c")
+    assert outcome.status == 0, outcome.err
+    names = {stage["swept"][0] for stage in sweep_of(outcome.folder)["stages"]}
+    assert {"sft:task:random_mask", "sft:task_alone:random_mask"} <= names
+    stages = [json.loads(p.read_text()) for p in sorted((outcome.folder / "stages").rglob("result.json"))]
+    assert computed(stages)["select"] == 2, "φ_S's and the one that both task SFTs share"
 
 
 def test_only_what_failed_runs_again(deftx: Command, tmp_path: Path) -> None:
@@ -118,21 +140,22 @@ def test_a_dry_run_says_what_is_then_computed_and_writes_nothing(deftx: Command,
 
 
 def test_planned_keys_are_those_of_the_run(deftx: Command, tmp_path: Path) -> None:
-    from hydra import compose
-    from small_study import SMALL
-
-    from deftx.config import hydra_session, study_settings
-    from deftx.stages.plan import Planner
-
-    result = deftx("run", *FEW, cache=tmp_path / "c").result()
     with hydra_session():
         study = study_settings(compose("run", overrides=[*SMALL, *FEW, f"paths.cache={tmp_path / 'c'}"]))
-    plan = Planner(tmp_path / "c").plan(study)
-    assert not plan.missing
-    assert plan.done is not None
-    run = {(s["kind"], s["key"]) for s in result["stages"]} - {("run", plan.result.key if plan.result else "")}
-    kinds = {"select", "full", "decompose"}  # a finished SFT is not asked for what made it
-    assert {(item.stage.kind, item.stage.key) for item in plan.stages} == {pair for pair in run if pair[0] not in kinds}
+    cache = StageCache(tmp_path / "c")
+    nodes = graph(study, cache)
+    planned = {(node.stage.kind, node.key) for node in nodes.nodes}
+    assert [node.key for node, there in Look(cache).asked(nodes.wanted) if not there] == [
+        node.key for node in nodes.nodes
+    ]
+    stages = deftx("run", *FEW, cache=tmp_path / "c").result()["stages"]
+    assert {(stage["kind"], stage["key"]) for stage in stages} == planned
+    assert {node.key for node in graph(study, cache).nodes} == {key for _, key in planned}
+    asked = Look(cache).asked(nodes.wanted)
+    assert all(there for _, there in asked)
+    # A finished SFT is not asked for what made it.
+    assert not {"full", "decompose", "select"} & {node.stage.kind for node, _ in asked}
+    assert cache.peek(nodes.finished) is not None
 
 
 def test_a_sweeps_folder_is_never_shared(deftx: Command, tmp_path: Path) -> None:
@@ -151,7 +174,7 @@ def test_a_sweeps_folder_is_never_shared(deftx: Command, tmp_path: Path) -> None
         (["launcher=slrum"], ["did you mean 'slurm'"]),
         (["launcher.workers=0"], ["launcher.workers=0", "at least 1"]),
         (["launcher=joblib", "launcher.workers=null"], ["launcher.workers is needed"]),
-        (["only=[full:tsak]"], ["full:tsak", "full:language:CODE"]),
+        (["only=[full:tsak]"], ["only='full:tsak'", "did you mean 'full:task'", "full:language:qba"]),
         (["mask=rnadom"], ["did you mean 'random'"]),
         (["ablate=sparsty"], ["did you mean 'sparsity'"]),
         (["search.space.rank=[4,900]"], ["rank=900", "exceeds 16"]),
@@ -161,7 +184,7 @@ def test_a_sweeps_folder_is_never_shared(deftx: Command, tmp_path: Path) -> None
         (["search.space.density={low: 0.1, high: 0.3, step: -1}"], ["step=-1"]),
         (["search.space.language=[qba]"], ["search.space.language", "no knob of the method"]),
         (["only=[full:task]", "rank=2,3"], ["neither swept nor planned"]),
-        (["only=[full:language:qbb]"], ["trains no such SFT; its languages: qba"]),
+        (["only=[full:language:qbb]"], ["only='full:language:qbb'", "its parts are base, full:source:qaa"]),
         (["ablate=denoising", "rank=2,4"], ["ablate=denoising is rank=none"]),
         (["rank=2,4", "rank=4,8"], ["rank is swept twice"]),
         (["rank=glob(*)"], ["rank=glob(*)", "no jobs"]),
@@ -188,7 +211,7 @@ def test_equal_values_are_one_job(deftx: Command) -> None:
 def test_a_part_the_study_has_not_is_named(deftx: Command) -> None:
     outcome = deftx("run", *FEW, "only=[full:language:qbb]")
     assert outcome.status == 1
-    assert "trains no such SFT; its languages: qba" in outcome.err
+    assert "only='full:language:qbb' is no part of this study; did you mean 'full:language:qba'" in outcome.err
 
 
 def test_each_component_can_be_left_out(deftx: Command, tmp_path: Path, shared_cache: Path) -> None:
@@ -253,13 +276,13 @@ def _full_of(cache: Path, sft: Path) -> dict[str, torch.Tensor]:
 
 def test_a_search_reads_no_target_label(deftx: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     evaluated: list[str] = []
-    real = Evaluator.evaluate
+    real = Evaluator._compute
 
-    def spy(self: Evaluator, cell: Any, rows: pd.DataFrame) -> Any:
+    def spy(self: Evaluator, cell: Cell, work: Any) -> None:
         evaluated.append(cell.language)
-        return real(self, cell, rows)
+        real(self, cell, work)
 
-    monkeypatch.setattr(Evaluator, "evaluate", spy)
+    monkeypatch.setattr(Evaluator, "_compute", spy)
     space = ("search.space.rank=[2,4]", "search.space.density={low: 0.1, high: 0.3}", "search.trials=3")
     outcome = deftx("run", *FEW, *space, cache=tmp_path / "c")
     assert outcome.status == 0, outcome.err
@@ -271,6 +294,8 @@ def test_a_search_reads_no_target_label(deftx: Command, tmp_path: Path, monkeypa
     best = trials.loc[trials["value"].idxmax()]
     (run,) = [run for run in outcome.runs() if run["job_type"] == "run"]
     assert run["settings"]["rank"] == str(best["params_rank"])
+    (job,) = sweep_of(outcome.folder)["jobs"]
+    assert job["knobs"] == {"rank": str(best["params_rank"]), "density": str(best["params_density"])}
     assert run["settings"]["density"] == pytest.approx(best["params_density"])
     again = deftx("run", *FEW, *space, cache=tmp_path / "c")
     pd.testing.assert_series_equal(pd.read_csv(again.folder / "trials.csv")["value"], trials["value"])
@@ -279,3 +304,9 @@ def test_a_search_reads_no_target_label(deftx: Command, tmp_path: Path, monkeypa
     losses = pd.read_csv(by_loss.folder / "trials.csv")
     (run,) = [run for run in by_loss.runs() if run["job_type"] == "run"]
     assert run["settings"]["density"] == pytest.approx(losses.loc[losses["value"].idxmin()]["params_density"])
+
+
+def test_a_part_with_nothing_to_make_is_said(deftx: Command) -> None:
+    outcome = deftx("run", *FEW, "method=random_mask", "only=[full:language:qba]")
+    assert outcome.status == 0, outcome.err
+    assert "only=full:language:qba: this study makes nothing of that name" in outcome.err

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import LABELS
 
-from deftx.core.delta import Composition, SparseDelta
+from deftx.core.composition import Composition
+from deftx.core.delta import SparseDelta
 from deftx.errors import DeftxError
 from deftx.training.encoder import (
     base_fingerprint_of,
@@ -25,9 +26,10 @@ from deftx.training.encoder import (
     maskable_parameters,
     model_inputs,
 )
-from deftx.training.model_folder import check_model_folder, shapes_of
+from deftx.training.model_folder import check_model_folder
 from deftx.training.modules import MaskedLM
 from deftx.training.settings import TrainingSettings
+from deftx.training.shapes import shapes_of
 
 EMBEDDING = "embeddings.word_embeddings.weight"
 

@@ -10,6 +10,7 @@ from tiny_models import LABELS, make_lines, make_rows
 
 from deftx.data.module import TextDataModule, _Validation
 from deftx.errors import DeftxError
+from deftx.knobs import problems
 from deftx.training.callback import SparseFineTuning
 from deftx.training.encoder import load_classifier, load_masked_lm, load_tokenizer
 from deftx.training.modules import MaskedLM, SequenceClassifier
@@ -206,7 +207,7 @@ def test_refusals(folders, settings):
     with pytest.raises(DeftxError, match=r"'macro_F1'; did you mean 'macro_f1'\?"):
         SequenceClassifier(model, settings, metric="macro_F1")
     bad = TrainingSettings(learning_rate=0.0, batch_size=0, max_steps=2, min_steps=5)
-    assert len(bad.problems()) == 3
+    assert len(problems(bad)) == 3
 
 
 def test_the_validation_loss_is_the_mean_over_tokens_whatever_the_batches(folder, settings):

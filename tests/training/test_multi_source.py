@@ -6,7 +6,8 @@ import pytest
 import torch
 from tiny_models import LABELS, make_rows
 
-from deftx.core.delta import Composition, SparseDelta
+from deftx.core.composition import Composition
+from deftx.core.delta import SparseDelta
 from deftx.data.module import TextDataModule
 from deftx.training.callback import SparseFineTuning
 from deftx.training.encoder import base_fingerprint_of, base_parameters, load_classifier, load_tokenizer

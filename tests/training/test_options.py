@@ -16,7 +16,6 @@ from deftx.errors import DeftxError
 from deftx.training.callback import SparseFineTuning
 from deftx.training.encoder import load_tokenizer
 from deftx.training.fit import fit_phase
-from deftx.training.model_folder import FAMILIES
 from deftx.training.modules import MaskedLM
 from deftx.training.profile import PARTS
 
@@ -140,8 +139,7 @@ def test_a_way_is_taken_where_it_is_switched_on(folder, settings, trainer, tmp_p
 
     monkeypatch.setattr(MaskedLM, "training_step", spy)
     module, data = build(folder, settings, "language")
-    head = getattr(module.model, FAMILIES[module.model.config.model_type])
-    head.register_forward_pre_hook(count("rows", lambda hidden: hidden[..., 0].numel()))
+    module.model.get_output_embeddings().register_forward_pre_hook(count("rows", lambda hidden: hidden[..., 0].numel()))
     layer = module.model.base_model.encoder.layer[0]
     layer.intermediate.register_forward_pre_hook(count("layers", lambda hidden: 1))
     trainer = replace(trainer, **{way: way == on for way in WAYS})

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_models import LABELS, make_lines, make_rows
 
-from deftx.core.delta import Composition
+from deftx.core.composition import Composition
 from deftx.core.settings import RankPolicy, ResidualPolicy
 from deftx.data.module import TextDataModule
 from deftx.errors import DeftxError

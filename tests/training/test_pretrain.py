@@ -11,6 +11,7 @@ from tiny_models import LABELS, make_lines
 
 from deftx.data.module import TextDataModule
 from deftx.errors import DeftxError
+from deftx.knobs import problems
 from deftx.training.encoder import (
     base_fingerprint_of,
     head_parameters,
@@ -130,4 +131,4 @@ def test_characters_and_case():
 
 def test_settings_are_refused_together():
     bad = PretrainSettings(hidden=15, heads=2, vocab_size=3, max_length=600)
-    assert len(bad.problems()) == 3
+    assert len(problems(bad)) == 3

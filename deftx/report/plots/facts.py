@@ -9,14 +9,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from deftx.methods.table import METHODS
 from deftx.report.collect import Run
 from deftx.report.knobs import canonical, number
 from deftx.report.plots.layers import facts_of
 from deftx.report.plots.scores import knob_of
 from deftx.report.plots.style import COLOURS, MARKERS, Drawn, legend, look, look_of, panels, titled
 from deftx.report.sections import MEAN, Column
-from deftx.report.sfts import composed, told, under_tasks
 from deftx.report.summary import Summary
+from deftx.tracking import CONDITIONS
 
 MEASURES = {
     "fertility": "subword fertility (pieces a word)",
@@ -37,50 +38,50 @@ def overlap(summary: Summary) -> Drawn | str:
         return missing[0] if missing else "no diagnostics"
     if not (frame["what"] == "pair").any():
         return "no run composed a language SFT with a task SFT"
-    single = frame[frame["what"] == "sft"]
-    sizes = single.groupby(["run", "sft"])["selected"].sum()
-    pairs = frame[frame["what"] == "pair"].groupby(["run", "sft", "other"])[["overlap", "sign_conflicts"]].sum()
-    first = single[single["composed"]].drop_duplicates(["run", "sft"])
-    keys = zip(first["run"], first["sft"], strict=True)
-    about = dict(zip(keys, zip(first["language"], first["method"], strict=True), strict=True))
+    sizes = frame[frame["what"] == "sft"].groupby(["run", "key"])["selected"].sum()
+    rows = frame[frame["what"] == "pair"]
+    pairs = rows.groupby(["run", "key", "other_key"])[["overlap", "sign_conflicts"]].sum().to_dict("index")
     points: list[tuple[str, str, float, float, float]] = []
     section = summary.section
-    for row in pairs.reset_index().to_dict("records"):
-        run_number = int(row["run"])
-        language, method = about.get((run_number, row["other"]), ("", ""))
-        run = section.runs[run_number]
+    seen = set()
+    for place, run in enumerate(section.runs):
         # What is composed with φ_T: a target's own language SFT, under its method's condition.
-        for condition in (str(method), "composed"):
-            column = section.column_of(run, condition)
-            cell = section.cells.get((column, str(language), run.record.seed or 0)) if column is not None else None
-            if cell is None or cell.value is None:
+        own = (cell for cell in run.record.cells if cell.condition in (cell.method, "composed"))
+        for cell in sorted(own, key=lambda cell: (cell.condition, cell.language)):
+            counts = pairs.get((place, *(cell.pair or ())))
+            column = section.column_of(run, cell.condition)
+            score = section.cells.get((column, cell.language, run.record.seed or 0)) if column is not None else None
+            if counts is None or cell.pair is None or score is None or score.value is None or cell.key in seen:
                 continue
-            both = float(row["overlap"])
-            size = sum(float(sizes.get((run_number, row[name]), 0)) for name in ("sft", "other"))
+            if cell.key:  # older results may not say it
+                seen.add(cell.key)  # several runs may hold one evaluation
+            both = float(counts["overlap"])
+            size = sum(float(sizes.get((place, key), 0)) for key in cell.pair)
             if size > both:
-                conflicts = float(row["sign_conflicts"]) / both if both else math.nan
-                points.append((str(language), condition, both / (size - both), conflicts, 100 * cell.value))
-            break
+                conflicts = float(counts["sign_conflicts"]) / both if both else math.nan
+                points.append((cell.language, cell.condition, both / (size - both), conflicts, 100 * score.value))
     if len(points) < 3:
         return f"{len(points)} compositions with a score are too few"
     made, axes = panels(2, height=3.1, sharey=True)
+    methods = list(METHODS)
     places = {code: order for order, code in enumerate(section.languages)}
     labels = ("overlap of the masks (Jaccard index)", "shared coordinates whose signs conflict (share)")
     for axis, which, label in zip(axes, (2, 3), labels, strict=True):
         for language, condition in dict.fromkeys((point[0], point[1]) for point in points):
             mine = [point for point in points if point[:2] == (language, condition)]
             colour = COLOURS[places[language] % len(COLOURS)]
-            hollow = condition == "ltsft"
+            # A method's own filling: full, hollow, then grey.
+            filling = [colour, "none", "#dddddd"][min(methods.index(condition), 2) if condition in methods else 0]
             axis.scatter(
                 [point[which] for point in mine],
                 [point[4] for point in mine],
                 marker=MARKERS[places[language] % len(MARKERS)],
                 s=34,
                 edgecolors=colour,
-                facecolors="none" if hollow else colour,
+                facecolors=filling,
                 alpha=0.85,
                 linewidths=1.3,
-                label=f"{language}, {'LT-SFT' if hollow else 'DeFT-X' if condition == 'deftx' else condition}",
+                label=f"{language}, {CONDITIONS.get(condition, condition)}",
             )
         rho, n = _within(points, which)
         axis.set_xlabel(label)
@@ -114,12 +115,11 @@ def cost(summary: Summary) -> Drawn | str:
     """Training time, peak memory and size of the SFTs against the score of each setting."""
     section = summary.section
     row = MEAN if len(section.languages) > 1 else section.languages[0]
-    paired = _paired(summary)
     points: dict[str, list[tuple[Column, float]]] = {"time": [], "memory": [], "size": []}
-    for column in section.named(("deftx", "ltsft", "composed")):
+    for column in section.named(section.methods):
         facts: dict[str, list[float]] = {"time": [], "memory": [], "size": []}
         for run in section.runs_of(column):
-            for key, value in _cost(run, column.condition, paired[run]).items():
+            for key, value in _cost(run, column.condition).items():
                 facts[key].append(value)
         for key, values in facts.items():
             if values and (column, row) in summary.scores and not summary.scores[column, row].missing:
@@ -177,34 +177,21 @@ def _annotate(axis: Any, points: list[tuple[float, float, str]]) -> None:
             placed.append((x, y))
 
 
-def _paired(summary: Summary) -> dict[Run, set[str]]:
-    """SFTs that each run's diagnostics say were composed."""
-    found: dict[Run, set[str]] = {run: set() for run in summary.section.runs}
-    frame, _ = facts_of(summary)
-    if frame is not None:
-        for number, rows in frame[frame["what"] == "pair"].groupby("run"):
-            found[summary.section.runs[int(str(number))]] = {*map(str, rows["sft"]), *map(str, rows["other"])}
-    return found
-
-
-def _cost(run: Run, condition: str, paired: set[str]) -> dict[str, float]:
-    """Seconds as minutes, memory as GiB, size as MiB, of the SFTs that a method's compositions use."""
-    known = told(run)
-    mine = {name for name in composed(run, known, paired) if condition in ("composed", known[name].method)}
-    # What the task SFT was trained on was trained for it, but is no part of what is composed.
-    used = mine | under_tasks(run, known)
+def _cost(run: Run, condition: str) -> dict[str, float]:
+    """Seconds as minutes, memory as GiB, size as MiB, of the SFTs that a condition's compositions use."""
+    mine = run.record.composed(condition)
+    # What a task SFT was trained on was trained for it, but is no part of what is composed.
+    used = mine | {key for sft in run.record.sfts if sft.key in mine for key in sft.on}
     seconds, memory = 0.0, 0.0
     sizes: dict[str, list[float]] = {"language": [], "task": []}
     for sft in run.record.sfts:
-        name = str(sft.get("name"))
-        if name not in used:
+        if sft.key not in used:
             continue
-        facts = sft.get("metrics") or {}
-        full = facts.get("full") or {}
-        seconds += (facts.get("seconds") or 0.0) + (full.get("seconds") or 0.0)
-        memory = max(memory, facts.get("peak_memory") or 0, full.get("peak_memory") or 0)
-        if sft.get("bytes") and name in mine:
-            sizes["task" if known[name].role == "task" else "language"].append(float(sft["bytes"]))
+        full = sft.metrics.get("full") or {}
+        seconds += (sft.metrics.get("seconds") or 0.0) + (full.get("seconds") or 0.0)
+        memory = max(memory, sft.metrics.get("peak_memory") or 0, full.get("peak_memory") or 0)
+        if sft.bytes and sft.key in mine:
+            sizes[sft.kind].append(float(sft.bytes))
     found = {}
     if seconds:
         found["time"] = seconds / 60
@@ -218,7 +205,7 @@ def _cost(run: Run, condition: str, paired: set[str]) -> dict[str, float]:
 def morphology(summary: Summary) -> Drawn | str:
     """The density that scores highest in each language against measures of its text."""
     section = summary.section
-    columns = section.named(["deftx"]) or section.named(["composed"])
+    columns = section.named(section.methods[:1])
     key = knob_of(columns, "density") or knob_of(columns, "k")
     if key is None:
         return "density does not vary between the runs"

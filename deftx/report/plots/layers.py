@@ -5,30 +5,30 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from deftx.errors import DeftxError
 from deftx.report.collect import Run, read_diagnostics
-from deftx.report.knobs import ordered_values, score_settings, shown_value
+from deftx.report.knobs import ordered_values, shown_value
 from deftx.report.plots.style import DASHES, MARKERS, Drawn, heat_map, legend, look, panels, shades, titled
 from deftx.report.sections import MEAN, Column
-from deftx.report.sfts import composed, told
 from deftx.report.summary import Summary
-from deftx.tracking import DIAGNOSTICS
+from deftx.tracking import DIAGNOSTICS, SFTFacts
 
 if TYPE_CHECKING:
     import pandas as pd
 
 _COLUMNS = (
-    *("what", "sft", "other", "layer", "module", "size", "selected", "density", "rank", "energy"),
+    *("what", "key", "other_key", "layer", "module", "size", "selected", "density", "rank", "energy"),
     *("overlap", "sign_conflicts"),
 )
-ROLES = {"language": "language SFTs", "task": "task SFTs"}
+KINDS = {"language": "language SFTs", "task": "task SFTs"}
 MOST_LINES = 7
 
 
 def facts_of(summary: Summary) -> tuple[pd.DataFrame | None, list[str]]:
-    """Diagnostics of a section's runs below each other, with the columns ``run`` (number), ``role``, ``language``,
-    ``method`` and ``composed`` of :mod:`deftx.report.sfts`; and what could not be read.
+    """Diagnostics of a section's runs below each other, with the columns ``run`` (its number) and those of
+    :func:`_about`; and what could not be read.
     """
     if summary.diagnostics is None:
         summary.diagnostics = _read(summary)
@@ -49,21 +49,17 @@ def _read(summary: Summary) -> tuple[pd.DataFrame | None, list[str]]:
         if lacking:
             missing.append(f"{run.name}/{DIAGNOSTICS} lacks the columns {', '.join(lacking)}")
         else:
-            frames.append(frame.assign(run=number, **_named(frame, run)))
+            frames.append(frame.assign(run=number, **_about(frame, run)))
     return (pd.concat(frames, ignore_index=True) if frames else None), missing
 
 
-def _named(frame: pd.DataFrame, run: Run) -> dict[str, Any]:
-    """Role, language and method of SFTs, and whether the run's methods compose them."""
-    names = frame["sft"]
-    known = told(run, (str(name) for name in names.unique()))
-    pairs = frame[frame["what"] == "pair"]
-    mine = composed(run, known, {*map(str, pairs["sft"]), *map(str, pairs.get("other", ()))})
+def _about(frame: pd.DataFrame, run: Run) -> dict[str, Any]:
+    """``kind`` and rank ``policy`` of each row's SFT, and whether the run's methods compose it."""
+    keys, sfts = frame["key"], run.record.sfts
     return {
-        "role": names.map({name: item.role for name, item in known.items()}),
-        "language": names.map({name: "+".join(item.languages) for name, item in known.items()}),
-        "method": names.map({name: item.method for name, item in known.items()}),
-        "composed": names.isin(mine),
+        "kind": keys.map({sft.key: sft.kind for sft in sfts}),
+        "policy": keys.map({sft.key: shown_value(sft.rank, "rank") for sft in sfts}),
+        "composed": keys.isin(run.record.composed()),
     }
 
 
@@ -86,31 +82,21 @@ def _by_layer(summary: Summary, what: str, label: str, sentence: str) -> Drawn |
     frame, missing = facts_of(summary)
     if frame is None:
         return missing[0] if missing else "no diagnostics"
-    frame = frame[(frame["what"] == "sft") & frame[what].notna() & frame["role"].isin(list(ROLES))]
-    frame = frame[(frame["method"] != "ltsft") & frame["composed"]]
+    frame = frame[(frame["what"] == "sft") & frame[what].notna() & frame["composed"]]
     if not len(frame):
         return "no run denoised anything (LT-SFT only)"
-    settings = [score_settings(run.record.settings) for run in summary.section.runs]
-    policies = {}
-    for role, prefix in (("language", "lang"), ("task", "task")):
-        for number, item in enumerate(settings):
-            policies[role, number] = item.get(f"{prefix}.rank", item.get("rank"))
-    frame = frame.assign(
-        policy=[shown_value(policies[key], "rank") for key in zip(frame["role"], frame["run"], strict=True)]
-    )
-    ordered = [shown_value(value, "rank") for value in ordered_values(policies.values())]
-    ordered = [policy for policy in ordered if policy in set(frame["policy"])]
+    ordered = ordered_values(frame["policy"])
     shown = _spread_out(ordered)
-    roles = [role for role in ROLES if (frame["role"] == role).any()]
-    made, axes = panels(len(roles), height=3.0, sharey=True)
+    kinds = [kind for kind in KINDS if (frame["kind"] == kind).any()]
+    made, axes = panels(len(kinds), height=3.0, sharey=True)
     layers = sorted(frame["layer"].unique())
-    for axis, role in zip(axes, roles, strict=True):
+    for axis, kind in zip(axes, kinds, strict=True):
         for order, policy in enumerate(shown):
-            part = frame[(frame["role"] == role) & (frame["policy"] == policy)].groupby("layer")[what].mean()
+            part = frame[(frame["kind"] == kind) & (frame["policy"] == policy)].groupby("layer")[what].mean()
             part = part.reindex(layers)
             axis.plot(range(len(layers)), part.to_numpy(), label=f"rank={policy}", **look(order))
         axis.set_xticks(range(len(layers)), _layer_names(layers))
-        axis.set_title(ROLES[role])
+        axis.set_title(KINDS[kind])
         axis.set_xlabel("layer (emb.: outside of the layers)" if -1 in layers else "layer")
     if what == "energy":
         axes[0].set_ylim(0, 1.03)
@@ -138,7 +124,7 @@ def spectra(summary: Summary) -> Drawn | str:
     """Singular values of the full phase's weight changes; they do not depend on rank or density."""
     for run in summary.section.runs:
         try:
-            frame = read_diagnostics(run, ("what", "sft", "layer", "module", "singular_values"))
+            frame = read_diagnostics(run, ("what", "key", "layer", "module", "singular_values"))
         except DeftxError:
             continue
         if "singular_values" not in frame:
@@ -146,24 +132,22 @@ def spectra(summary: Summary) -> Drawn | str:
         frame = frame[(frame["what"] == "sft") & frame["singular_values"].notna()]
         frame = frame[[len(values) > 1 for values in frame["singular_values"]]]
         if len(frame):
-            return _spectra(frame.assign(**_named(frame, run)), run)
+            return _spectra(frame, run)
     return "no run holds singular values (nothing was denoised, or no diagnostics)"
 
 
 def _spectra(frame: pd.DataFrame, run: Run) -> Drawn:
-    names = list(dict.fromkeys(frame["sft"]))
     targets = [str(code) for code in run.record.settings.get("language") or []]
-    about = frame.drop_duplicates("sft").set_index("sft")
+    known = {sft.key: sft for sft in run.record.sfts}
     # One language SFT of a target, one of the source, one task SFT: the others look alike and would crowd the page.
-    picked: dict[tuple[str, bool], str] = {}
-    for name in names:
-        role, language = str(about.loc[name, "role"]), str(about.loc[name, "language"])
-        picked.setdefault((role, role == "language" and language in targets), name)
+    picked: dict[tuple[str, bool], SFTFacts] = {}
+    for sft in (known[key] for key in dict.fromkeys(frame["key"]) if key in known):
+        picked.setdefault((sft.kind, sft.kind == "language" and not set(targets).isdisjoint(sft.languages)), sft)
     layers = sorted(frame["layer"].unique())
     colours = dict(zip(layers, shades(len(layers)), strict=True))
     made, axes = panels(len(picked), height=3.2, most=3, sharey=True)
-    for axis, ((role, _), name) in zip(axes, picked.items(), strict=True):
-        mine = frame[frame["sft"] == name]
+    for axis, sft in zip(axes, picked.values(), strict=True):
+        mine = frame[frame["key"] == sft.key]
         for order, layer in enumerate(layers):
             values = [np.asarray(item, dtype=float) for item in mine.loc[mine["layer"] == layer, "singular_values"]]
             values = [item / item[0] for item in values if len(item) and item[0] > 0]
@@ -189,7 +173,7 @@ def _spectra(frame: pd.DataFrame, run: Run) -> Drawn:
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
         axis.xaxis.set_major_formatter(_whole())
-        axis.set_title(" ".join(str(name).split()[: 2 if role == "language" else 1]) + " SFT")
+        axis.set_title(f"language {'+'.join(sft.languages)} SFT" if sft.kind == "language" else "task SFT")
         axis.set_xlabel("index of the singular value")
     axes[0].set_ylabel("σᵢ / σ₁")
     legend(made, axes[0], 7)
@@ -207,35 +191,29 @@ def _whole() -> Any:
 
 
 def mask_density(summary: Summary) -> Drawn | str:
-    """Where the selected coordinates lie: a heat map for each role and method."""
+    """Where the selected coordinates lie: a heat map for each kind of SFT and method."""
     frame, missing = facts_of(summary)
     if frame is None:
         return missing[0] if missing else "no diagnostics"
-    frame = frame[(frame["what"] == "sft") & frame["density"].notna() & frame["role"].isin(list(ROLES))]
-    frame = frame[frame["composed"]]
-    chosen: list[tuple[str, Column]] = []
-    for condition in ("deftx", "ltsft"):
-        best = _best(summary, condition)
-        if best is not None:
-            chosen.append((condition, best))
+    frame = frame[(frame["what"] == "sft") & frame["density"].notna()]
+    chosen = [best for condition in summary.section.methods if (best := _best(summary, condition)) is not None]
+    parts = [(column, frame[_composed_in(column, frame, summary)]) for column in chosen]
     drawn = []
-    for role in ROLES:
-        for condition, column in chosen:
-            held = summary.section.runs_of(column)
-            runs = {number for number, run in enumerate(summary.section.runs) if run in held}
-            part = frame[(frame["role"] == role) & (frame["method"] == condition) & frame["run"].isin(runs)]
+    for kind in KINDS:
+        for column, rows in parts:
+            part = rows[rows["kind"] == kind]
             if len(part):
                 sums = part.groupby(["module", "layer"])[["selected", "size"]].sum()
-                drawn.append((role, f"{ROLES[role]}, {column.label}", (sums["selected"] / sums["size"]).unstack()))
+                drawn.append((kind, f"{KINDS[kind]}, {column.label}", (sums["selected"] / sums["size"]).unstack()))
     if not drawn:
         return "the diagnostics hold no masks of the methods' SFTs"
     modules = sorted({str(module) for _, _, table in drawn for module in table.index}, key=_in_order)
     made, axes = panels(len(drawn), height=1.1 + 0.22 * len(modules), most=2)
-    for axis, (role, title, table) in zip(axes, drawn, strict=True):
+    for axis, (kind, title, table) in zip(axes, drawn, strict=True):
         own = table.reindex([module for module in modules if module in table.index])
         layers = [int(layer) for layer in own.columns]
         names = [_module(name) for name in own.index]
-        same = [100 * other.to_numpy() for its, _, other in drawn if its == role]
+        same = [100 * other.to_numpy() for its, _, other in drawn if its == kind]
         limits = (min(float(np.nanmin(item)) for item in same), max(float(np.nanmax(item)) for item in same))
         heat_map(axis, 100 * own.to_numpy(), names, _layer_names(layers), label="selected (%)", limits=limits)
         axis.tick_params(axis="y", labelsize=8)
@@ -248,6 +226,18 @@ def mask_density(summary: Summary) -> Drawn | str:
         f"Share of each module's coordinates that the mask selects, by layer{which}: sums over composed "
         "SFTs and seeds; white: the layer has no such module.",
     )
+
+
+def _composed_in(column: Column, frame: pd.DataFrame, summary: Summary) -> npt.NDArray[np.bool_]:
+    """Whether each row is of an SFT that a run composes for a column's scores."""
+    runs = summary.section.runs_of(column)
+    keys = {
+        (number, key)
+        for number, run in enumerate(summary.section.runs)
+        if run in runs
+        for key in run.record.composed(column.condition)
+    }
+    return np.array([pair in keys for pair in zip(frame["run"], frame["key"], strict=True)], dtype=bool)
 
 
 _ORDER = ("embeddings", "attention.self", "attention.output", "intermediate", "output")
@@ -276,4 +266,4 @@ def _best(summary: Summary, condition: str) -> Column | None:
 
 
 def _several(summary: Summary) -> bool:
-    return any(len(summary.section.named([condition])) > 1 for condition in ("deftx", "ltsft"))
+    return any(len(summary.section.named([condition])) > 1 for condition in summary.section.methods)

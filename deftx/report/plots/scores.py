@@ -12,6 +12,7 @@ from deftx.report.plots.style import REFERENCE, WIDTH, Drawn, figure, heat_map, 
 from deftx.report.sections import MEAN, Column
 from deftx.report.summary import Score, Summary
 from deftx.tracking import CONDITIONS
+from deftx.tracking.names import BASELINE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -71,24 +72,21 @@ def overview(summary: Summary) -> Drawn | str:
 
 def against_rank(summary: Summary) -> Drawn | str:
     """A panel for each language: ranks on a logarithmic axis, policies beside them, LT-SFT as a line."""
-    return _against(summary, "rank", "rank", ("deftx", "composed"), line=True)
+    return _against(summary, "rank", "rank", line=True)
 
 
 def against_density(summary: Summary) -> Drawn | str:
     """A panel for each language: the mask's density on a logarithmic axis."""
-    found = _against(summary, "density", "density of the mask", _METHODS, line=False)
+    found = _against(summary, "density", "density of the mask", line=False)
     if isinstance(found, str):
-        sizes = _against(summary, "k", "K (coordinates)", _METHODS, line=False)
+        sizes = _against(summary, "k", "K (coordinates)", line=False)
         return found if isinstance(sizes, str) else sizes
     return found
 
 
 def against_residual(summary: Summary) -> Drawn | str:
     """A panel for each language: residual policies side by side."""
-    return _against(summary, "residual", "residual policy", ("deftx", "composed"), line=True)
-
-
-_METHODS = ("deftx", "ltsft", "composed")
+    return _against(summary, "residual", "residual policy", line=True)
 
 
 def knob_of(columns: Sequence[Column], name: str) -> str | None:
@@ -100,12 +98,12 @@ def knob_of(columns: Sequence[Column], name: str) -> str | None:
     return None
 
 
-def _against(summary: Summary, name: str, label: str, conditions: Sequence[str], *, line: bool) -> Drawn | str:
+def _against(summary: Summary, name: str, label: str, *, line: bool) -> Drawn | str:
     section = summary.section
-    columns = section.named(conditions)
+    columns = section.named(section.methods)
     knobs = {
         column: key
-        for condition in conditions
+        for condition in section.methods
         for column in section.named([condition])
         if (key := knob_of(section.named([condition]), name)) is not None
     }
@@ -113,17 +111,18 @@ def _against(summary: Summary, name: str, label: str, conditions: Sequence[str],
     key = next(iter(knobs.values()), None)
     if key is None:
         return f"{name} does not vary between the runs"
-    series: dict[str, list[Column]] = {}
+    series: dict[tuple[str, str], list[Column]] = {}
     for column in columns:
         rest = " ".join(knob_text(k, v) for k, v in column.knobs.items() if k.rpartition(".")[2] != name)
-        series.setdefault(f"{column.title} {rest}".strip(), []).append(column)
+        series.setdefault((column.condition, rest), []).append(column)
     if len(series) > MOST_SERIES:
         return f"{len(series)} lines would not be readable; the heat map and the tables hold them"
     places = _places([column.knobs[knobs[column]] for column in columns])
     rows = [row for row in [MEAN, *section.languages] if row in summary.rows]
     made, axes = panels(len(rows))
     for axis, row in zip(axes, rows, strict=True):
-        for order, (title, its) in enumerate(sorted(series.items(), key=lambda item: item[1][0].condition == "ltsft")):
+        ltsft_last = sorted(series.items(), key=lambda item: item[0][0] == BASELINE)
+        for order, ((condition, rest), its) in enumerate(ltsft_last):
             values = [c.knobs[knobs[c]] for c in its]
             # A little apart, so that error bars of several lines do not cover each other.
             aside = (order - (len(series) - 1) / 2) * 0.03 * _width(places)
@@ -131,9 +130,10 @@ def _against(summary: Summary, name: str, label: str, conditions: Sequence[str],
                 (places[canonical({"": value})] + aside, number(value) is not None, column)
                 for value, column in zip(values, its, strict=True)
             ]
-            _line(axis, summary, row, points, title, order)
+            style = look_of(BASELINE) if condition == BASELINE and not rest else look(order)
+            _line(axis, summary, row, points, f"{its[0].title} {rest}".strip(), style)
             if line:
-                _reference(axis, summary, row, its, f"LT-SFT{title.removeprefix(its[0].title)}", order, len(series))
+                _reference(axis, summary, row, its, f"{CONDITIONS[BASELINE]} {rest}".strip(), order, len(series))
         axis.set_title("mean over languages" if row == MEAN else row)
         _ticks(axis, places, [column.knobs[knobs[column]] for column in columns])
     across = min(4, len(axes))
@@ -144,7 +144,7 @@ def _against(summary: Summary, name: str, label: str, conditions: Sequence[str],
     legend(made, axes[0], 3)
     bars = "bars: standard deviation over seeds" if len(summary.seeds) > 1 else "one seed"
     extra = ""
-    if line and any(section.baseline_of(column, "ltsft") is not None for column in columns):
+    if line and any(section.baseline_of(column, BASELINE) is not None for column in columns):
         extra = "; dashed: LT-SFT" + (", with its spread as a band" if len(series) == 1 else " of the same setting")
     return Drawn(made, f"{section.metric_name} against {label}, for each language ({bars}{extra}; the y axes differ).")
 
@@ -185,14 +185,18 @@ def _ticks(axis: Axes, places: dict[str, float], values: Sequence[Any]) -> None:
 
 
 def _line(
-    axis: Axes, summary: Summary, row: str, points: Sequence[tuple[float, bool, Column]], title: str, order: int
+    axis: Axes,
+    summary: Summary,
+    row: str,
+    points: Sequence[tuple[float, bool, Column]],
+    title: str,
+    style: Mapping[str, Any],
 ) -> None:
     found = [
         (place, joined, summary.scores[column, row])
         for place, joined, column in sorted(points, key=lambda item: item[0])
         if (column, row) in summary.scores and not summary.scores[column, row].missing
     ]
-    style = look_of("ltsft") if title == CONDITIONS["ltsft"] else look(order)
     # A line joins numbers; policies are points of their own.
     for numeric in (True, False):
         part = [item for item in found if item[1] == numeric]
@@ -213,7 +217,7 @@ def _line(
 def _reference(
     axis: Axes, summary: Summary, row: str, columns: Sequence[Column], title: str, order: int, several: int
 ) -> None:
-    bases = {base for column in columns if (base := summary.section.baseline_of(column, "ltsft")) is not None}
+    bases = {base for column in columns if (base := summary.section.baseline_of(column, BASELINE)) is not None}
     scores = [summary.scores[base, row] for base in bases if (base, row) in summary.scores]
     if len(scores) != 1 or scores[0].missing:
         return
@@ -227,10 +231,12 @@ def _reference(
 def rank_by_sparsity(summary: Summary) -> Drawn | str:
     """Heat map of the mean over languages; LT-SFT is the last row."""
     section = summary.section
-    columns = section.named(["deftx"])
-    rank = knob_of(columns, "rank")
-    size = knob_of(columns, "density") or knob_of(columns, "k")
-    if rank is None or size is None:
+    for columns in (section.named([condition]) for condition in section.methods):
+        rank = knob_of(columns, "rank")
+        size = knob_of(columns, "density") or knob_of(columns, "k")
+        if rank is not None and size is not None:
+            break
+    else:
         return "rank and density do not both vary between the runs"
     row = MEAN if len(section.languages) > 1 else section.languages[0]
     ranks = ordered_values(column.knobs[rank] for column in columns)
@@ -252,7 +258,7 @@ def rank_by_sparsity(summary: Summary) -> Drawn | str:
         values = np.full((len(ranks) + 1, len(sizes)), np.nan)
         for column in its:
             where = sizes.index(column.knobs[size])
-            base = section.baseline_of(column, "ltsft")
+            base = section.baseline_of(column, BASELINE)
             for place, cell in ((ranks.index(column.knobs[rank]), column), (len(ranks), base)):
                 score = summary.scores.get((cell, row)) if cell is not None else None
                 if score is not None and not score.missing:

@@ -1,0 +1,293 @@
+"""What an SFT is trained for: masked language modelling on text, or classification of labelled rows.
+
+An objective names the nodes it reads and loads nothing before one of them is computed, so that a graph can be made of
+it.
+
+Shapes: M is the maskable parameters, a mapping from the base model's own names to float32 tensors of any shape.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deftx.cache import Workspace, file_sha256
+from deftx.data.settings import LanguageSettings
+from deftx.stages.base import Base
+from deftx.stages.inputs import read_report, read_rows, read_text
+from deftx.stages.node import Given, Node, stage_seed
+from deftx.stages.settings import SFTSettings, StudySettings
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from deftx.training.encoder import LoadReport
+    from deftx.training.modules import Encoder
+
+SFT_FOLDER = "sft"
+
+
+@dataclass(frozen=True)
+class SFT:
+    """A sparse fine-tuning of a study: one that the study trains, or one that the user gave. Its key is what it is.
+
+    Attributes:
+        kind: ``task`` or ``language``.
+        name: For tables and logs, such as ``language qba deftx``.
+        key: Of the node that makes it; of a given one the sha256 of its tensors.
+        node: Makes it; None for a given one.
+        folder: Of a given one; None for one that is made.
+        on: Keys of the φ_S that it is trained on; empty on θ⁰.
+        composition: How it is put on a model, a key of :data:`deftx.methods.adaptation.COMPOSITIONS`.
+    """
+
+    kind: str = field(compare=False)
+    name: str = field(compare=False)
+    key: str
+    node: Node | None = field(default=None, compare=False)
+    folder: Path | None = field(default=None, compare=False)
+    on: tuple[str, ...] = field(default=(), compare=False)
+    composition: str = "sum"
+
+    @property
+    def needs(self) -> dict[str, Node]:
+        """The node that makes it, by its kind, for what reads it."""
+        return {} if self.node is None else {self.kind: self.node}
+
+    @property
+    def content(self) -> dict[str, str]:
+        """The fingerprint of a given one, by its kind, for what reads it."""
+        return {self.kind: self.key} if self.node is None else {}
+
+    def found_in(self, work: Workspace) -> Path:
+        """Its folder, where a node that needs it is computed.
+
+        Raises:
+            DeftxError: A given one was changed since the command began.
+        """
+        if self.folder is None:
+            return work.inputs[self.kind].path / SFT_FOLDER
+        Given(f"the SFT in {self.folder}", self.key, partial(given_key, self.folder)).check()
+        return self.folder
+
+    def digest(self, work: Workspace) -> str:
+        """What it is, bit for bit, where a node that needs it is computed."""
+        return self.key if self.folder is not None else work.inputs[self.kind].digest
+
+
+class Objective(ABC):
+    """What an SFT is trained for: masked language modelling on text, or classification of labelled rows.
+
+    Nothing is loaded before a node is computed.
+
+    Attributes:
+        kind: ``language`` or ``task``.
+        language: Language the text or the rows are in; several sources are joined by ``+``.
+        label: How logs name it: ``language qba``, ``task on θ⁰+qaa``, ``task on θ⁰``.
+        slug: A stable name for training curves: ``language-qba``, ``task-on-qaa``, ``task``.
+        base: θ⁰.
+        data: Nodes of the text or the rows it learns from, by input name.
+        start: Nodes of what training starts from, by input name: the base, φ_S of the source languages.
+        source_sfts: φ_S that training starts on, by source language.
+    """
+
+    kind: str
+    language: str
+    label: str
+    slug: str
+    source_sfts: Mapping[str, SFT] = {}
+
+    def __init__(self, study: StudySettings, base: Base, data: Mapping[str, Node], start: Mapping[str, Node]) -> None:
+        self.study = study
+        self.base = base
+        self.data = dict(data)
+        self.start = {**base.needs, **start}
+
+    @abstractmethod
+    def model(self, work: Workspace) -> tuple[Any, LoadReport]:
+        """θ⁰ with the head that is trained, drawn from the seed where the base has none."""
+
+    @abstractmethod
+    def load(self, sft: SFTSettings, work: Workspace) -> tuple[Encoder, str, list[str]]:
+        """A freshly loaded module at the start of training; θ⁰'s fingerprint; names of head tensors that were drawn."""
+
+    @abstractmethod
+    def data_module(self, sft: SFTSettings, work: Workspace) -> Any:
+        """Batches of the text or the rows."""
+
+    @abstractmethod
+    def facts(self, work: Workspace) -> dict[str, Any]:
+        """What the SFT's ``sft.json`` says of it."""
+
+    def key_settings(self) -> dict[str, Any]:
+        """What of it, beside its inputs, changes what is trained."""
+        return {"objective": self.kind, "language": self.language}
+
+
+class LanguageObjective(Objective):
+    """Masked language modelling on unlabelled text of one language."""
+
+    kind = "language"
+
+    def __init__(self, study: StudySettings, base: Base, language: LanguageSettings, text: Node, tokens: Path) -> None:
+        """See :class:`Objective`.
+
+        Args:
+            study: Resolved settings.
+            base: θ⁰.
+            language: Whose text it is.
+            text: Its text.
+            tokens: Folder for tokenised text, which several stages read.
+        """
+        super().__init__(study, base, {"data": text}, {})
+        self.language = language.code
+        self.label, self.slug = f"language {language.code}", f"language-{language.code}"
+        self.tokens = tokens
+
+    def model(self, work: Workspace) -> tuple[Any, LoadReport]:
+        """θ⁰ with its MLM head."""
+        from deftx.training.encoder import load_masked_lm
+
+        return load_masked_lm(self.base.found_in(work), seed=stage_seed(self.study.seed, "head", "mlm"))
+
+    def load(self, sft: SFTSettings, work: Workspace) -> tuple[Encoder, str, list[str]]:
+        """θ⁰ with its MLM head."""
+        from deftx.training.encoder import base_fingerprint_of
+        from deftx.training.modules import MaskedLM
+
+        model, report = self.model(work)
+        return MaskedLM(model, sft.training), base_fingerprint_of(model), report.drawn
+
+    def data_module(self, sft: SFTSettings, work: Workspace) -> Any:
+        """Blocks of text, masked anew in each epoch."""
+        from deftx.data.module import TextDataModule
+        from deftx.training.encoder import load_tokenizer
+
+        text = work.inputs["data"]
+        return TextDataModule.for_language(
+            read_text(text, "train"),
+            read_text(text, "valid"),
+            load_tokenizer(self.base.found_in(work)),
+            block_length=sft.training.max_length,
+            seed=stage_seed(self.study.seed, "validation masks", self.language),
+            mlm_probability=sft.training.mlm_probability,
+            cache_dir=self.tokens,
+        )
+
+    def facts(self, work: Workspace) -> dict[str, Any]:
+        """Language and text."""
+        return {"languages": [self.language], "task": None, "text": read_report(work.inputs["data"])}
+
+
+class TaskObjective(Objective):
+    """Classification of labelled rows of one or several source languages.
+
+    With one source language the model holds θ⁰ + φ_S. With several it holds θ⁰, and each batch is computed on θ⁰ + its
+    own φ_S (docs/method.md, multi-source). Without φ_S it is θ⁰.
+    """
+
+    kind = "task"
+
+    def __init__(self, study: StudySettings, base: Base, rows: Mapping[str, Node], on: Mapping[str, SFT]) -> None:
+        """See :class:`Objective`.
+
+        Args:
+            study: Resolved settings.
+            base: θ⁰.
+            rows: Labelled rows by source language.
+            on: φ_S by source language; empty trains on θ⁰.
+        """
+        self.several = len(rows) > 1
+
+        def name(what: str, code: str) -> str:
+            return f"{what}.{code}" if self.several else what
+
+        self.rows = {code: name("data", code) for code in rows}
+        self.on = {code: name("source_sft", code) for code in rows if on}
+        self.source_sfts = dict(on)
+        super().__init__(
+            study,
+            base,
+            {name("data", code): item for code, item in rows.items()},
+            {name("source_sft", code): item.node for code, item in on.items() if item.node is not None},
+        )
+        self.language = "+".join(rows)
+        if on:
+            self.label, self.slug = f"task on θ⁰+{self.language}", f"task-on-{self.language}"
+        else:
+            self.label, self.slug = f"task {self.language} on θ⁰" if self.several else "task on θ⁰", "task"
+
+    def model(self, work: Workspace) -> tuple[Any, LoadReport]:
+        """θ⁰ with a classifier drawn from the seed."""
+        from deftx.training.encoder import HEADS
+
+        # What it learns from decides the head, not what it is evaluated on: AmericasNLI and XNLI share one.
+        task, seed = self.study.task_spec, stage_seed(self.study.seed, "head", self.study.train)
+        return HEADS[task.head](self.base.found_in(work), labels=task.labels, seed=seed)
+
+    def load(self, sft: SFTSettings, work: Workspace) -> tuple[Encoder, str, list[str]]:
+        """θ⁰ + φ_S with a classifier drawn from the seed."""
+        from deftx.core.composition import Composition
+        from deftx.core.delta import SparseDelta
+        from deftx.training.encoder import base_fingerprint_of, base_parameters
+        from deftx.training.modules import SequenceClassifier
+
+        model, report = self.model(work)
+        fingerprint = base_fingerprint_of(model)
+        deltas = [SparseDelta.load(work.inputs[name].path / SFT_FOLDER) for name in self.on.values()]
+        if not self.several:
+            parameters = {name: parameter.data for name, parameter in base_parameters(model).items()}
+            composition = Composition(parameters, base_fingerprint=fingerprint)
+            for delta in deltas:
+                composition.add("source", delta)
+        shifts = deltas if self.several else []
+        module = SequenceClassifier(model, sft.training, metric=self.study.task_spec.metric, source_sfts=shifts)
+        return module, fingerprint, report.drawn
+
+    def data_module(self, sft: SFTSettings, work: Workspace) -> Any:
+        """Batches of rows; several sources are mixed, each row knows its own."""
+        import pandas as pd
+
+        from deftx.data.module import TextDataModule
+        from deftx.training.encoder import load_tokenizer
+
+        def split(name: str) -> pd.DataFrame:
+            frames = [read_rows(work.inputs[of], name) for of in self.rows.values()]
+            if not self.several:
+                return frames[0]
+            return pd.concat([frame.assign(source=n) for n, frame in enumerate(frames)], ignore_index=True)
+
+        tokenizer = load_tokenizer(self.base.found_in(work))
+        return TextDataModule.for_task(split("train"), split("valid"), tokenizer, max_length=sft.training.max_length)
+
+    def facts(self, work: Workspace) -> dict[str, Any]:
+        """Task, labels, rows, and the sha256 of the φ_S it was trained on."""
+        shas = {code: sft_sha256(work.inputs[name].path / SFT_FOLDER) for code, name in self.on.items()}
+        return {
+            "languages": list(self.rows),
+            "task": self.study.train,
+            "labels": list(self.study.task_spec.labels),
+            "trained_on": shas or None,
+            "rows": {code: read_report(work.inputs[name]) for code, name in self.rows.items()},
+        }
+
+    def key_settings(self) -> dict[str, Any]:
+        """Also what labels mean and what chooses the checkpoint."""
+        task = self.study.task_spec
+        return {**super().key_settings(), "labels": list(task.labels), "metric": task.metric}
+
+
+def given_key(folder: Path) -> str:
+    """Key of a given SFT: the sha256 of its tensors."""
+    return file_sha256(folder / "sft.safetensors")
+
+
+def sft_sha256(folder: Path) -> str:
+    """SHA-256 of an SFT's tensors, as its ``sft.json`` says."""
+    stated = json.loads((folder / "sft.json").read_text(encoding="utf-8"))
+    return str(stated["sha256"]["sft.safetensors"])

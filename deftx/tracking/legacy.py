@@ -1,0 +1,234 @@
+"""Results and sweeps of older schemas, given the fields that newer ones have, when they are read.
+
+Schemas 1 and 2 of ``result.json`` tell of an SFT little more than its name (``language ace deftx rank=16
+residual=drop``, ``task on θ⁰+ind ltsft``), and of a cell nothing but its score. This is the only module that reads
+names and sentences, and it reads those of older results alone. There an SFT's key is its name, since
+``diagnostics.parquet`` knew it by nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["upgrade", "upgrade_sweep", "with_keys"]
+
+_JOB_TYPES = ("run", "stage", "sft-language", "sft-task", "eval")
+_METHODS = ("deftx", "ltsft", "random_mask")
+_CONSTANT = "one class is predicted throughout, nothing was learnt or transferred"
+
+
+class _Policy(NamedTuple):
+    """What makes an SFT another one; two SFTs of one language that agree in it are the same."""
+
+    rank: str | None
+    residual: str | None
+    mask: str
+    second_phase: bool
+
+
+def upgrade(version: int, content: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a ``result.json`` of schema 1 or 2 as schema 3 would say it.
+
+    Args:
+        version: Its schema.
+        content: Its content, without the version.
+
+    Raises:
+        KeyError, TypeError, AttributeError, ValueError: It is no result.
+    """
+    new = dict(content)
+    if version == 1:
+        # Its name began with it: sft-language-2026-11-21_...
+        new["job_type"] = next((name for name in _JOB_TYPES if content["job"].startswith(name)), "run")
+    old = _Result(new)
+    new["sfts"] = old.sfts
+    new["cells"] = old.cells()
+    new["notes"] = [_remark(str(note)) for note in content.get("notes", [])]
+    new["provenances"] = []
+    return new
+
+
+def with_keys(diagnostics: pd.DataFrame) -> pd.DataFrame:
+    """Diagnostics with the columns ``key`` and ``other_key``, which older ones lack."""
+    names = {"key": "sft", "other_key": "other"}
+    absent = {key: diagnostics[name] for key, name in names.items() if key not in diagnostics and name in diagnostics}
+    return diagnostics.assign(**absent)
+
+
+def upgrade_sweep(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a ``sweep.json`` of schema 1 as schema 2 would say it."""
+
+    def job_of(job: Mapping[str, Any]) -> dict[str, Any]:
+        texts = [text.replace("\\", "") for text in job["swept"]]  # Hydra's
+        return {**job, "swept": texts, "knobs": {knob: value for knob, _, value in (t.partition("=") for t in texts)}}
+
+    jobs = [job_of(job) for job in content["jobs"]]
+    swept = {knob for job in jobs for knob in job["knobs"]}
+    every = [text for text in jobs[0]["overrides"] if all(text in job["overrides"] for job in jobs)] if jobs else []
+    shared = [text for text in every if text.partition("=")[0] not in swept]
+    return {**content, "jobs": jobs, "stages": list(content["stages"]), "shared": shared}
+
+
+def _remark(note: str) -> dict[str, Any]:
+    start, _, cells = note.partition(": ")
+    if start == _CONSTANT:
+        return {"kind": "constant_predictions", "text": start, "about": cells.split(", ")}
+    return {"kind": "other", "text": note}
+
+
+class _Result:
+    """The SFTs of an older result, and what its cells composed."""
+
+    def __init__(self, content: Mapping[str, Any]) -> None:
+        self.content = content
+        self.settings: Mapping[str, Any] = content.get("settings", {})
+        self.targets = [str(code) for code in self.settings.get("language") or []]
+        more = self.settings.get("task.more_sources") or []
+        self.sources = [str(code) for code in (self.settings.get("task.source"), *more) if code]
+        self.given = content["job_type"] == "eval"
+        self.policies: dict[str, _Policy | None] = {}
+        self.sfts: list[dict[str, Any]] = [self._sft(said) for said in content.get("sfts", [])]
+        under = [sft["key"] for code in self.sources if (sft := self._source(code)) is not None]
+        for sft in self.sfts:
+            if sft["kind"] == "task" and "θ⁰+" in sft["name"]:
+                sft["on"] = under
+
+    def _sft(self, said: Mapping[str, Any]) -> dict[str, Any]:
+        """One SFT's fields, as its result says them, else from its name, else from the settings."""
+        name = str(said["name"])
+        words = name.split()
+        kind = str(said.get("role") or words[0])
+        languages = said.get("languages") or (words[1:2] if kind == "language" else [])
+        method = said.get("method") or next((word for word in words if word in _METHODS), None)
+        values = dict(word.split("=", 1) for word in words if "=" in word)
+        if method in _METHODS and ("rank" in values or method != "deftx"):
+            mask = "random" if method == "random_mask" or "random mask" in name else "magnitude"
+            policy = _Policy(values.get("rank"), values.get("residual"), mask, "without second phase" not in name)
+        else:
+            policy = None
+        self.policies[name] = policy
+        scope = self._scope(kind, languages, policy)
+        asked = policy or self._asked(scope)
+        task = self.settings.get("train") or self.settings.get("task")
+        return {
+            "kind": kind,
+            "key": name,
+            "method": method,
+            **asked._asdict(),
+            "exclude": self.settings.get(f"{scope}.exclude") or [],
+            "k": said.get("k"),
+            "density": self.settings.get(f"{scope}.density"),
+            "value_dtype": self.settings.get(f"{scope}.value_dtype") or "float32",
+            "languages": languages,
+            "task": task if kind == "task" else None,
+            "seed": self.settings.get(f"{scope}.seed") if self.given else self.content.get("seed"),
+            "base": self.content.get("fingerprints", {}).get("base"),
+            "name": name,
+            "bytes": said.get("bytes"),
+            "sha256": said.get("sha256"),
+            "metrics": said.get("metrics") or {},
+        }
+
+    def _scope(self, kind: str, languages: Sequence[str], policy: _Policy | None) -> str:
+        """Before which dot the settings of an SFT stand."""
+        if self.given:
+            return "task_sft" if kind == "task" else f"language_sft.{'+'.join(map(str, languages))}"
+        if kind == "task":
+            return "task"
+        of_source = not set(languages) & set(self.targets)
+        if set(languages) & set(self.sources):
+            of_source |= policy == self._asked("source") != self._asked("lang")
+        return "source" if of_source else "lang"
+
+    def _asked(self, scope: str) -> _Policy:
+        """The policy that settings ask for."""
+        short = self.settings if scope != "source" else {}  # short knobs never moved φ_S
+        rank = self.settings.get(f"{scope}.rank", short.get("rank"))
+        residual = self.settings.get(f"{scope}.residual", short.get("residual"))
+        return _Policy(
+            None if rank is None else str(rank),
+            None if rank is None or residual is None else str(residual),
+            str(self.settings.get(f"{scope}.mask") or "magnitude"),
+            self.settings.get(f"{scope}.second_phase") is not False,
+        )
+
+    def _pick(
+        self, found: Iterable[dict[str, Any]], policy: _Policy, method: str | None = None
+    ) -> dict[str, Any] | None:
+        """Of several SFTs the one that a policy asks for, else one of a method, else one whose name says neither."""
+        found = list(found)
+        fits = [sft for sft in found if self.policies[sft["name"]] == policy]
+        fits += [sft for sft in found if sft["method"] == method]
+        fits += [sft for sft in found if self.policies[sft["name"]] is None]
+        return fits[0] if fits else None
+
+    def _language(self, code: str, policy: _Policy, method: str | None) -> dict[str, Any] | None:
+        found = [sft for sft in self.sfts if sft["kind"] == "language" and code in sft["languages"]]
+        return self._pick(found, policy, method)
+
+    def _source(self, code: str) -> dict[str, Any] | None:
+        """φ_S of a source language."""
+        found = [sft for sft in self.sfts if sft["kind"] == "language" and code in sft["languages"]]
+        if code not in self.targets:
+            return found[0] if found else None
+        return self._pick(found, self._asked("source"))
+
+    def _task(self, policy: _Policy, method: str | None, *, alone: bool = False) -> dict[str, Any] | None:
+        """φ_T on θ⁰ + φ_S, or on θ⁰ where it is ``alone`` or there is no other."""
+        tasks = [sft for sft in self.sfts if sft["kind"] == "task"]
+        apart = [sft for sft in tasks if bool(sft.get("on")) is not alone]
+        return self._pick(apart, policy, method) or self._pick(tasks, policy, method)
+
+    def cells(self) -> list[dict[str, Any]]:
+        """One for each score, in the same order; for other targets' SFTs one each."""
+        keys = {
+            str(stage.get("label")): stage.get("key")
+            for stage in self.content.get("stages", [])
+            if stage.get("kind") == "evaluate"
+        }
+        scores = dict.fromkeys((item["language"], item["condition"]) for item in self.content["metrics"])
+        found = []
+        for language, condition in scores:
+            for variant, method, terms in self._compositions(str(language), str(condition)):
+                label = " ".join(part for part in (language, condition, variant) if part)
+                cell = {"language": language, "condition": condition, "variant": variant, "method": method}
+                cell |= {"key": keys.get(label) or "", "terms": [_term(sft) for sft in terms if sft is not None]}
+                found.append(cell)
+        return found
+
+    def _compositions(
+        self, language: str, condition: str
+    ) -> list[tuple[str, str | None, tuple[dict[str, Any] | None, ...]]]:
+        """Variant, method and SFTs of a condition's cells."""
+        main = self.settings.get("method")
+        if self.given:
+            task = next((sft for sft in self.sfts if sft["kind"] == "task"), None)
+            return [("", main, (task, self._given(language) if condition == "composed" else None))]
+        asked, lang = self._asked("task"), self._asked("lang")
+        if condition == "ltsft":
+            asked, lang = (policy._replace(rank=None, residual=None) for policy in (asked, lang))
+        method = condition if condition in _METHODS else main
+        task = self._task(asked, method, alone=condition == "no_language_sft")
+        if condition == "no_language_sft":
+            return [("", method, (task,))]
+        if condition == "source_sft":
+            return [("", method, (task, self._source(self.sources[0]) if self.sources else None))]
+        if condition == "other_language_sft":
+            others = {code: self._language(code, lang, method) for code in self.targets if code != language}
+            return [(code, method, (task, sft)) for code, sft in others.items() if sft is not None]
+        if condition not in _METHODS:
+            return [("", method, ())]
+        return [("", method, (task, self._language(language, lang, method)))]
+
+    def _given(self, language: str) -> dict[str, Any] | None:
+        languages = [sft for sft in self.sfts if sft["kind"] == "language"]
+        own = [sft for sft in languages if list(sft["languages"]) == [language]]
+        return next(iter(own or languages), None)
+
+
+def _term(sft: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in sft.items() if name not in ("name", "bytes", "sha256", "metrics")}
