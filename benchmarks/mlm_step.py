@@ -34,9 +34,9 @@ Step = Callable[[Batch], Tensor]
 def ours(model: Any, selection: Mapping[str, Tensor] | None = None) -> Step:
     """Deftx's step: the full phase, or the sparse one where a selection is given."""
     module = MaskedLM(model, TrainingSettings(learning_rate=LEARNING_RATE, clip_norm=CLIP))
-    phase = SparseFineTuning("full" if selection is None else "sparse", selection=selection)
+    phase = SparseFineTuning(selection=selection)
     hooks: Any = phase  # Lightning passes its trainer, which these hooks do not read
-    hooks.setup(None, module, "fit")
+    hooks.begin(module)
     module.begin_fit(100_000)
     configured = module.configure_optimizers()
     optimizer, scheduler = configured["optimizer"], configured["lr_scheduler"]["scheduler"]

@@ -43,6 +43,9 @@ class SparseAdamW(torch.optim.Optimizer):
         eps: added to the root of the second moment.
         weight_decay: decoupled weight decay, applied to what is trained.
 
+    Attributes:
+        selections: as given, on the parameters' device.
+
     Raises:
         ValueError: a hyperparameter outside its range; a selection that is not sorted, repeats or exceeds
             its parameter, or belongs to no parameter of ``params``; a partly trained parameter that is not
@@ -72,7 +75,7 @@ class SparseAdamW(torch.optim.Optimizer):
             if not parameter.is_contiguous():
                 raise ValueError(f"a partly trained parameter of shape {tuple(parameter.shape)} is not contiguous")
             _check_selection(index, parameter)
-        self._selections = {parameter: index.to(parameter.device) for parameter, index in selections.items()}
+        self.selections = {parameter: index.to(parameter.device) for parameter, index in selections.items()}
         self._gradients = gradients
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -83,7 +86,7 @@ class SparseAdamW(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Keep the selections when the optimizer is copied or pickled; a copy reads ``.grad``."""
-        return {**super().__getstate__(), "_selections": self._selections, "_gradients": None}
+        return {**super().__getstate__(), "selections": self.selections, "_gradients": None}
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -106,12 +109,12 @@ class SparseAdamW(torch.optim.Optimizer):
                 gradient = gathered if gathered is not None else parameter.grad
                 if gradient is None:
                     continue
-                index = self._selections.get(parameter)
+                index = self.selections.get(parameter)
                 if index is None:
                     self._update(group, parameter, gradient, None, gathered=False)
                 elif index.numel():
                     if index.device != parameter.device:  # the model was moved after the optimizer was made
-                        index = self._selections[parameter] = index.to(parameter.device)
+                        index = self.selections[parameter] = index.to(parameter.device)
                     self._update(group, parameter, gradient, index, gathered=gathered is not None)
         return loss
 
@@ -137,7 +140,7 @@ class SparseAdamW(torch.optim.Optimizer):
         digest = hashlib.sha256()
         for group in self.param_groups:
             for parameter in group["params"]:
-                index = self._selections.get(parameter)
+                index = self.selections.get(parameter)
                 digest.update(b"whole" if index is None else index.numel().to_bytes(8, "little"))
                 if index is not None:
                     digest.update(index.cpu().numpy().data)

@@ -1,13 +1,16 @@
-"""What a selection may look at, read from the results of earlier nodes when it is asked for.
+"""What a selection may look at, and the module that training starts from.
+
+The results of earlier nodes are read when they are asked for. One module is kept: the one that a phase has rewound is
+what the next phase of the same SFT starts from, so that a process loads each base once.
 
 Shapes: M is the maskable parameters, a mapping from the base model's own names to float32 tensors of any shape.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import cached_property
-from typing import TYPE_CHECKING
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from deftx.cache import Workspace
 from deftx.stages.node import stage_seed
@@ -42,10 +45,10 @@ class StageEvidence:
         self._work = work
         self.reports: list[MatrixReport] = []
 
-    @cached_property
     def loaded(self) -> tuple[Encoder, str, list[str]]:
-        """The module at the start of training, θ⁰'s fingerprint, names of drawn head tensors."""
-        return self._objective.load(self._sft, self._work)
+        """The module at the start of training, θ⁰'s fingerprint, names of drawn head tensors; only to be read."""
+        with at_start(self._objective, self._sft, self._work) as loaded:
+            return loaded
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Names and shapes of M, of the base that is there."""
@@ -70,7 +73,7 @@ class StageEvidence:
 
     def start(self) -> dict[str, Tensor]:
         """θ⁰, or θ⁰ + φ_S, over M; float32."""
-        return {name: parameter.detach() for name, parameter in self.loaded[0].maskable.items()}
+        return {name: parameter.detach() for name, parameter in self.loaded()[0].maskable.items()}
 
     def full(self) -> dict[str, Tensor]:
         """θ¹ over M by name, and its head under ``head.<name>``; float32."""
@@ -82,19 +85,48 @@ class StageEvidence:
         """Δ = θ¹ − θ⁰ over M, float32."""
         from deftx.training.callback import change_of
 
-        return change_of(self.full(), self.loaded[0])
+        return change_of(self.full(), self.loaded()[0])
 
     def denoised_change(self) -> Mapping[str, Tensor]:
         """Δ̂ over M; without a rank Δ itself."""
         from safetensors.torch import load_file
 
-        from deftx.core.denoise import denoise, unpack_decompositions
+        from deftx.core.denoise import unpack_decompositions
 
-        sft = self._sft
-        if sft.rank is None or sft.residual is None:
+        if self._sft.rank is None or self._sft.residual is None:
             return self.change()
         known = unpack_decompositions(load_file(self._work.inputs["decompose"].file(DECOMPOSITIONS)))
-        denoised, self.reports = denoise(
-            self.change(), sft.rank, sft.residual, exclude=sft.exclude, decompositions=known
-        )
+        callback = self._sft.callback()
+        denoised = callback.denoised(self.change(), decompositions=known)
+        self.reports = callback.reports
         return denoised
+
+
+@contextlib.contextmanager
+def at_start(objective: Objective, sft: SFTSettings, work: Workspace) -> Iterator[tuple[Encoder, str, list[str]]]:
+    """Give the module at the start of training: the one of the last phase, which was rewound, or a loaded one.
+
+    Whoever trains it rewinds it before the block ends. After an error it is not used again.
+
+    Yields:
+        The module on (θ⁰ or θ⁰ + φ_S, h⁰); θ⁰'s fingerprint; names of head tensors that were drawn.
+    """
+    inputs = {name: work.inputs[name].digest for name in objective.start}
+    study = objective.study
+    key = (objective.key_settings(), objective.base.content, inputs, study.train, study.seed, sft.training)
+    known, loaded = _KEPT.pop() if _KEPT else (None, None)
+    if loaded is None or known != key:
+        loaded = None  # let go of one model before another is loaded
+        loaded = objective.load(sft, work)
+    yield loaded
+    loaded[0].trainer = None  # which holds the optimizer's state
+    _KEPT.append((key, loaded))
+
+
+def forget_module() -> None:
+    """Free the module that is kept for the next phase."""
+    _KEPT.clear()
+
+
+_KEPT: list[tuple[Any, tuple[Encoder, str, list[str]]]] = []
+"""The module of the last phase and what it is a start of; empty while it is in use."""

@@ -13,6 +13,7 @@ from deftx.cache import Entry, StageCache, Workspace
 from deftx.errors import DeftxError
 from deftx.stages.base import Base
 from deftx.stages.evaluate import Outcome, outcome
+from deftx.stages.evidence import forget_module
 from deftx.stages.graph import GivenSFTs, StudyGraph, graph
 from deftx.stages.inputs import Needs, read_rows
 from deftx.stages.learn import METRICS
@@ -141,6 +142,7 @@ class Progress:
         """Evaluate every cell; what one composition has in common with the last stays on the model."""
         if self.graph is None:
             raise RuntimeError("the study was not opened")
+        forget_module()
         while True:
             self.outcomes.clear()
             for cell, item in self.graph.by_composition:

@@ -26,7 +26,7 @@ from deftx.knobs import read_settings
 from deftx.methods import SCORED
 from deftx.methods.sparse import BUDGETS
 from deftx.stages.base import check_device
-from deftx.stages.evidence import DECOMPOSITIONS, FULL, StageEvidence
+from deftx.stages.evidence import DECOMPOSITIONS, FULL, StageEvidence, at_start
 from deftx.stages.node import Loggers, Node, node, stage_seed
 from deftx.stages.objectives import SFT, SFT_FOLDER, Objective
 from deftx.stages.settings import SFTSettings
@@ -190,23 +190,22 @@ class _Phases:
         """θ¹ and its head: everything in M and the head trains."""
         from safetensors.torch import save_file
 
-        from deftx.training.callback import SparseFineTuning, full_state
-
-        module, _, _ = self.objective.load(self.sft, work)
-        callback = SparseFineTuning("full", l1=self.sft.training.l1_full)
-        result = self._fit(module, callback, "full", self.objective.slug, work, loggers)
-        save_file(full_state(module), work.out / FULL)
+        callback = self.sft.callback()
+        with at_start(self.objective, self.sft, work) as (module, _, _):
+            result = self._fit(module, callback, "full", self.objective.slug, work, loggers)
+            save_file(callback.full_state(), work.out / FULL)
+            callback.rewind()
         _write_json(work.out / METRICS, result)
 
     def decompose(self, work: Workspace, loggers: Loggers) -> None:
         """Singular values and vectors of each matrix of Δ."""
         from safetensors.torch import save_file
 
-        from deftx.core.denoise import decompose_all, pack_decompositions
+        from deftx.core.denoise import pack_decompositions
 
         change = StageEvidence(self.objective, self.sft, work).change()
         with self._progress(change) as advance:
-            decompositions = decompose_all(change, exclude=self.sft.exclude, progress=advance)
+            decompositions = self.sft.callback().decompose(change, progress=advance)
         save_file(pack_decompositions(decompositions), work.out / DECOMPOSITIONS)
 
     def select(self, work: Workspace, loggers: Loggers) -> None:
@@ -226,17 +225,17 @@ class _Phases:
         """φ: the selected coordinates and the head train again from the start."""
         from safetensors.torch import load_file
 
-        from deftx.training.callback import SparseFineTuning
-
-        module, fingerprint, drawn = self.objective.load(self.sft, work)
         selection = work.inputs["select"]
         mask = load_file(selection.file(MASK))
-        callback = SparseFineTuning("sparse", l1=self.sft.training.l1_sparse, selection=mask)
+        callback = self.sft.callback()
+        callback.begin_sparse(mask)
         slug = f"{self.objective.slug}-{self.sft.method}"
-        result = self._fit(module, callback, "sparse", slug, work, loggers)
-        scores = {module.monitor: result["best_score"], "best_step": result["best_step"]}
-        facts = self._facts(work, module, fingerprint, drawn, mask, scores)
-        callback.delta(facts).save(work.out / SFT_FOLDER, value_dtype=self.sft.value_dtype)
+        with at_start(self.objective, self.sft, work) as (module, fingerprint, drawn):
+            result = self._fit(module, callback, "sparse", slug, work, loggers)
+            scores = {module.monitor: result["best_score"], "best_step": result["best_step"]}
+            facts = self._facts(work, module, fingerprint, drawn, mask, scores)
+            callback.delta(facts).save(work.out / SFT_FOLDER, value_dtype=self.sft.value_dtype)
+            callback.rewind()
         shutil.copyfile(selection.file(DENOISING), work.out / DENOISING)
         full = _read_json(selection.file(FULL_METRICS)) if FULL_METRICS in selection.manifest["files"] else None
         _write_json(work.out / METRICS, result | ({"full": full} if full else {}))
@@ -249,7 +248,7 @@ class _Phases:
         from deftx.training.fit import PhaseResult
 
         evidence = StageEvidence(self.objective, self.sft, work)
-        module, fingerprint, drawn = evidence.loaded
+        module, fingerprint, drawn = evidence.loaded()
         values = evidence.denoised_change()
         mask = load_file(work.inputs["select"].file(MASK))
         kept = {name: index for name, index in mask.items() if index.numel()}

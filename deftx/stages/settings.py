@@ -17,6 +17,7 @@ from deftx.training.settings import ModelSettings, TrainerSettings
 
 if TYPE_CHECKING:
     from deftx.data.labelled import TaskSpec
+    from deftx.training.callback import SparseFineTuning
 
 
 @dataclass
@@ -87,6 +88,18 @@ class SFTSettings(SFTKnobs):
     def asked_size(self) -> dict[str, Any]:
         """K, or the share that gives it, as it enters a key: the model's size may not be known yet."""
         return {"k": self.k} if self.k is not None else {"density": self.density}
+
+    def callback(self) -> SparseFineTuning:
+        """The callback that trains it, phase by phase."""
+        from deftx.training.callback import SparseFineTuning
+
+        return SparseFineTuning(
+            rank=self.rank,
+            residual="drop" if self.residual is None else self.residual,
+            exclude=self.exclude,
+            l1_full=self.training.l1_full,
+            l1_sparse=self.training.l1_sparse,
+        )
 
     def policies(self) -> dict[str, Any]:
         """How the change is denoised, as it enters a key: plain values."""

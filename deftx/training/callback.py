@@ -1,13 +1,16 @@
-"""One sparse fine-tuning around two fits: snapshot, L1, select, rewind, freeze the rest, emit φ.
+"""The method, as one Lightning callback: snapshot, L1, denoise, select, rewind, mask, emit φ.
 
 Full phase: everything in M and the head trains, pulled to its start by λ/P · (Σ|θ − θ⁰| + Σ|h − h⁰|). From its change
 Δ the K coordinates with the largest |Δ̂| are selected (Δ̂: denoised for DeFT-X, Δ itself for LT-SFT). Sparse phase: the
-model returns to (θ⁰, h⁰) bit for bit, and only those coordinates and the head train.
+model returns to (θ⁰, h⁰) bit for bit, and only those coordinates and the head train. θ⁰ is what the module holds when
+the first fit starts, so a task SFT on θ⁰ + φ_S needs nothing special.
 
-The two phases may run in one process (one callback, :meth:`SparseFineTuning.begin_sparse` between two fits) or
-in two: :func:`full_state` is what to keep of the full phase, :func:`change_of` and :func:`select` turn it into a
-selection for a freshly loaded model. θ⁰ is what the module holds when a fit starts, so a task SFT on θ⁰ + φ_S
-needs nothing special.
+There are three ways to drive it, and they give the same bits:
+
+- one fit: ``full_steps`` and ``sparse_steps`` are given, and one ``Trainer`` runs both phases;
+- two fits of one module, with :meth:`SparseFineTuning.begin_sparse` between them;
+- two processes, as the stages do: :meth:`SparseFineTuning.full_state` is what to keep of the full phase,
+  :func:`change_of` and :meth:`SparseFineTuning.select` turn it into a selection for a freshly loaded module.
 
 Source: Ansell et al. (ACL 2022), section 3, and Simon & Jyothi (2025); the choices they leave are in docs/method.md.
 """
@@ -15,178 +18,256 @@ Source: Ansell et al. (ACL 2022), section 3, and Simon & Jyothi (2025); the choi
 from __future__ import annotations
 
 import hashlib
+import inspect
+import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from deftx.core.delta import SparseDelta
-from deftx.core.denoise import Decomposition, MatrixReport, denoise
+from deftx.core.denoise import Decomposition, MatrixReport, decompose_all, denoise
+from deftx.core.optim import SparseAdamW, clip_trained
 from deftx.core.selection import select_topk
 from deftx.core.settings import RankPolicy, ResidualPolicy
 from deftx.errors import DeftxError
-from deftx.training.modules import Encoder
+from deftx.training.parts import FoundParts, Parts
 
 _BLOCK = 1 << 18  # entries at a time
 
-
-@dataclass
-class Selection:
-    """The K coordinates of M a sparse phase may change, and how denoising came to them.
-
-    Attributes:
-        indices: base name -> sorted flat indices, int64; every name of M, possibly empty.
-        reports: one entry for each denoised matrix.
-    """
-
-    indices: dict[str, Tensor]
-    reports: list[MatrixReport]
-
-    @property
-    def k(self) -> int:
-        """How many coordinates are selected."""
-        return sum(index.numel() for index in self.indices.values())
+log = logging.getLogger(__name__)
 
 
-def full_state(module: Encoder) -> dict[str, Tensor]:
-    """Return copies of what the full phase trained: M by base names, the head under ``head.<name>``; on the CPU."""
-    named = {**module.maskable, **{f"head.{name}": p for name, p in module.head.items()}}
-    return {name: _cpu_copy(parameter) for name, parameter in named.items()}
-
-
-def change_of(state: Mapping[str, Tensor], module: Encoder) -> dict[str, Tensor]:
+def change_of(state: Mapping[str, Tensor], parts: Parts) -> dict[str, Tensor]:
     """Return Δ = θ¹ − θ⁰ over M, float32.
 
     Args:
-        state: θ¹, from :func:`full_state`.
-        module: freshly loaded (and composed), it holds θ⁰.
+        state: θ¹, from :meth:`SparseFineTuning.full_state`.
+        parts: Holds θ⁰: one of deftx's modules, freshly loaded (and composed).
 
     Raises:
         DeftxError: ``state`` is another model's.
     """
-    lacking = sorted(set(module.maskable) - set(state))
+    lacking = sorted(set(parts.maskable) - set(state))
     if lacking:
         raise DeftxError(
             f"the full phase's result lacks {len(lacking)} parameters of this model, such as {lacking[0]!r}"
         )
-    return {name: state[name] - p.detach().cpu() for name, p in module.maskable.items()}
-
-
-def select(
-    change: Mapping[str, Tensor],
-    *,
-    rank: RankPolicy,
-    residual: ResidualPolicy,
-    k: int,
-    exclude: Sequence[str] = (),
-    decompositions: Mapping[str, Decomposition] | None = None,
-    progress: Callable[[str], None] | None = None,
-) -> Selection:
-    """Denoise Δ and select the K coordinates with the largest |Δ̂|.
-
-    Args:
-        change: Δ over M, by base names.
-        rank: rank policy; ``none`` is LT-SFT.
-        residual: what of the higher-order part is kept.
-        k: how many coordinates, over all parameters together.
-        exclude: patterns of names that are not denoised.
-        decompositions: known decompositions by name.
-        progress: called with each matrix's name.
-    """
-    denoised, reports = denoise(
-        change, rank, residual, exclude=exclude, decompositions=decompositions, progress=progress
-    )
-    return Selection(select_topk(denoised, k), reports)
+    return {name: state[name] - p.detach().cpu() for name, p in parts.maskable.items()}
 
 
 class SparseFineTuning(pl.Callback):
-    """Turns a fit of :class:`MaskedLM` or :class:`SequenceClassifier` into a phase of a sparse fine-tuning.
+    """Makes a fit, or two, a sparse fine-tuning of the encoder in a LightningModule.
+
+    Each phase gets optimizers of its own (``configure_optimizers`` is called again) and keeps its best weights, by
+    ``monitor``. Whatever the optimizer, coordinates outside the selection keep their bits. A module, or data module,
+    that defines ``on_phase_start(phase, steps)`` is told before each phase.
 
     Attributes:
         phase: ``"full"`` or ``"sparse"``.
-        l1: λ of this phase.
-        selection: flat indices by base name in the sparse phase.
+        selection: Flat indices by base name, int64 and sorted, in the sparse phase.
+        reports: One entry for each matrix that was denoised.
     """
 
-    def __init__(self, phase: str = "full", *, l1: float = 0.0, selection: Mapping[str, Tensor] | None = None) -> None:
-        """Say which phase the next fit is.
+    def __init__(
+        self,
+        *,
+        k: int | None = None,
+        density: float | None = None,
+        rank: str | int | RankPolicy | None = "energy:0.9",
+        residual: str | float | ResidualPolicy = "prune:0.05",
+        exclude: Sequence[str] = (),
+        full_steps: int | None = None,
+        sparse_steps: int | None = None,
+        l1_full: float = 0.0,
+        l1_sparse: float = 0.0,
+        clip_norm: float = 0.0,
+        monitor: str | None = None,
+        mode: str = "min",
+        encoder: str | None = None,
+        selection: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Say what is kept, and how the phases train.
 
         Args:
-            phase: ``"full"`` or ``"sparse"``.
-            l1: weight λ of the L1 distance to the start.
-            selection: needed for ``"sparse"``; from :func:`select`.
+            k: Coordinates that the SFT may change, over all parameters together.
+            density: The same as a share of M; give one of the two where the callback selects.
+            rank: Rank policy, as in :class:`~deftx.core.settings.RankPolicy`; ``"none"`` is LT-SFT.
+            residual: What of the higher-order part is kept, as in :class:`~deftx.core.settings.ResidualPolicy`.
+            exclude: Patterns of names that are not denoised.
+            full_steps: Optimizer steps of the full phase, where one fit runs both.
+            sparse_steps: Optimizer steps of the sparse phase, where one fit runs both.
+            l1_full: Weight λ of the L1 distance to the start in the full phase.
+            l1_sparse: The same in the sparse phase.
+            clip_norm: Largest norm of the gradients of what trains, computed in float64; 0 does not clip. deftx's own
+                modules clip themselves.
+            monitor: Logged validation metric by which each phase keeps its best weights; None keeps the last.
+            mode: ``"min"`` or ``"max"``: which value of ``monitor`` is the best.
+            encoder: Path of the encoder in the module; None finds its only transformers model.
+            selection: Makes the next fit the sparse phase of these flat indices by base name.
+
+        Raises:
+            DeftxError: A value lies outside its range, or only one of two that belong together is given.
         """
         super().__init__()
-        if phase not in ("full", "sparse"):
-            raise ValueError(f"phase is {phase!r}; available: full, sparse")
-        if (phase == "sparse") != (selection is not None):
-            raise ValueError("a selection belongs to the sparse phase, and to it alone")
-        self.phase = phase
-        self.l1 = l1
-        self.selection = dict(selection) if selection is not None else None
-        self._module: Encoder | None = None
+        self.k, self.density = k, density
+        self.rank, self.residual, self.exclude = RankPolicy.parse(rank), ResidualPolicy.parse(residual), list(exclude)
+        self.full_steps, self.sparse_steps = full_steps, sparse_steps
+        self.l1_full, self.l1_sparse, self.clip_norm = l1_full, l1_sparse, clip_norm
+        self.monitor, self.mode, self.encoder = monitor, mode, encoder
+        self._check_settings()
+        self.phase = "full" if selection is None else "sparse"
+        self.selection = None if selection is None else dict(selection)
+        self.reports: list[MatrixReport] = []
+        self._module: pl.LightningModule | None = None
+        self._parts: Parts | None = None
         self._start: dict[str, Tensor] = {}  # θ⁰ and h⁰: all of M in the full phase, selected values in the sparse one
         self._start_selection: dict[str, Tensor] | None = None  # the selection self._start belongs to; None: all of M
         self._device_start: dict[str, Tensor] = {}
         self._digests: dict[str, str] = {}
-        self._frozen: list[torch.nn.Parameter] = []
+        self._frozen: list[nn.Parameter] = []
         self._weight = 0.0
+        self._selections: dict[Tensor, Tensor] = {}  # on the parameters' device
+        self._whole: dict[Tensor, Tensor] = {}  # θ⁰ of partly trained parameters, for optimizers that move them
+        self._hooks: list[Any] = []
+        self._best: tuple[float, int, dict[str, Tensor]] | None = None
+        self._validated = -1
 
-    def begin_sparse(self, selection: Mapping[str, Tensor], *, l1: float = 0.0) -> None:
-        """Make the next fit the sparse phase; it starts by rewinding the module to (θ⁰, h⁰)."""
-        self.phase, self.l1, self.selection = "sparse", l1, dict(selection)
+    def _check_settings(self) -> None:
+        if (self.full_steps is None) != (self.sparse_steps is None):
+            raise DeftxError("full_steps and sparse_steps belong together: give both, or neither and two fits")
+        if self.k is not None and self.density is not None:
+            raise DeftxError(f"k={self.k} and density={self.density} say the same thing twice; give one of them")
+        if self.full_steps is not None and self.k is None and self.density is None:
+            raise DeftxError("one fit of both phases needs k (a whole number) or density (a share of M)")
+        if self.mode not in ("min", "max"):
+            raise DeftxError(f"mode={self.mode!r}: must be min or max")
+        for name, smallest in (("k", 0), ("full_steps", 1), ("sparse_steps", 1)):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < smallest):
+                raise DeftxError(f"{name}={value!r}: must be a whole number of at least {smallest}")
+        if self.density is not None and not 0 < self.density <= 1:
+            raise DeftxError(f"density={self.density}: must lie in (0, 1]")
+        for name in ("l1_full", "l1_sparse", "clip_norm"):
+            if not getattr(self, name) >= 0:
+                raise DeftxError(f"{name}={getattr(self, name)}: must be at least 0")
+
+    @property
+    def l1(self) -> float:
+        """λ of this phase."""
+        return self.l1_full if self.phase == "full" else self.l1_sparse
+
+    # From the full phase to the selection.
+
+    def full_state(self) -> dict[str, Tensor]:
+        """Return what the full phase trained: M by base names, the head under ``head.<name>``; copies on the CPU."""
+        return {name: _cpu_copy(parameter) for name, parameter in self._begun("full").named().items()}
 
     def change(self) -> dict[str, Tensor]:
         """Return Δ = θ¹ − θ⁰ over M after a full phase, float32 on the CPU."""
-        module = self._begun("full")
-        return {name: p.detach().cpu() - self._start[name] for name, p in module.maskable.items()}
+        return {name: p.detach().cpu() - self._start[name] for name, p in self._begun("full").maskable.items()}
+
+    def decompose(
+        self, change: Mapping[str, Tensor], *, progress: Callable[[str], None] | None = None
+    ) -> dict[str, Decomposition]:
+        """Return the singular values and vectors of each matrix of Δ that is denoised.
+
+        Args:
+            change: Δ over M, by base names.
+            progress: Called with each matrix's name.
+        """
+        return decompose_all(change, exclude=self.exclude, progress=progress)
+
+    def denoised(
+        self, change: Mapping[str, Tensor], *, decompositions: Mapping[str, Decomposition] | None = None
+    ) -> dict[str, Tensor]:
+        """Return Δ̂, and note in ``reports`` how each matrix came to its rank.
+
+        Args:
+            change: Δ over M, by base names.
+            decompositions: Known ones by name; others are computed.
+        """
+        denoised, self.reports = denoise(
+            change, self.rank, self.residual, exclude=self.exclude, decompositions=decompositions
+        )
+        return denoised
+
+    def select(self, change: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the flat indices of the K largest |Δ̂|: int64, sorted, by base name, every name of M.
+
+        Raises:
+            DeftxError: Neither ``k`` nor ``density`` was given.
+        """
+        if self.k is None and self.density is None:
+            raise DeftxError("selecting needs SparseFineTuning(k=...) or SparseFineTuning(density=...)")
+        maskable = sum(tensor.numel() for tensor in change.values())
+        k = self.k if self.k is not None else max(1, round(float(self.density or 0) * maskable))
+        return select_topk(self.denoised(change), k)
+
+    def begin_sparse(self, selection: Mapping[str, Tensor] | None = None) -> None:
+        """Make the next fit the sparse phase; it starts by rewinding the module to (θ⁰, h⁰).
+
+        Args:
+            selection: Flat indices by base name; None selects from what the full phase changed.
+        """
+        chosen = self.select(self.change()) if selection is None else selection
+        self.phase, self.selection = "sparse", dict(chosen)
+
+    def rewind(self) -> None:
+        """Return the module of the last fit to (θ⁰, h⁰), bit for bit."""
+        if self._parts is None:
+            raise RuntimeError("only the module of a fit can be rewound")
+        self._put(self._parts, self._start, self._start_selection)
+
+    # What the sparse phase gives.
 
     def delta(self, metadata: Mapping[str, Any] | None = None) -> SparseDelta:
         """Return φ after a sparse phase: θ² − θ⁰ on the selection, and the trained head.
 
+        Args:
+            metadata: What its ``sft.json`` will say, plain JSON, such as ``{"kind": "language", "language": "xyz"}``.
+                Of a module that is not deftx's, how it was made is added.
+
         Raises:
-            RuntimeError: something outside the selection changed (a defect, never a user's mistake).
+            RuntimeError: Something outside the selection changed (a defect, never a user's mistake).
         """
-        module = self._begun("sparse")
+        parts = self._begun("sparse")
         self.verify()
         assert self.selection is not None
         indices, values, shapes = {}, {}, {}
         for name, index in self.selection.items():
             if index.numel():
-                parameter = module.maskable[name].detach()
+                parameter = parts.maskable[name].detach()
                 indices[name] = index.cpu()
                 values[name] = parameter.flatten()[index.to(parameter.device)].cpu() - self._start[name]
                 shapes[name] = tuple(parameter.shape)
-        head = {name: _cpu_copy(parameter) for name, parameter in module.head.items()}
-        return SparseDelta(indices=indices, values=values, shapes=shapes, head=head, metadata=dict(metadata or {}))
+        head = {name: _cpu_copy(parameter) for name, parameter in parts.head.items()}
+        facts = {**self._facts(), **(metadata or {})}
+        return SparseDelta(indices=indices, values=values, shapes=shapes, head=head, metadata=facts)
+
+    def _facts(self) -> dict[str, Any]:
+        if not isinstance(self._parts, FoundParts) or self.selection is None:
+            return {}
+        denoised = {"method": "deftx", "rank": str(self.rank), "residual": str(self.residual)}
+        return {
+            "base_fingerprint": self._parts.base_fingerprint,
+            **({"method": "ltsft"} if self.rank.kind == "none" else denoised),
+            "k": sum(index.numel() for index in self.selection.values()),
+            "maskable": sum(parameter.numel() for parameter in self._parts.maskable.values()),
+        }
 
     def verify(self) -> None:
         """Check, after a sparse phase, that every bit outside the selection and the head is the start's.
 
         Raises:
-            RuntimeError: it is not.
+            RuntimeError: It is not.
         """
-        module = self._begun("sparse")
-        changed = [name for name, digest in self._outside(module).items() if digest != self._digests[name]]
+        parts = self._begun("sparse")
+        changed = [name for name, digest in self._outside(parts).items() if digest != self._digests[name]]
         if changed:
             raise RuntimeError(f"parameters changed outside the selection: {', '.join(changed[:5])}")
-
-    def rewind(self, module: Encoder) -> None:
-        """Return the module of the last fit to (θ⁰, h⁰), bit for bit."""
-        if self._module is not module:
-            raise RuntimeError("only the module of the last fit can be rewound")
-        if self._start_selection is None:
-            module.load_trained(self._start)
-            return
-        module.load_trained({name: tensor for name, tensor in self._start.items() if name.startswith("head.")})
-        with torch.no_grad():
-            for name, index in self._start_selection.items():
-                if index.numel():
-                    flat = module.maskable[name].view(-1)
-                    flat[index.to(flat.device)] = self._start[name].to(flat.device)
 
     # What the fit does around each phase.
 
@@ -194,58 +275,258 @@ class SparseFineTuning(pl.Callback):
         """Before weights move to a device: snapshot (full), or rewind and freeze the rest (sparse)."""
         if stage != "fit":
             return
-        if not isinstance(pl_module, Encoder):
-            raise TypeError(f"SparseFineTuning needs a MaskedLM or SequenceClassifier, not {type(pl_module).__name__}")
-        self._begin(pl_module)
+        self._refuse(trainer, pl_module)
+        if self.full_steps is not None:
+            self._begin_both(trainer)
+        self.begin(pl_module)
+        self._tell(trainer, pl_module)
 
-    def snapshot(self, module: Encoder) -> None:
+    def snapshot(self, module: pl.LightningModule) -> None:
         """Note what a fit that ran in other processes started from: the module holds it."""
-        self._begin(module)
+        self.begin(module)
         self._release()
 
-    def _begin(self, module: Encoder) -> None:
-        if self.phase == "full":
-            self._start, self._start_selection = _start_of(module), None
-            module.selection = None
-        else:
-            self._begin_sparse(module)
-        self._module = module
-        self._device_start = {}
-        self._weight = self.l1 / sum(parameter.numel() for parameter in module.model.parameters())
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Optimizers are made and weights are where they train."""
+        optimizers = trainer.optimizers
+        if len(optimizers) != 1:
+            raise DeftxError(f"configure_optimizers gives {len(optimizers)} optimizers; SparseFineTuning needs 1")
+        self.watch(optimizers[0])
+        if self.full_steps is not None and self.sparse_steps is not None:
+            trainer.fit_loop.epoch_loop.max_steps = self.full_steps + self.sparse_steps
 
-    def _begin_sparse(self, module: Encoder) -> None:
-        assert self.selection is not None
-        unknown = sorted(set(self.selection) - set(module.maskable))
-        if unknown:
-            raise DeftxError(
-                f"the selection names {len(unknown)} parameters this model has not, such as {unknown[0]!r}"
-            )
-        if self._module is module:
-            self.rewind(module)
-        self._start_selection = self.selection
-        self._start = {f"head.{name}": _cpu_copy(parameter) for name, parameter in module.head.items()}
-        for name, parameter in module.maskable.items():
-            index = self.selection.get(name)
-            if index is None or not index.numel():
-                parameter.requires_grad_(False)
-                self._frozen.append(parameter)
-            else:
-                self._start[name] = parameter.detach().flatten()[index.to(parameter.device)].cpu()
-        module.selection = self.selection
-        self._digests = self._outside(module)
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Where one fit runs both phases: go over to the sparse one before its first batch."""
+        if self.full_steps is not None and self.phase == "full" and trainer.global_step >= self.full_steps:
+            self._finish_phase(trainer)
+            self._go_over(trainer, pl_module)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Add the gradient of the L1 term, λ/P · sign(θ − θ⁰), once per optimizer step and before clipping."""
+        """Once per optimizer step: gradients outside the selection go, the L1 term's come, then all are clipped."""
+        parts = self._parts
+        assert parts is not None
+        if self._whole:
+            self._mask_gradients()
         if self._weight:
-            assert isinstance(pl_module, Encoder)
-            self.add_l1(pl_module)
+            self.add_l1(parts)
+        if self.clip_norm and isinstance(parts, FoundParts):
+            clip_trained(parts.trained().values(), self._selections, self.clip_norm)
 
-    def add_l1(self, module: Encoder) -> None:
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Keep the weights if they are the phase's best so far."""
+        if self.monitor is None or trainer.sanity_checking:
+            return
+        metrics = trainer.callback_metrics
+        if self.monitor not in metrics:
+            raise DeftxError(
+                f"monitor={self.monitor!r} was not logged in validation; available: {', '.join(sorted(metrics))}"
+            )
+        score = float(metrics[self.monitor])
+        self._validated = trainer.global_step
+        if self._best is None or (score < self._best[0] if self.mode == "min" else score > self._best[0]):
+            assert self._parts is not None
+            self._best = score, trainer.global_step, self._values(self._parts, self.selection)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Leave the phase's best weights in the module."""
+        if self.full_steps is not None and self.sparse_steps is not None:
+            total = self.full_steps + self.sparse_steps
+            if trainer.global_step < total:
+                raise DeftxError(
+                    f"the fit ended after {trainer.global_step} of {total} optimizer steps, in the {self.phase} phase; "
+                    "full_steps and sparse_steps alone decide the length, so leave out what stops it earlier"
+                )
+        self._finish_phase(trainer)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Give frozen parameters their gradients back; the module is as it was but for its values."""
+        self._release()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """As :meth:`teardown`, which Lightning leaves out after an error."""
+        self._release()
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Refuse a checkpoint of Lightning's: it knows nothing of θ⁰ and of the selection.
+
+        Raises:
+            DeftxError: Always.
+        """
+        raise DeftxError(
+            "SparseFineTuning does not resume from a checkpoint of Lightning's; start the fit again without ckpt_path, "
+            "or let `deftx sft` train it, which resumes"
+        )
+
+    # Both phases in one fit.
+
+    def _begin_both(self, trainer: pl.Trainer) -> None:
+        assert self.full_steps is not None
+        assert self.sparse_steps is not None
+        total, loop = self.full_steps + self.sparse_steps, trainer.fit_loop
+        if loop.max_steps not in (-1, total):
+            raise DeftxError(
+                f"Trainer(max_steps={loop.max_steps}) contradicts full_steps + sparse_steps = {total}; "
+                "leave max_steps out"
+            )
+        self.phase, self.selection = "full", None
+        self._best, self._validated = None, -1
+        loop.max_epochs = -1
+        loop.epoch_loop.max_steps = self.full_steps  # what configure_optimizers is told of the phase's length
+
+    def _go_over(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Select, rewind, and give the sparse phase optimizers of its own."""
+        assert self.sparse_steps is not None
+        log.info("full phase: %d steps; now denoises, selects and rewinds", trainer.global_step)
+        self.begin_sparse()
+        self._release(found=False)
+        self.begin(module)
+        self._tell(trainer, module)
+        module.zero_grad(set_to_none=True)
+        loop, total = trainer.fit_loop.epoch_loop, trainer.max_steps
+        loop.max_steps = self.sparse_steps
+        trainer.strategy.setup_optimizers(trainer)
+        loop.max_steps = total
+        self.watch(trainer.optimizers[0])
+
+    def _finish_phase(self, trainer: pl.Trainer) -> None:
+        """Validate where the last step was not, and take the best weights."""
+        if self.monitor is None:
+            return
+        if self._validated != trainer.global_step and trainer.enable_validation:
+            trainer.validating = True
+            trainer.fit_loop.epoch_loop.val_loop.run()
+            trainer.training = True
+        if self._best is None:
+            raise DeftxError(f"monitor={self.monitor!r} chooses the best weights, and no validation ran")
+        assert self._parts is not None
+        score, step, values = self._best
+        log.info("%s phase: best %s %.6g at step %d", self.phase, self.monitor, score, step)
+        self._put(self._parts, values, self.selection)
+        self._best, self._validated = None, -1
+
+    # The parts of it.
+
+    def _refuse(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Refuse what this callback cannot keep its promises with."""
+        name = type(module).__name__
+        if not module.automatic_optimization:
+            raise DeftxError(f"{name} optimizes manually; SparseFineTuning needs automatic_optimization = True")
+        if trainer.world_size > 1 and (self.full_steps is not None or not isinstance(module, Parts)):
+            raise DeftxError(
+                f"the Trainer has {trainer.world_size} devices; SparseFineTuning needs Trainer(devices=1) around "
+                f"{name} (deftx run trainer.devices={trainer.world_size} trains on several)"
+            )
+        if getattr(trainer.precision_plugin, "scaler", None) is not None:
+            raise DeftxError(
+                "precision 16-mixed scales the loss, which changes the L1 term and skips steps; "
+                "use 32-true or bf16-mixed"
+            )
+
+    def begin(self, module: pl.LightningModule) -> None:
+        """Start a phase: snapshot, or rewind and freeze the rest."""
+        again, parts = self._module is module, self._parts
+        if isinstance(module, Parts):
+            parts = module
+        elif not (again and isinstance(parts, FoundParts) and parts.frozen):
+            known = parts.base_fingerprint if again and isinstance(parts, FoundParts) else None
+            parts = FoundParts(module, self.encoder, base_fingerprint=known if self.phase == "sparse" else None)
+        self._parts = parts
+        if self.phase == "full":
+            self._start, self._start_selection = _start_of(parts), None
+            parts.selection = None
+        else:
+            self._begin_sparse(parts, again)
+        self._module = module
+        self._device_start = {}
+        self._weight = self.l1 / sum(parameter.numel() for parameter in parts.model.parameters())
+
+    def _begin_sparse(self, parts: Parts, again: bool) -> None:
+        assert self.selection is not None
+        unknown = sorted(set(self.selection) - set(parts.maskable))
+        if unknown:
+            raise DeftxError(
+                f"the selection names {len(unknown)} parameters this model has not, such as {unknown[0]!r}"
+            )
+        if again:
+            self._put(parts, self._start, self._start_selection)
+        self._start_selection = self.selection
+        self._start = {}
+        for name, parameter in parts.maskable.items():
+            index = self.selection.get(name)
+            if index is None or not index.numel():
+                parameter.requires_grad_(False)
+                self._frozen.append(parameter)
+        self._start = self._values(parts, self.selection)
+        parts.selection = self.selection
+        self._digests = self._outside(parts)
+
+    def _tell(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Tell module and data module which phase starts, and how many optimizer steps it has."""
+        steps = {"full": self.full_steps, "sparse": self.sparse_steps}[self.phase]
+        for listener in (module, getattr(trainer, "datamodule", None)):
+            hook = getattr(listener, "on_phase_start", None)
+            if callable(hook):
+                hook(self.phase, trainer.max_steps if steps is None else steps)
+
+    def watch(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let an optimizer train this phase: what it moves outside the selection is put back after each step.
+
+        Raises:
+            DeftxError: It evaluates the loss itself.
+        """
+        closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise DeftxError(
+                f"{type(optimizer).__name__} evaluates the loss several times in a step, where no mask and no L1 term "
+                "would reach; use an optimizer whose step needs no closure, such as AdamW or SGD"
+            )
+        parts = self._parts
+        assert parts is not None
+        self._selections, self._whole = {}, {}
+        if self.phase == "full" or self.selection is None:
+            return
+        if isinstance(optimizer, SparseAdamW):
+            self._selections = optimizer.selections
+        else:
+            self._selections = {
+                parts.maskable[name]: index.to(parts.maskable[name].device)
+                for name, index in self.selection.items()
+                if index.numel()
+            }
+            self._whole = {parameter: parameter.detach().clone() for parameter in self._selections}
+            self._hooks.append(optimizer.register_step_post_hook(lambda *_: self._restore()))
+
+    def _mask_gradients(self) -> None:
+        for parameter, index in self._selections.items():
+            gradient = parameter.grad
+            if gradient is None:
+                continue
+            if gradient.is_sparse:
+                raise DeftxError("gradients of an embedding with sparse=True cannot be masked; use sparse=False")
+            if not gradient.is_contiguous():
+                gradient = parameter.grad = gradient.contiguous()
+            flat = gradient.view(-1)
+            selected = flat.index_select(0, index)
+            flat.zero_().index_copy_(0, index, selected)
+
+    @torch.no_grad()
+    def _restore(self) -> None:
+        """Put back the start's bits outside the selection: weight decay moves what has no gradient, too."""
+        for parameter, whole in self._whole.items():
+            index, flat = self._selections[parameter], parameter.view(-1)
+            selected = flat.index_select(0, index)
+            flat.copy_(whole.view(-1)).index_copy_(0, index, selected)
+
+    def add_l1(self, parts: Parts) -> None:
         """Add λ/P · sign(θ − θ⁰) to the gradient of everything that trains."""
-        gathered = module.gradients.values if module.gradients is not None else {}
-        for name, parameter in module.trained().items():
+        gathered = parts.gradients.values if parts.gradients is not None else {}
+        for name, parameter in parts.trained().items():
             selected, gradient = gathered.get(parameter), parameter.grad
             if selected is None and gradient is None:
                 continue  # untouched by the loss, so still at its start
@@ -253,7 +534,7 @@ class SparseFineTuning(pl.Callback):
             if start is None:
                 start = self._device_start[name] = self._start[name].to(parameter.device)
             value = parameter.detach()
-            index = module._selections.get(parameter)
+            index = self._selections.get(parameter)
             if index is None:
                 if gradient is not None:
                     _pull(gradient, value, start, self._weight)
@@ -267,36 +548,60 @@ class SparseFineTuning(pl.Callback):
                 flat = gradient.view(-1)
                 flat.index_copy_(0, index, flat.index_select(0, index).add_(pull, alpha=self._weight))
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Give frozen parameters their gradients back; the module is as it was but for its values."""
-        self._release()
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """As :meth:`teardown`, which Lightning leaves out after an error."""
-        self._release()
-
-    def _release(self) -> None:
-        for parameter in self._frozen:
+    def _release(self, *, found: bool = True) -> None:
+        """Let frozen parameters train again, and forget what only a fit needs; ``found`` frees the norms, too."""
+        parts = self._parts
+        norms = parts.frozen if found and isinstance(parts, FoundParts) else []
+        for parameter in [*self._frozen, *norms]:
             parameter.requires_grad_(True)
-        self._frozen = []
-        self._device_start = {}
-        if self._module is not None:
-            self._module.end_fit()
+        norms.clear()
+        self._frozen.clear()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self._device_start, self._selections, self._whole = {}, {}, {}
+        if parts is not None:
+            parts.end_fit()
 
-    def _begun(self, phase: str) -> Encoder:
-        if self._module is None or self.phase != phase:
+    def _begun(self, phase: str) -> Parts:
+        if self._parts is None or self.phase != phase:
             raise RuntimeError(f"call this after a fit of the {phase} phase")
-        return self._module
+        return self._parts
 
-    def _outside(self, module: Encoder) -> dict[str, str]:
+    @staticmethod
+    def _values(parts: Parts, selection: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        """Return copies, on the CPU, of what a phase trains: whole tensors, or the selected values [count]."""
+        values = {f"head.{name}": _cpu_copy(parameter) for name, parameter in parts.head.items()}
+        for name, parameter in parts.maskable.items():
+            index = None if selection is None else selection.get(name)
+            if selection is None:
+                values[name] = _cpu_copy(parameter)
+            elif index is not None and index.numel():
+                values[name] = parameter.detach().flatten()[index.to(parameter.device)].cpu()
+        return values
+
+    @staticmethod
+    def _put(parts: Parts, values: Mapping[str, Tensor], selection: Mapping[str, Tensor] | None) -> None:
+        """Put back what :meth:`_values` gave."""
+        if selection is None:
+            parts.load_trained(values)
+            return
+        parts.load_trained({name: tensor for name, tensor in values.items() if name.startswith("head.")})
+        with torch.no_grad():
+            for name, index in selection.items():
+                if index.numel():
+                    flat = parts.maskable[name].view(-1)
+                    flat[index.to(flat.device)] = values[name].to(flat.device)
+
+    def _outside(self, parts: Parts) -> dict[str, str]:
         """Digest of each parameter's bits with the selected coordinates at their start; heads are left out.
 
         A digest, so that no second copy of θ⁰ has to stay in memory for the length of a phase.
         """
-        names = {id(parameter): name for name, parameter in module.maskable.items()}
-        heads = {id(parameter) for parameter in module.head.values()}
+        names = {id(parameter): name for name, parameter in parts.maskable.items()}
+        heads = {id(parameter) for parameter in parts.head.values()}
         digests = {}
-        for full_name, parameter in module.model.named_parameters():
+        for full_name, parameter in parts.model.named_parameters():
             if id(parameter) in heads:
                 continue
             name = names.get(id(parameter), full_name)
@@ -309,20 +614,19 @@ class SparseFineTuning(pl.Callback):
         return digests
 
 
-def _start_of(module: Encoder) -> dict[str, Tensor]:
-    """:func:`full_state`, but a frozen copy that the model itself holds, such as its decoder's, is not made twice.
+def _start_of(parts: Parts) -> dict[str, Tensor]:
+    """Copies of M and the head; a frozen twin that the model itself holds, such as its decoder's, is not made again.
 
     Nobody writes into a frozen parameter while a phase runs; a model that moves to a GPU leaves this storage behind.
     """
-    maskable = {id(parameter) for parameter in module.maskable.values()}
+    maskable = {id(parameter) for parameter in parts.maskable.values()}
     frozen = {
         parameter.shape: parameter.detach()
-        for parameter in module.model.parameters()
+        for parameter in parts.model.parameters()
         if parameter.dim() == 2 and not parameter.requires_grad and id(parameter) not in maskable
     }
-    named = {**module.maskable, **{f"head.{name}": p for name, p in module.head.items()}}
     start = {}
-    for name, parameter in named.items():
+    for name, parameter in parts.named().items():
         twin = frozen.get(parameter.shape)
         same = twin is not None and _same_bits(twin, parameter.detach())
         start[name] = twin if twin is not None and same else _cpu_copy(parameter)

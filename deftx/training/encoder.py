@@ -73,7 +73,7 @@ def load_masked_lm(folder: Path, *, seed: int) -> tuple[Any, LoadReport]:
     from transformers import AutoModelForMaskedLM
 
     model, report, missing = _load(AutoModelForMaskedLM, folder)
-    drawn = _untie(model, missing)
+    drawn = untie(model, missing)
     _draw(model, drawn, seed)
     if drawn:
         report.drawn = drawn
@@ -183,8 +183,12 @@ def _without_weights(auto: Any, config: Any) -> Any:
         return auto.from_config(copy.deepcopy(config))
 
 
-def _untie(model: Any, missing: Sequence[str]) -> list[str]:
+def untie(model: Any, missing: Sequence[str] = ()) -> list[str]:
     """Freeze the decoder; one that shares the embedding's storage or is missing becomes a clone of the embedding.
+
+    Args:
+        model: A transformers model with output embeddings.
+        missing: Full names of tensors that its checkpoint lacks.
 
     Returns:
         The missing tensors that still have to be drawn.

@@ -34,13 +34,14 @@ from deftx.training.encoder import (
     maskable_parameters,
     model_inputs,
 )
+from deftx.training.parts import Parts
 from deftx.training.settings import TrainerSettings, TrainingSettings
 from deftx.training.vocabulary import LARGE, frozen_cross_entropy
 
 TASK_METRICS = ("macro_f1", "accuracy")
 
 
-class Encoder(pl.LightningModule):
+class Encoder(Parts, pl.LightningModule):
     """A training model whose parameters are known as M (maskable) and head.
 
     Attributes:
@@ -95,11 +96,9 @@ class Encoder(pl.LightningModule):
         self.first_bad.fill_(-1)
         self.loss_sum.zero_()
 
-    def trained(self) -> dict[str, nn.Parameter]:
-        """Return the parameters that train now: M without what the phase froze, then the head under ``head.<name>``."""
-        found = {name: p for name, p in self.maskable.items() if p.requires_grad}
-        found.update({f"head.{name}": p for name, p in self.head.items() if p.requires_grad})
-        return found
+    def on_phase_start(self, phase: str, steps: int) -> None:
+        """Prepare a phase that :class:`~deftx.training.callback.SparseFineTuning` starts in a person's own Trainer."""
+        self.begin_fit(steps, self.options)
 
     def selections(self) -> dict[Tensor, Tensor]:
         """Return parameter -> selected flat indices on its device; empty outside the sparse phase."""
@@ -204,16 +203,6 @@ class Encoder(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what is trained only: the frozen decoder copy alone would double a multilingual base's file."""
         checkpoint["state_dict"] = {name: p.detach() for name, p in self.trained().items()}
-
-    def load_trained(self, state: Mapping[str, Tensor]) -> None:
-        """Copy trained tensors (keys as in :meth:`trained`) into the model, bit for bit."""
-        parameters: dict[str, nn.Parameter] = {**self.maskable, **{f"head.{n}": p for n, p in self.head.items()}}
-        unknown = sorted(set(state) - set(parameters))
-        if unknown:
-            raise DeftxError(f"{len(unknown)} trained tensors fit no parameter of this model, such as {unknown[0]!r}")
-        with torch.no_grad():
-            for name, tensor in state.items():
-                parameters[name].copy_(tensor)
 
 
 class WeightedMean(Metric):

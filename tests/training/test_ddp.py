@@ -59,7 +59,9 @@ def run(folder, settings, trainer, tmp_path):
         names = list(module.maskable)[-8:]  # frozen below, so that backward ends early
         selection = {name: torch.arange(0, module.maskable[name].numel(), 2) for name in names}
         callback = SparseFineTuning(
-            phase, l1=getattr(chosen, f"l1_{phase}") * 10, selection=selection if phase == "sparse" else None
+            l1_full=chosen.l1_full * 10,
+            l1_sparse=chosen.l1_sparse * 10,
+            selection=selection if phase == "sparse" else None,
         )
         result = fit_phase(
             module,

@@ -92,7 +92,7 @@ def test_the_best_checkpoint_is_what_the_module_holds(language, trainer, tmp_pat
             original(self)
 
     module.__class__ = Spy
-    result = fit_phase(module, data, SparseFineTuning("full"), settings, trainer, tmp_path, seed=1)
+    result = fit_phase(module, data, SparseFineTuning(), settings, trainer, tmp_path, seed=1)
     losses = [entry["val/loss"] for entry in result.history if "val/loss" in entry]
     assert losses.index(min(losses)) < len(losses) - 1
     assert result.best_score == pytest.approx(min(losses))
@@ -196,7 +196,7 @@ def test_a_failed_sparse_phase_freezes_nothing_for_good(language, trainer, tmp_p
     selection = {"embeddings.word_embeddings.weight": torch.arange(5)}
     monkeypatch.setattr(MaskedLM, "loss", lambda self, batch, **options: self(batch).sum() * float("nan"))
     with pytest.raises(DeftxError, match="at step 1 of 6"):
-        fit_phase(module, data, SparseFineTuning("sparse", selection=selection), settings, trainer, tmp_path, seed=1)
+        fit_phase(module, data, SparseFineTuning(selection=selection), settings, trainer, tmp_path, seed=1)
     assert all(p.requires_grad for p in module.maskable.values())
 
 
@@ -314,7 +314,7 @@ def test_gradients_do_not_outlive_their_step(language, trainer, tmp_path, monkey
 
     step = MaskedLM.training_step
     monkeypatch.setattr(MaskedLM, "training_step", watch)
-    callback = SparseFineTuning(phase, selection=every if phase == "sparse" else None)
+    callback = SparseFineTuning(selection=every if phase == "sparse" else None)
     fit_phase(module, data, callback, settings, trainer, tmp_path, seed=1)
     full = len(module.trained())
     assert alive == [0] * 3 if accumulate == 1 else alive == [0, full] * 3

@@ -109,9 +109,9 @@ def test_l1_is_the_penalty_s_autograd_gradient(folder, settings, phase):
             for name, p in module.maskable.items()
         }
         selection["encoder.layer.0.output.dense.bias"] = torch.empty(0, dtype=torch.int64)
-    callback = SparseFineTuning("full" if phase == "full" else "sparse", l1=7.0, selection=selection)
-    callback.setup(None, module, "fit")
-    module.configure_optimizers()
+    callback = SparseFineTuning(l1_full=7.0, l1_sparse=7.0, selection=selection)
+    callback.begin(module)
+    callback.watch(module.configure_optimizers()["optimizer"])
     trained = module.trained()
     assert ("encoder.layer.0.output.dense.bias" in trained) == (phase == "full")
     starts = {name: p.detach().clone() for name, p in trained.items()}
@@ -154,8 +154,8 @@ def test_clipping_takes_the_norm_over_what_trains(folder, settings, limit, gathe
     module.eval()
     module.options.sparse_gradients = gathered
     selection = {name: torch.arange(0, p.numel(), 2) for name, p in module.maskable.items()}
-    callback = SparseFineTuning("sparse", selection=selection)
-    callback.setup(None, module, "fit")
+    callback = SparseFineTuning(selection=selection)
+    callback.begin(module)
     module.configure_optimizers()
     module.training_step(batches(data)[0], 0).backward()
 

@@ -86,7 +86,7 @@ def test_both_phases_keep_what_they_must_with_several_sources(folder, settings, 
     module = SequenceClassifier(model, settings, source_sfts=deltas_of(model, 2))
     start = {name: parameter.detach().clone() for name, parameter in module.maskable.items()}
     data = TextDataModule.for_task(*rows, load_tokenizer(folder), max_length=24)
-    callback = SparseFineTuning("full", l1=settings.l1_full)
+    callback = SparseFineTuning(l1_full=settings.l1_full, l1_sparse=settings.l1_sparse)
     fit_phase(module, data, callback, settings, trainer, tmp_path / "full", seed=1)
     change = callback.change()
     assert any(bool(tensor.any()) for tensor in change.values())
@@ -94,7 +94,7 @@ def test_both_phases_keep_what_they_must_with_several_sources(folder, settings, 
         name: tensor.abs().flatten().topk(min(7, tensor.numel())).indices.sort().values
         for name, tensor in change.items()
     }
-    callback.begin_sparse(selection, l1=settings.l1_sparse)
+    callback.begin_sparse(selection)
     fit_phase(module, data, callback, settings, trainer, tmp_path / "sparse", seed=2)
     delta = callback.delta({"base_fingerprint": "0" * 64})
     for name, parameter in module.maskable.items():

@@ -35,7 +35,7 @@ def test_gathering_and_profiling_change_no_bit(folder, settings, trainer, tmp_pa
     module, data = build(folder, settings, kind)
     if not rows:
         module.takes_sparse_rows = lambda: False
-    callback = SparseFineTuning("sparse", l1=settings.l1_sparse, selection=plain.indices)
+    callback = SparseFineTuning(l1_sparse=settings.l1_sparse, selection=plain.indices)
     fit_phase(module, data, callback, settings, replace(trainer, profile=True), tmp_path / "b", seed=2)
     assert module.gradients is None
     assert same(plain, callback.delta())
@@ -104,7 +104,7 @@ def test_a_compiled_encoder_gives_the_same_sft(folders, settings, trainer, tmp_p
     """The sparse phase: half the graphs to compile. Kernels fuse, which rounds elsewhere."""
     _, plain = run(folders["bert"], settings, trainer, tmp_path / "a")
     module, data = build(folders["bert"], settings, "language")
-    callback = SparseFineTuning("sparse", l1=settings.l1_sparse, selection=plain.indices)
+    callback = SparseFineTuning(l1_sparse=settings.l1_sparse, selection=plain.indices)
     torch.compiler.reset()
     try:
         fit_phase(module, data, callback, settings, replace(trainer, compile=True), tmp_path / "b", seed=2)

@@ -12,7 +12,7 @@ from deftx.core.composition import Composition
 from deftx.core.settings import RankPolicy, ResidualPolicy
 from deftx.data.module import TextDataModule
 from deftx.errors import DeftxError
-from deftx.training.callback import SparseFineTuning, change_of, full_state, select
+from deftx.training.callback import SparseFineTuning, change_of
 from deftx.training.encoder import (
     base_fingerprint_of,
     base_parameters,
@@ -43,10 +43,9 @@ def bits(module):
 def run(folder, settings, trainer, tmp_path, kind="language", *, rank=NONE, k=200, seed=1, sparse_seed=2):
     """One sparse fine-tuning in one process; returns the module and its SFT."""
     module, data = build(folder, settings, kind)
-    callback = SparseFineTuning("full", l1=settings.l1_full)
+    callback = SparseFineTuning(k=k, rank=rank, residual=PRUNE, l1_full=settings.l1_full, l1_sparse=settings.l1_sparse)
     fit_phase(module, data, callback, settings, trainer, tmp_path / "full", seed=seed)
-    chosen = select(callback.change(), rank=rank, residual=PRUNE, k=k)
-    callback.begin_sparse(chosen.indices, l1=settings.l1_sparse)
+    callback.begin_sparse()
     fit_phase(module, data, callback, settings, trainer, tmp_path / "sparse", seed=sparse_seed)
     return module, callback.delta({"k": k})
 
@@ -60,7 +59,7 @@ def test_the_start_of_a_language_sft_is_not_copied_where_the_decoder_holds_it(fo
     module, data = build(folder, settings, "language")
     decoder = module.model.get_output_embeddings().weight
     start = decoder.detach().clone()
-    callback = SparseFineTuning("full")
+    callback = SparseFineTuning()
     fit_phase(module, data, callback, settings, trainer, tmp_path, seed=1)
     held = [t.data_ptr() for t in callback._start.values()]
     assert held.count(decoder.data_ptr()) == 1
@@ -68,8 +67,8 @@ def test_the_start_of_a_language_sft_is_not_copied_where_the_decoder_holds_it(fo
     assert not torch.equal(module.model.get_input_embeddings().weight, start)
     with torch.no_grad():
         module.maskable["embeddings.word_embeddings.weight"].view(-1)[0] += 1
-    other = SparseFineTuning("full")
-    other.setup(None, module, "fit")
+    other = SparseFineTuning()
+    other.begin(module)
     assert decoder.data_ptr() not in [t.data_ptr() for t in other._start.values()]
 
 
@@ -79,17 +78,17 @@ def test_rewind_is_bit_for_bit_and_nothing_else_ever_changes(folder, settings, t
     settings = replace(settings, weight_decay=0.5, clip_norm=0.05)
     module, data = build(folder, settings, kind)
     start = bits(module)
-    callback = SparseFineTuning("full", l1=0.1)
+    callback = SparseFineTuning(k=150, rank=NONE, l1_full=0.1, l1_sparse=0.1)
     fit_phase(module, data, callback, settings, trainer, tmp_path / "full", seed=1)
     moved = {name for name, p in bits(module).items() if not torch.equal(p, start[name])}
     assert moved == {name for name, p in module.model.named_parameters() if p.requires_grad}
-    state = full_state(module)
+    state = callback.full_state()
 
-    chosen = select(callback.change(), rank=NONE, residual=PRUNE, k=150)
-    assert chosen.k == 150
-    assert set(chosen.indices) == set(module.maskable)
-    callback.begin_sparse(chosen.indices, l1=0.1)
-    callback.setup(None, module, "fit")  # what the next fit does first
+    callback.begin_sparse()
+    chosen = callback.selection
+    assert sum(index.numel() for index in chosen.values()) == 150
+    assert set(chosen) == set(module.maskable)
+    callback.begin(module)  # what the next fit does first
     assert all(torch.equal(p, start[name]) for name, p in bits(module).items())
     callback.teardown(None, module, "fit")
 
@@ -104,7 +103,7 @@ def test_rewind_is_bit_for_bit_and_nothing_else_ever_changes(folder, settings, t
             assert not torch.equal(end[full_name], start[full_name])
             continue
         different = (end[full_name] != start[full_name]).flatten().nonzero().flatten()
-        index = chosen.indices.get(names.get(id(parameter), ""), torch.empty(0, dtype=torch.int64))
+        index = chosen.get(names.get(id(parameter), ""), torch.empty(0, dtype=torch.int64))
         assert set(different.tolist()) <= set(index.tolist()), full_name
         changed += len(different)
     assert changed > 100
@@ -115,9 +114,9 @@ def test_rewind_is_bit_for_bit_and_nothing_else_ever_changes(folder, settings, t
 
     # the same in a second process: fresh model, cached full state
     fresh, data = build(folder, settings, kind)
-    again = select(change_of(state, fresh), rank=NONE, residual=PRUNE, k=150)
-    assert all(torch.equal(again.indices[name], chosen.indices[name]) for name in chosen.indices)
-    other = SparseFineTuning("sparse", l1=0.1, selection=again.indices)
+    again = callback.select(change_of(state, fresh))
+    assert all(torch.equal(again[name], chosen[name]) for name in chosen)
+    other = SparseFineTuning(l1_sparse=0.1, selection=again)
     fit_phase(fresh, data, other, settings, trainer, tmp_path / "second", seed=2)
     assert same(other.delta(), delta)
 
@@ -125,8 +124,8 @@ def test_rewind_is_bit_for_bit_and_nothing_else_ever_changes(folder, settings, t
 def test_a_change_outside_the_selection_is_noticed(folders, settings, trainer, tmp_path):
     module, _ = build(folders["bert"], settings, "language")
     selection = {name: torch.arange(2) for name in module.maskable}
-    callback = SparseFineTuning("sparse", selection=selection)
-    callback.setup(None, module, "fit")
+    callback = SparseFineTuning(selection=selection)
+    callback.begin(module)
     with torch.no_grad():
         module.maskable["encoder.layer.0.output.dense.weight"].view(-1)[1] += 1
         callback.verify()
@@ -136,7 +135,7 @@ def test_a_change_outside_the_selection_is_noticed(folders, settings, trainer, t
     with pytest.raises(RuntimeError, match="after a fit of the full phase"):
         callback.change()
     with pytest.raises(DeftxError, match=r"1 parameters this model has not, such as 'pooler.dense.weight'"):
-        SparseFineTuning("sparse", selection={"pooler.dense.weight": torch.arange(2)}).setup(None, module, "fit")
+        SparseFineTuning(selection={"pooler.dense.weight": torch.arange(2)}).begin(module)
     with pytest.raises(DeftxError, match="lacks"):
         change_of({}, module)
 
@@ -192,11 +191,11 @@ def test_a_task_sft_is_relative_to_base_plus_source_sft(folder, settings, traine
     Composition(parameters, base_fingerprint=base_fingerprint_of(module.model)).add("source", source)
     start = {name: p.detach().clone() for name, p in parameters.items()}
     assert any(not torch.equal(bare[name], start[name]) for name in bare)
-    callback = SparseFineTuning("full")
+    callback = SparseFineTuning(k=100, rank=NONE)
     fit_phase(module, data, callback, settings, trainer, tmp_path / "full", seed=1)
     change = callback.change()
     assert all(torch.equal(change[name], p.detach() - start[name]) for name, p in module.maskable.items())
-    callback.begin_sparse(select(change, rank=NONE, residual=PRUNE, k=100).indices)
+    callback.begin_sparse()
     fit_phase(module, data, callback, settings, trainer, tmp_path / "sparse", seed=1)
     delta = callback.delta()
     for name, index in delta.indices.items():
@@ -217,7 +216,7 @@ def test_l1_holds_the_full_phase_back(folders, settings, trainer, tmp_path):
     distances = []
     for weight in (0.0, 1e4):
         module, data = build(folders["bert"], settings, "language")
-        callback = SparseFineTuning("full", l1=weight)
+        callback = SparseFineTuning(l1_full=weight)
         fit_phase(module, data, callback, settings, trainer, tmp_path / str(weight), seed=1)
         distances.append(sum(float(delta.abs().sum()) for delta in callback.change().values()))
     assert distances[1] < 0.7 * distances[0]
@@ -228,8 +227,8 @@ def test_layers_below_the_lowest_selected_one_are_not_walked(folder, settings):
     module, data = build(folder, settings, "language")
     last = f"encoder.layer.{module.model.config.num_hidden_layers - 1}."
     name = next(name for name in module.maskable if name.startswith(last) and name.endswith("query.weight"))
-    callback = SparseFineTuning("sparse", selection={name: torch.tensor([3, 5])})
-    callback.setup(None, module, "fit")
+    callback = SparseFineTuning(selection={name: torch.tensor([3, 5])})
+    callback.begin(module)
     module.configure_optimizers()
     walked = []
     for layer in module.model.base_model.encoder.layer:

@@ -93,9 +93,7 @@ def run(folders, settings, trainer, tmp_path):
         module.on_validation_epoch_end = remember
         selection = {name: torch.arange(0, p.numel(), 3) for name, p in list(module.maskable.items())[:-3]}
         callback = SparseFineTuning(
-            phase,
-            l1=getattr(chosen, f"l1_{phase}"),
-            selection=selection if phase == "sparse" else None,
+            l1_full=chosen.l1_full, l1_sparse=chosen.l1_sparse, selection=selection if phase == "sparse" else None
         )
         data = {"language": language, "task": task}[objective]
         result = fit_phase(
