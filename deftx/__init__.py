@@ -8,19 +8,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Composition", "SparseDelta", "__version__", "denoise", "select_topk"]
+__all__ = ["Composition", "SparseDelta", "SparseFineTuning", "__version__", "denoise", "select_topk"]
 
 if TYPE_CHECKING:
     from deftx.core.composition import Composition
     from deftx.core.delta import SparseDelta
     from deftx.core.denoise import denoise
     from deftx.core.selection import select_topk
+    from deftx.training.callback import SparseFineTuning
 
 _HOMES = {
     "SparseDelta": "deftx.core.delta",
     "Composition": "deftx.core.composition",
     "denoise": "deftx.core.denoise",
     "select_topk": "deftx.core.selection",
+    "SparseFineTuning": "deftx.training.callback",
 }
 
 

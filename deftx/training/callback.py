@@ -36,6 +36,8 @@ from deftx.errors import DeftxError
 from deftx.training.parts import FoundParts, Parts
 
 _BLOCK = 1 << 18  # entries at a time
+_LIGHTNING_EPOCHS = 1000  # what Lightning takes where no limit is given
+_PRECISIONS = ("32-true", "bf16-mixed")
 
 log = logging.getLogger(__name__)
 
@@ -288,10 +290,7 @@ class SparseFineTuning(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Optimizers are made and weights are where they train."""
-        optimizers = trainer.optimizers
-        if len(optimizers) != 1:
-            raise DeftxError(f"configure_optimizers gives {len(optimizers)} optimizers; SparseFineTuning needs 1")
-        self.watch(optimizers[0])
+        self.watch(trainer.optimizers[0])
         if self.full_steps is not None and self.sparse_steps is not None:
             trainer.fit_loop.epoch_loop.max_steps = self.full_steps + self.sparse_steps
 
@@ -369,11 +368,14 @@ class SparseFineTuning(pl.Callback):
         assert self.full_steps is not None
         assert self.sparse_steps is not None
         total, loop = self.full_steps + self.sparse_steps, trainer.fit_loop
-        if loop.max_steps not in (-1, total):
-            raise DeftxError(
-                f"Trainer(max_steps={loop.max_steps}) contradicts full_steps + sparse_steps = {total}; "
-                "leave max_steps out"
-            )
+        for name, value, fitting in (
+            ("max_steps", loop.max_steps, (-1, total)),
+            ("max_epochs", loop.max_epochs, (None, -1, _LIGHTNING_EPOCHS)),
+        ):
+            if value not in fitting:
+                raise DeftxError(
+                    f"Trainer({name}={value}) contradicts full_steps + sparse_steps = {total}; leave {name} out"
+                )
         self.phase, self.selection = "full", None
         self._best, self._validated = None, -1
         loop.max_epochs = -1
@@ -387,7 +389,7 @@ class SparseFineTuning(pl.Callback):
         self._release(found=False)
         self.begin(module)
         self._tell(trainer, module)
-        module.zero_grad(set_to_none=True)
+        module.zero_grad(set_to_none=True)  # frozen parameters would keep theirs for the whole phase
         loop, total = trainer.fit_loop.epoch_loop, trainer.max_steps
         loop.max_steps = self.sparse_steps
         trainer.strategy.setup_optimizers(trainer)
@@ -399,9 +401,12 @@ class SparseFineTuning(pl.Callback):
         if self.monitor is None:
             return
         if self._validated != trainer.global_step and trainer.enable_validation:
+            connector = trainer._logger_connector
+            first = connector._first_loop_iter  # as Lightning's own validation within an epoch keeps it
             trainer.validating = True
             trainer.fit_loop.epoch_loop.val_loop.run()
             trainer.training = True
+            connector._first_loop_iter = first
         if self._best is None:
             raise DeftxError(f"monitor={self.monitor!r} chooses the best weights, and no validation ran")
         assert self._parts is not None
@@ -422,10 +427,10 @@ class SparseFineTuning(pl.Callback):
                 f"the Trainer has {trainer.world_size} devices; SparseFineTuning needs Trainer(devices=1) around "
                 f"{name} (deftx run trainer.devices={trainer.world_size} trains on several)"
             )
-        if getattr(trainer.precision_plugin, "scaler", None) is not None:
+        if trainer.precision not in _PRECISIONS:
             raise DeftxError(
-                "precision 16-mixed scales the loss, which changes the L1 term and skips steps; "
-                "use 32-true or bf16-mixed"
+                f"precision={trainer.precision}: SparseFineTuning needs float32 weights and gradients that are not "
+                f"scaled; available: {', '.join(_PRECISIONS)}"
             )
 
     def begin(self, module: pl.LightningModule) -> None:
@@ -478,7 +483,7 @@ class SparseFineTuning(pl.Callback):
         """Let an optimizer train this phase: what it moves outside the selection is put back after each step.
 
         Raises:
-            DeftxError: It evaluates the loss itself.
+            DeftxError: It evaluates the loss itself, or trains nothing of the encoder.
         """
         closure = inspect.signature(type(optimizer).step).parameters.get("closure")
         if closure is not None and closure.default is inspect.Parameter.empty:
@@ -488,6 +493,12 @@ class SparseFineTuning(pl.Callback):
             )
         parts = self._parts
         assert parts is not None
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if self.phase == "full" and held.isdisjoint(map(id, parts.maskable.values())):
+            raise DeftxError(
+                f"no parameter of the encoder in {type(parts.model).__name__} is in its optimizer; "
+                "configure_optimizers has to give one optimizer of what requires gradients"
+            )
         self._selections, self._whole = {}, {}
         if self.phase == "full" or self.selection is None:
             return

@@ -98,11 +98,27 @@ class FoundParts(Parts):
         self.base_fingerprint = base_fingerprint or fingerprint(weights)
         self.maskable = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
         self.head = {name: parameter for name, parameter in outside.items() if parameter.requires_grad}
+        self._refuse(module)
+
+    def _refuse(self, module: nn.Module) -> None:
+        """Refuse a module whose φ would not say all that training changed, or could not say it exactly."""
         if not self.maskable:
             raise DeftxError(
                 f"no parameter of the encoder in {type(module).__name__} requires a gradient; "
                 "SparseFineTuning chooses what stays frozen itself"
             )
+        for name, parameter in self.named().items():
+            if parameter.dtype != torch.float32:
+                raise DeftxError(
+                    f"{name} is {parameter.dtype}; an SFT needs float32 weights: load the encoder with "
+                    "dtype=torch.float32, and train with precision='bf16-mixed' where that is faster"
+                )
+        for name, layer in module.named_modules():
+            if isinstance(layer, nn.modules.batchnorm._NormBase) and layer.track_running_stats:
+                raise DeftxError(
+                    f"{name} ({type(layer).__name__}) keeps running statistics, which an SFT does not hold; "
+                    "use LayerNorm, or track_running_stats=False"
+                )
 
 
 def _encoder(module: nn.Module, path: str | None) -> Any:
