@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 import torch
+from restart import Clock, Killed, RestartEqualsOneShot
 from tiny_models import LABELS, make_lines
 
 from deftx.data.module import TextDataModule
@@ -84,26 +86,38 @@ def test_same_seed_same_bytes_and_nothing_is_overwritten(tokenizer, trainer, tmp
         run(tokenizer, trainer, tmp_path / "a")
 
 
-def test_a_pretraining_that_is_killed_goes_on(tokenizer, trainer, tmp_path, monkeypatch, caplog):
+class TestAPretraining(RestartEqualsOneShot):
     """Its scratch folder outlives the attempt; the tied output embedding is restored once."""
-    expected = run(tokenizer, trainer, tmp_path / "whole", 1)
-    often, original = replace(trainer, checkpoint_minutes=0), MaskedLM.training_step
 
-    def step(self, batch, batch_idx):
-        if self.trainer.global_step == SETTINGS.steps - 2:
-            raise KeyboardInterrupt
-        return original(self, batch, batch_idx)
+    cases: ClassVar = {"two steps before its end": SETTINGS.steps - 2}
 
-    with monkeypatch.context() as patch:
-        patch.setattr(MaskedLM, "training_step", step)
-        with pytest.raises(KeyboardInterrupt):
-            run(tokenizer, often, tmp_path / "killed", 1, scratch=tmp_path / "scratch")
-    with caplog.at_level("WARNING", logger="deftx"):
-        found = run(tokenizer, often, tmp_path / "killed", 1, scratch=tmp_path / "scratch")
-    assert f"resumes at step {SETTINGS.steps - 2} of {SETTINGS.steps}" in caplog.text
-    assert found.history == expected.history
-    whole, killed = (tmp_path / name / "model.safetensors" for name in ("whole", "killed"))
-    assert killed.read_bytes() == whole.read_bytes()
+    @pytest.fixture(autouse=True)
+    def pretrainings(self, tokenizer, trainer, tmp_path, monkeypatch, caplog):
+        self.folder, self.caplog, self.clock = tmp_path, caplog, Clock()
+        step, often = MaskedLM.training_step, replace(trainer, checkpoint_minutes=0)
+
+        def watched(module, batch, batch_idx):
+            self.clock("training_step")
+            return step(module, batch, batch_idx)
+
+        monkeypatch.setattr(MaskedLM, "training_step", watched)
+        self.run = lambda name: run(tokenizer, often, tmp_path / name, 1, scratch=tmp_path / f"scratch of {name}")
+
+    def start(self, folder, case, kill=None):
+        self.clock.reset(kill)
+        try:
+            return self.run(folder).history
+        except Killed:
+            return None
+
+    def histories(self, case, whole):
+        yield [case]
+
+    def check(self, folder, case, resumed, whole):
+        assert f"resumes at step {case} of {SETTINGS.steps}" in self.caplog.text
+        assert resumed == whole
+        weights, expected = (self.folder / name / "model.safetensors" for name in (folder, "whole"))
+        assert weights.read_bytes() == expected.read_bytes()
 
 
 def test_the_vocabulary_is_a_function_of_the_text():

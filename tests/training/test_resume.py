@@ -6,9 +6,11 @@ import logging
 import os
 import signal
 from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 import torch
+from restart import Clock, Killed, RestartEqualsOneShot
 from tiny_models import LABELS, make_lines, make_rows
 
 import deftx.training.checkpoint as checkpoint
@@ -21,26 +23,6 @@ from deftx.training.modules import MaskedLM, SequenceClassifier
 
 OBJECTIVES = ("language", "task")
 PHASES = ("full", "sparse")
-
-
-class Killed(BaseException):
-    """Ends a fit where it stands, as a kill would: nothing of deftx answers to it."""
-
-
-class Clock:
-    """Counts moments of a fit and ends it at one of them."""
-
-    def __init__(self):
-        self.seen: list[str] = []
-        self.last = None
-
-    def __call__(self, what):
-        self.seen.append(what)
-        if len(self.seen) - 1 == self.last:
-            raise Killed(what)
-
-    def reset(self, last=None):
-        self.seen, self.last = [], last
 
 
 @pytest.fixture
@@ -136,57 +118,72 @@ def until_killed(clock, moment, run, *arguments, **options):
     clock.reset()
 
 
-def test_killed_at_every_moment(run, clock, tmp_path, caplog):
-    """Validation that gets worse, so that the best weights are not the newest."""
-    options = {"learning_rate": 2.0, "eval_every": 2, "max_steps": 6}
-    expected = run("whole", **options)
-    moments = list(clock.seen)
-    scores = [entry["val/loss"] for entry in expected[1][3] if "val/loss" in entry]
-    assert 0 < scores.index(min(scores)) < len(scores) - 1, scores
-    assert moments.count("training_step") == moments.count("after resume.ckpt") == 6
-    for moment, what in enumerate(moments):
-        until_killed(clock, moment, run, f"{moment}", **options)
-        same(run(f"{moment}", **options), expected)
-        best = expected[2].checkpoint.name
-        assert sorted(path.name for path in (tmp_path / f"{moment}").iterdir()) == [best, "resume.ckpt"], what
-    assert caplog.text.count("resumes at step") > len(moments) // 2
-    assert "starts from the beginning" not in caplog.text
+class TestAFit(RestartEqualsOneShot):
+    """Killed wherever it has come to, and resumed from a resumed attempt: each one makes at most a step."""
 
+    cases: ClassVar = {
+        f"{objective}, {phase}, {accumulate} batches a step": {
+            "objective": objective,
+            "phase": phase,
+            "accumulate": accumulate,
+            "length_buckets": 2,
+        }
+        for objective in OBJECTIVES
+        for phase in PHASES
+        for accumulate in (1, 2)
+    }
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("phase", PHASES)
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_killed_again_and_again(run, clock, objective, phase, accumulate):
-    """One fit that is killed wherever it has got to, and resumed from a resumed one, before it gets to its end."""
-    options = {"objective": objective, "phase": phase, "accumulate": accumulate, "length_buckets": 2}
-    expected = run("whole", **options)
-    assert [entry["step"] for entry in expected[1][3] if any(name.startswith("val/") for name in entry)] == [3, 5]
-    batches = [i for i, what in enumerate(clock.seen) if what == "training_step"]
-    assert len(batches) == 5 * accumulate
-    kills, resumed, validation = 0, None, clock.seen.count("validation_step") // 2
-    while resumed is None:
-        # Far enough for a step, its validation and what is written after it: each attempt starts where none did before.
-        clock.reset(accumulate + validation + 4 + kills % 3)
+    @pytest.fixture(autouse=True)
+    def fits(self, run, clock, tmp_path, caplog):
+        self.run, self.clock, self.folder, self.caplog = run, clock, tmp_path, caplog
+
+    def start(self, folder, case, kill=None):
+        self.clock.reset(kill)
         try:
-            resumed = run("killed", **options)
+            return self.run(folder, **case)
         except Killed:
-            kills += 1
-        assert kills < 20
-    assert kills >= 2
-    same(resumed, expected)
+            return None
+
+    def histories(self, case, whole):
+        validated = [entry["step"] for entry in whole[1][3] if any(name.startswith("val/") for name in entry)]
+        assert validated == [3, 5]
+        step = case["accumulate"]
+        assert self.clock.seen.count("training_step") == 5 * step
+        yield [
+            ("training_step", 0),  # nothing is there yet
+            ("training_step", step),  # 1 step is kept
+            ("training_step", 2 * step - 1),  # 2 steps are kept; with two batches a step it is the second of one
+            ("validation_step", 0),  # of step 3, before what it made is kept
+            ("before resume.ckpt", 0),  # the best weights are newer than the state
+            ("after resume.ckpt", 0),  # 3 steps are kept
+            ("training_step", 1),
+            ("validation_step", 1),  # of the last step
+            ("before resume.ckpt", 0),
+        ]
+
+    def check(self, folder, case, resumed, whole):
+        same(resumed, whole)
+        assert self.clock.seen.count("training_step") < 5 * case["accumulate"]
 
 
-@pytest.mark.parametrize("phase", PHASES)
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_killed_at_every_step(run, clock, objective, phase):
-    options = {"objective": objective, "phase": phase, "accumulate": 2}
-    expected = run("whole", **options)
-    steps = [i for i, what in enumerate(clock.seen) if what == "training_step"]
-    for number, moment in enumerate(steps):
-        until_killed(clock, moment, run, f"{number}", **options)
-        same(run(f"{number}", **options), expected)
-        if number >= 2:  # the rest alone was trained
-            assert clock.seen.count("training_step") == len(steps) - number // 2 * 2
+class TestAFitAtEachOfItsMoments(TestAFit):
+    """Killed once, at any moment; its validation gets worse, so that the best weights are not the newest."""
+
+    cases: ClassVar = {"language, full": {"learning_rate": 2.0, "eval_every": 2, "max_steps": 6}}
+
+    def histories(self, case, whole):
+        self.moments = list(self.clock.seen)
+        scores = [entry["val/loss"] for entry in whole[1][3] if "val/loss" in entry]
+        assert 0 < scores.index(min(scores)) < len(scores) - 1, scores
+        assert self.moments.count("training_step") == self.moments.count("after resume.ckpt") == 6
+        yield from ([moment] for moment in range(len(self.moments)))
+        assert self.caplog.text.count("resumes at step") > len(self.moments) // 2
+        assert "starts from the beginning" not in self.caplog.text
+
+    def check(self, folder, case, resumed, whole):
+        same(resumed, whole)
+        best = whole[2].checkpoint.name
+        assert sorted(path.name for path in (self.folder / folder).iterdir()) == [best, "resume.ckpt"]
 
 
 def test_states_by_time(run, clock, tmp_path):
