@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from small_study import Command, Outcome, small_for
+from small_study import GRID, Command, Outcome, small_for
 
 from deftx.cli import main
 
@@ -48,6 +48,25 @@ def model(deftx: Command, shared_cache: Path, tmp_path: Path) -> Path:
         outcome = deftx("pretrain", f"text=[{text}]", f"out={made}")
         assert outcome.status == 0, outcome.err
     return Path(shutil.copytree(made, tmp_path / "model"))
+
+
+@pytest.fixture(scope="session")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Outcome, Path]]:
+    """Sweeps that ran for an earlier test of this process."""
+    return {}
+
+
+@pytest.fixture
+def grid(
+    deftx: Command, swept: dict[str, tuple[Outcome, Path]], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Outcome, Path]:
+    """A finished sweep over two ranks, and the cache that it found empty. Read only."""
+    if "grid" not in swept:
+        cache = tmp_path_factory.mktemp("grid") / "cache"
+        outcome = deftx("run", *GRID, cache=cache)
+        assert outcome.status == 0, outcome.err
+        swept["grid"] = outcome, cache
+    return swept["grid"]
 
 
 @pytest.fixture

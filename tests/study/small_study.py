@@ -36,6 +36,11 @@ SMALL = [
     "model.pretrain.valid_fraction=0.1",
 ]
 
+FEW = ("language=qba", "compare=[]", "controls=[]")
+"""Its smallest part: one target, one method."""
+
+GRID = ("-m", *FEW, "rank=2,none")
+
 
 def small_for(command: str) -> list[str]:
     """What of the small study a command reads; the rest it would refuse."""

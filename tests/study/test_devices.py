@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from hydra import compose
-from small_study import SMALL, Command
+from small_study import FEW, SMALL, Command
 
 from deftx.cache import StageCache
 from deftx.config import hydra_session, study_settings, typed
@@ -18,7 +18,6 @@ from deftx.jobs import Task, work
 from deftx.stages.graph import graph
 from deftx.stages.settings import StudySettings
 
-FEW = ("language=qba", "compare=[]", "controls=[]")
 DRAWING = [text for text in (*SMALL, *FEW) if text != "trainer=cpu"] + ["model.pretrain.dropout=0.1"]
 TRAINED = {"pretrain", "full", "decompose", "select", "sparse", "evaluate"}
 

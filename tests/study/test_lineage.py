@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_study import Command, own_rows
+from small_study import FEW, Command, own_rows
 
 from deftx.errors import DeftxError
-
-FEW = ("language=qba", "compare=[]", "controls=[]")
 
 
 def outcomes(result: dict[str, Any], what: str) -> dict[str, str]:

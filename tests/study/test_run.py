@@ -18,12 +18,10 @@ import pytest
 import torch
 import transformers
 from sklearn.metrics import accuracy_score, f1_score
-from small_study import SMALL, Command, own_rows
+from small_study import FEW, SMALL, Command, own_rows
 
 from deftx.core.delta import SparseDelta
 from deftx.training.fit import fit_phase
-
-FEW = ("language=qba", "compare=[]", "controls=[]")
 
 
 def scores(result: dict) -> dict[tuple[str, str, str], float]:
@@ -218,24 +216,6 @@ def test_a_rank_sweep_trains_each_full_phase_once(
     assert len({seeds[0] for seeds in sparse.values()}) == 2
 
 
-def test_a_failed_job_does_not_stop_the_sweep(deftx: Command, tmp_path: Path) -> None:
-    # The learning rate is legal, the loss is not finite: only a run can find that out.
-    outcome = deftx(
-        "run",
-        "-m",
-        "compare=[]",
-        "controls=[]",
-        "language=qba",
-        "lang.training.learning_rate=1e38,1e-3",
-        cache=tmp_path / "c",
-    )
-    assert outcome.status == 1
-    jobs = [run for run in outcome.runs() if run["job_type"] == "run"]
-    assert Counter(run["status"] for run in jobs) == {"done": 1, "failed": 1}
-    assert "step" in outcome.out
-    assert "2 jobs, 1 done, 0 finished before, 1 failed" in outcome.out
-
-
 def read_bits(cache: Path) -> dict[str, bytes]:
     """The bytes of every SFT and of every prediction, by stage kind and key."""
     files = [*cache.glob("sparse/*/sft/sft.safetensors"), *cache.glob("evaluate/*/predictions.parquet")]
@@ -385,16 +365,6 @@ def test_curves_are_written(deftx: Command, tmp_path: Path) -> None:
     for frame in curves.values():
         assert frame["train/loss"].notna().any()
         assert frame["val/loss"].notna().any()
-
-
-def test_a_sweep_ends_with_its_scores_side_by_side(deftx: Command) -> None:
-    outcome = deftx("run", "-m", "rank=2,none", *FEW)
-    assert outcome.status == 0, outcome.err
-    last = outcome.out[outcome.out.rindex("sweep") :]
-    assert "rank=2" in last
-    assert "rank=none" in last
-    assert "2 jobs" in last
-    assert "0 failed" in last
 
 
 def test_an_interrupted_run_says_so_and_goes_on_later(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hydra import compose
 from safetensors.torch import load_file
-from small_study import SMALL, Command
+from small_study import FEW, GRID, SMALL, Command, Outcome
 
 from deftx.cache import StageCache
 from deftx.config import hydra_session, study_settings
@@ -21,9 +21,6 @@ from deftx.core.denoise import denoise
 from deftx.core.settings import RankPolicy, ResidualPolicy
 from deftx.stages.evaluate import Cell, Evaluator
 from deftx.stages.graph import Look, graph
-
-FEW = ("language=qba", "compare=[]", "controls=[]")
-GRID = ("-m", *FEW, "rank=2,none")
 
 
 def sweep_of(folder: Path) -> dict[str, Any]:
@@ -39,10 +36,9 @@ def computed(runs: list[dict[str, Any]]) -> Counter[str]:
 
 
 def test_a_sweep_again_copies_what_was_finished(
-    deftx: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    deftx: Command, grid: tuple[Outcome, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = deftx("run", *GRID, cache=tmp_path / "c")
-    assert first.status == 0, first.err
+    first, cache = grid
     assert states(first.folder) == {"done": 2}
     # What was swept, as fields; the values as a person writes them.
     sweep = sweep_of(first.folder)
@@ -54,7 +50,7 @@ def test_a_sweep_again_copies_what_was_finished(
         raise AssertionError(f"{options['label']} was trained again")
 
     monkeypatch.setattr("deftx.training.fit.fit_phase", refuse)
-    again = deftx("run", *GRID, cache=tmp_path / "c")
+    again = deftx("run", *GRID, cache=cache)
     assert again.status == 0, again.err
     assert states(again.folder) == {"cached": 2}
     assert "2 finished before" in again.out
@@ -65,8 +61,8 @@ def test_a_sweep_again_copies_what_was_finished(
     assert not (again.folder / "stages").exists()
 
 
-def test_shared_stages_run_first_and_once(deftx: Command, tmp_path: Path) -> None:
-    outcome = deftx("run", *GRID, cache=tmp_path / "c")
+def test_shared_stages_run_first_and_once(grid: tuple[Outcome, Path]) -> None:
+    outcome, _ = grid
     stages = [json.loads(p.read_text()) for p in sorted((outcome.folder / "stages").rglob("result.json"))]
     jobs = [json.loads((outcome.folder / str(number) / "result.json").read_text()) for number in range(2)]
     assert {run["job_type"] for run in stages} == {"stage"}
@@ -79,6 +75,15 @@ def test_shared_stages_run_first_and_once(deftx: Command, tmp_path: Path) -> Non
     names = [stage["swept"][0] for stage in sweep_of(outcome.folder)["stages"]]
     assert names == ["base", "sft:source:qaa", "full:language:qba", "full:task"]
     assert max(run["finished"] for run in stages) <= min(run["started"] for run in jobs)
+
+
+def test_a_sweep_ends_with_its_scores_side_by_side(grid: tuple[Outcome, Path]) -> None:
+    outcome, _ = grid
+    last = outcome.out[outcome.out.rindex("sweep") :]
+    assert "rank=2" in last
+    assert "rank=none" in last
+    assert "2 jobs" in last
+    assert "0 failed" in last
 
 
 def test_parts_that_share_a_node_but_nothing_that_trains_do_not_wait_for_each_other(
@@ -94,13 +99,17 @@ def test_parts_that_share_a_node_but_nothing_that_trains_do_not_wait_for_each_ot
     assert computed(stages)["select"] == 2, "φ_S's and the one that both task SFTs share"
 
 
-def test_only_what_failed_runs_again(deftx: Command, tmp_path: Path) -> None:
+def test_a_failed_job_stops_no_other_and_alone_runs_again(deftx: Command, tmp_path: Path) -> None:
     rates = ("-m", *FEW, "lang.training.learning_rate=1e38,1e-3")
     first = deftx("run", *rates, cache=tmp_path / "c")
     assert first.status == 1
     assert states(first.folder) == {"failed": 1, "done": 1}
+    # The learning rate is legal, the loss is not finite: only a run can find that out.
+    assert Counter(run["status"] for run in first.runs() if run["job_type"] == "run") == {"done": 1, "failed": 1}
     assert "lang.training.learning_rate=1e" in first.out
     assert "not finite" in first.out
+    assert "step" in first.out
+    assert "2 jobs, 1 done, 0 finished before, 1 failed" in first.out
     again = deftx("run", *rates, cache=tmp_path / "c")
     assert again.status == 1
     assert states(again.folder) == {"failed": 1, "cached": 1}
