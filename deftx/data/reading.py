@@ -1,7 +1,7 @@
-"""Bytes on disk, turned into text and tables, with one clear message for whatever is wrong with them.
+"""Turns bytes on disk into text and tables, and says what is wrong with a file in one clear message.
 
-Reading rules: UTF-8, a byte-order mark is dropped, lines end at LF or CRLF only. ``.csv`` has ordinary quoting;
-``.tsv`` (and every other ending) has none, a double quote is text. Nothing becomes NaN.
+Files are UTF-8; a byte-order mark is dropped, and lines end at LF or CRLF only. ``.csv`` files have ordinary quoting.
+``.tsv`` files, and files with any other ending, have none: there a double quote is text. No cell becomes NaN.
 """
 
 from __future__ import annotations
@@ -11,40 +11,13 @@ import io
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from deftx.errors import DeftxError
 
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of text cells.
-
-    Attributes:
-        origin: File, for messages.
-        columns: Column names.
-        rows: Cells, as many in each row as there are columns.
-    """
-
-    origin: str
-    columns: tuple[str, ...]
-    rows: list[list[str]]
-
-    def column(self, *names: str) -> list[str]:
-        """Cells of the first of ``names`` that the table has.
-
-        Raises:
-            DeftxError: It has none; the message lists the columns there are.
-        """
-        for name in names:
-            if name in self.columns:
-                at = self.columns.index(name)
-                return [row[at] for row in self.rows]
-        raise DeftxError(
-            f"{self.origin}: no column {names[0]!r}; its first line must name the columns, and names "
-            f"{', '.join(self.columns)}"
-        )
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def read_text(path: Path) -> str:
@@ -75,7 +48,7 @@ def read_text(path: Path) -> str:
     return text.replace("\r\n", "\n")
 
 
-def read_table(path: Path, columns: Sequence[str] | None = None) -> Table:
+def read_table(path: Path, columns: Sequence[str] | None = None) -> pd.DataFrame:
     """Read a CSV (``.csv``) or TSV (anything else) file.
 
     Args:
@@ -83,12 +56,14 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> Table:
         columns: Names of the columns of a file without header.
 
     Returns:
-        The table; blank lines are left out.
+        Cells as text; blank lines are left out.
 
     Raises:
         DeftxError: As :func:`read_text`; or a row has more or fewer cells than there are columns; a column
             is named twice; or there is no row.
     """
+    import pandas as pd
+
     text = read_text(path)
     if path.suffix.lower() == ".csv":
         try:
@@ -108,38 +83,42 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> Table:
                 f"{path}: row {number} has {len(row)} cells, not {len(header)} ({', '.join(header)}); "
                 "a .csv is comma-separated with quoting, any other file tab-separated without"
             )
-    return Table(str(path), header, rows)
+    return pd.DataFrame(rows, columns=list(header))
 
 
-def read_jsonl(path: Path, columns: Sequence[str]) -> Table:
-    """Read some fields of a file with one JSON object a line.
+def read_jsonl(path: Path, columns: Sequence[str]) -> pd.DataFrame:
+    """Read some fields, as text, of a file with one JSON object a line.
 
     Raises:
-        DeftxError: As :func:`read_text`; or a line is not JSON; or lacks a field.
+        DeftxError: As :func:`read_text`; or a line is not JSON, or lacks a field.
     """
+    import pandas as pd
+
     rows = []
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
-            item = json.loads(line)
-            rows.append([str(item[name]) for name in columns])
+            fields = json.loads(line)
+            rows.append([str(fields[name]) for name in columns])
         except (json.JSONDecodeError, KeyError, TypeError):
             raise DeftxError(f"{path}: line {number} is not a JSON object with {', '.join(columns)}") from None
-    return Table(str(path), tuple(columns), rows)
+    return pd.DataFrame(rows, columns=list(columns))
 
 
 def expand(patterns: Sequence[str], root: Path) -> dict[str, list[Path]]:
-    """Files named by each file, folder (every ``*.txt`` below it) or glob; relative ones start at ``root``."""
-    found: dict[str, list[Path]] = {}
+    """Files that each pattern names: a file, a folder (every ``*.txt`` below it) or a glob.
+
+    Relative patterns start at ``root``.
+    """
+    files: dict[str, list[Path]] = {}
     for pattern in patterns:
         path = root / Path(pattern).expanduser()
-        if path.is_dir():
-            found[pattern] = sorted(file for file in path.rglob("*.txt") if file.is_file())
-        elif path.is_file():
-            found[pattern] = [path]
-        else:
-            # Only the pattern is a pattern: the root's own name may hold brackets.
-            anchor = Path(path.anchor) if Path(pattern).expanduser().is_absolute() else root
-            found[pattern] = sorted(file for file in anchor.glob(str(path.relative_to(anchor))) if file.is_file())
-    return found
+        if path.is_file():
+            files[pattern] = [path]
+            continue
+        # Only the pattern may hold wildcards: brackets in the root's own name are ordinary letters.
+        anchor = Path(path.anchor) if Path(pattern).expanduser().is_absolute() else root
+        matches = path.rglob("*.txt") if path.is_dir() else anchor.glob(str(path.relative_to(anchor)))
+        files[pattern] = sorted(file for file in matches if file.is_file())
+    return files

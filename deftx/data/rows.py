@@ -1,8 +1,8 @@
-"""What the files of a place say, as common rows: id, text, text_pair, label."""
+"""Reads the rows of a place into one common form: id, text, text_pair, label."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import pandas as pd
 from deftx.data.corpora import clean_line
 from deftx.data.hub import HubRef, download, label_words, load_hub, require_hub_columns
 from deftx.data.places import Form, MissingSplitError, Place
-from deftx.data.reading import Table, read_jsonl, read_table
+from deftx.data.reading import read_jsonl, read_table
 from deftx.errors import DeftxError
 
 MULTINLI_FIELDS = ("pairID", "sentence1", "sentence2", "gold_label")
@@ -38,56 +38,69 @@ def read_rows(place: Place) -> Rows:
         DeftxError: A file is malformed or holds an unknown label; the hub does not answer.
     """
     if place.hub is not None:
-        return _read_hub(place, place.hub)
+        origin = f"{place.hub}, {place.split}"
+        return _common(_hub_table(place, place.hub, origin), place.form, origin)
     files = (download(place.url, place.cache_dir),) if place.url else place.files
-    parts = [_read_file(place, path) for path in files]
+    parts = [_common(_file_table(place, path), place.form, str(path)) for path in files]
     frame = pd.concat([part.frame for part in parts], ignore_index=True)
     if len(parts) > 1:
         # Row numbers repeat from file to file.
         names = [path.stem for path, part in zip(files, parts, strict=True) for _ in range(len(part.frame))]
         frame["id"] = [f"{name}:{number}" for name, number in zip(names, frame["id"], strict=True)]
-    return Rows(frame, {key: sum(part.dropped[key] for part in parts) for key in ("empty", "unlabelled")})
+    return Rows(frame, {reason: sum(part.dropped[reason] for part in parts) for reason in parts[0].dropped})
 
 
-def _read_file(place: Place, path: Path) -> Rows:
-    form = place.form
-    table = read_jsonl(path, MULTINLI_FIELDS) if path.suffix == ".jsonl" else read_table(path, columns=form.header)
-    if form.is_combined(path):
-        at = table.columns.index("language") if "language" in table.columns else None
-        rows = [row for row in table.rows if at is None or row[at] == place.language]
-        if not rows:
+def _file_table(place: Place, path: Path) -> pd.DataFrame:
+    """Cells of a file, as text; of a file that holds all languages, those of the place's language."""
+    jsonl = path.suffix == ".jsonl"
+    table = read_jsonl(path, MULTINLI_FIELDS) if jsonl else read_table(path, columns=place.form.header)
+    if place.form.is_combined(path) and "language" in table:
+        table = table[table["language"] == place.language]
+        if table.empty:
             raise MissingSplitError(f"{path} has no rows in {place.language!r}")
-        table = Table(table.origin, table.columns, rows)
-    texts = next((texts for texts in form.texts if texts[0][0] in table.columns), form.texts[-1])
-    columns = [table.column(*names) for names in texts]
-    words = table.column("label", "gold_label")
-    named = next((name for name in ("id", "pairID") if name in table.columns), None)
-    ids = table.column(named) if named else [str(number) for number in range(1, len(table.rows) + 1)]
-    return _rows(ids, columns, words, form, str(path))
+    return table
 
 
-def _read_hub(place: Place, ref: HubRef) -> Rows:
+def _hub_table(place: Place, ref: HubRef, origin: str) -> pd.DataFrame:
+    """Cells of a hub data set, as text; its labels as words."""
     form = place.form
     dataset = load_hub(ref, place.split)
-    origin = f"{ref}, {place.split}"
     columns = [names[0] for names in form.texts[0]]
     require_hub_columns(dataset, (*columns, "label"), origin)
-    named = next((name for name in ("id", "pairID") if name in dataset.column_names), None)
-    cells = dataset.select_columns([*columns, "label", *([named] if named else [])]).to_dict()
-    words = label_words(cells["label"], dataset.features["label"], form.hub_labels or form.labels, origin)
-    ids = [str(value) for value in cells[named]] if named else [str(number) for number in range(1, len(dataset) + 1)]
-    return _rows(ids, [[str(text or "") for text in cells[name]] for name in columns], words, form, origin)
+    cells = dataset.select_columns([*columns, "label", *_id_column(dataset.column_names)]).to_dict()
+    cells["label"] = label_words(cells["label"], dataset.features["label"], form.hub_labels or form.labels, origin)
+    cells |= {name: [text or "" for text in cells[name]] for name in columns}
+    return pd.DataFrame({name: list(map(str, column)) for name, column in cells.items()})
 
 
-def _rows(ids: Sequence[str], columns: Sequence[Sequence[str]], words: Sequence[str], form: Form, origin: str) -> Rows:
-    """Common rows: texts cleaned, labels as integers; rows without text or without a label are counted out."""
-    known = {word.casefold(): index for index, word in enumerate(form.labels)}
-    known |= {spelling: known[word] if word else -1 for spelling, word in form.spellings}
+def _id_column(columns: Iterable[str]) -> list[str]:
+    return [name for name in ("id", "pairID") if name in columns][:1]
+
+
+def _column(table: pd.DataFrame, names: Sequence[str], origin: str) -> list[str]:
+    """Cells of the first of ``names`` that a table has."""
+    for name in names:
+        if name in table:
+            return table[name].tolist()
+    raise DeftxError(
+        f"{origin}: no column {names[0]!r}; its first line must name the columns, and names {', '.join(table.columns)}"
+    )
+
+
+def _common(table: pd.DataFrame, form: Form, origin: str) -> Rows:
+    """Clean the texts and turn labels into integers; rows without text or without a label are counted and dropped."""
+    texts = next((texts for texts in form.texts if texts[0][0] in table), form.texts[-1])
+    columns = [_column(table, names, origin) for names in texts]
+    words = _column(table, ("label", "gold_label"), origin)
+    named = _id_column(table.columns)
+    ids = table[named[0]].tolist() if named else map(str, range(1, len(table) + 1))
+    labels = {word.casefold(): index for index, word in enumerate(form.labels)}
+    labels |= {spelling: labels[word] if word else -1 for spelling, word in form.spellings}
     dropped = {"empty": 0, "unlabelled": 0}
     kept: list[tuple[str, str, str | None, int]] = []
     for number, (row_id, word, *cells) in enumerate(zip(ids, words, *columns, strict=True), 1):
         text, *other = map(clean_line, cells)
-        label = known.get(word.strip().casefold())
+        label = labels.get(word.strip().casefold())
         if label is None:
             raise DeftxError(f"{origin}: row {number}: unknown label {word!r}; known are {', '.join(form.labels)}")
         if label < 0:
