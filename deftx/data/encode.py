@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from deftx import atomic
 from deftx.errors import DeftxError
@@ -57,16 +56,15 @@ def encode_texts(
 
 def pad(columns: Mapping[str, Sequence[Sequence[int]]], padding: Mapping[str, int]) -> Batch:
     """Pad rows to the longest: int64 [B, T], ``attention_mask`` only where there is padding, ``tokens`` counted."""
-    lengths = np.array([len(row) for row in columns["input_ids"]])
-    longest = int(lengths.max())
-    batch: Batch = {}
-    for name, rows in columns.items():
-        table = np.full((len(rows), longest), padding.get(name, 0), dtype=np.int64)
-        for line, row in zip(table, rows, strict=True):
-            line[: len(row)] = row
-        batch[name] = torch.from_numpy(table)
-    if lengths.min() < longest:
-        batch["attention_mask"] = torch.from_numpy(np.arange(longest)[None] < lengths[:, None]).to(torch.int64)
+    batch: Batch = {
+        name: pad_sequence(
+            [torch.tensor(row, dtype=torch.int64) for row in rows], batch_first=True, padding_value=padding.get(name, 0)
+        )
+        for name, rows in columns.items()
+    }
+    lengths = torch.tensor([len(row) for row in columns["input_ids"]])
+    if lengths.min() < lengths.max():
+        batch["attention_mask"] = (torch.arange(int(lengths.max()))[None] < lengths[:, None]).to(torch.int64)
     batch["tokens"] = int(lengths.sum())
     return batch
 
@@ -125,13 +123,14 @@ def tokenise_blocks(lines: Sequence[str], tokenizer: Any, block: int, cache_dir:
 
     def cut(batch: Mapping[str, list[str]]) -> dict[str, list[list[int]]]:
         nonlocal rest
-        encoded = tokenizer(batch["text"], return_attention_mask=False, return_token_type_ids=False)["input_ids"]
-        stream = rest + [token for line in encoded for token in line]
+        # A line may be longer than the model: it is cut into blocks, so no warning is due.
+        encoded = tokenizer(batch["text"], return_attention_mask=False, return_token_type_ids=False, verbose=False)
+        stream = rest + [token for line in encoded["input_ids"] for token in line]
         whole = len(stream) // block * block
         rest = stream[whole:]
         return {"input_ids": [stream[i : i + block] for i in range(0, whole, block)]}
 
-    with _quiet_datasets(), _long_lines():
+    with _quiet_datasets():
         blocks = datasets.Dataset.from_dict({"text": list(lines)}).map(
             cut,
             batched=True,
@@ -183,15 +182,3 @@ def _quiet_datasets() -> Iterator[None]:
     finally:
         if shown:
             datasets.enable_progress_bars()
-
-
-@contextlib.contextmanager
-def _long_lines() -> Iterator[None]:
-    """Lines longer than the model are cut into blocks, so the tokenizer's warning about them is beside the point."""
-    noisy = logging.getLogger("transformers.tokenization_utils_base")
-    level = noisy.level
-    noisy.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        noisy.setLevel(level)

@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from deftx.data.encode import Batch, encode_texts, pad, padding_of, tokenise_blocks
 from deftx.errors import DeftxError
@@ -74,10 +74,10 @@ class TextDataModule(pl.LightningDataModule):
         Raises:
             DeftxError: either part holds less than one block of tokens.
         """
-        splits = {"training": list(train), "validation": list(valid)}
-        blocks = [tokenise_blocks(lines, tokenizer, block_length, cache_dir) for lines in splits.values()]
-        for (what, lines), made in zip(splits.items(), blocks, strict=True):
-            if not len(made):
+        blocks = []
+        for what, lines in (("training", list(train)), ("validation", list(valid))):
+            blocks.append(tokenise_blocks(lines, tokenizer, block_length, cache_dir))
+            if not len(blocks[-1]):
                 tokens = sum(map(len, tokenizer(lines)["input_ids"])) if lines else 0
                 raise DeftxError(
                     f"too little {what} text: {len(lines)} lines make {tokens} tokens, fewer than one block of "
@@ -145,44 +145,29 @@ class TextDataModule(pl.LightningDataModule):
         """Return the stream from the trainer's current step on."""
         if not self._plan:
             raise RuntimeError("call schedule() before training")
-        plan, trainer = self._plan, self.trainer
-        rank, world, start = 0, 1, 0
-        if trainer is not None:
-            rank, world = trainer.global_rank, trainer.world_size
-            start = trainer.global_step * plan["accumulate"]
-        stream = _Stream(self._source, plan, rank, world)
+        plan = self._plan
+        start = self.trainer.global_step * plan["accumulate"] if self.trainer is not None else 0
+        stream = _Stream(self._source, plan, *self._rank_and_world())
         return DataLoader(
             stream,
             batch_size=None,
-            sampler=_From(start, len(stream)),
+            sampler=range(start, len(stream)),  # what is left of the stream is Lightning's epoch
             num_workers=plan["num_workers"],
             pin_memory=self._on_gpu(),
         )
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Return validation batches, in a fixed order and, for language modelling, with fixed masks."""
-        plan, trainer = self._plan, self.trainer
-        rank, world = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
-        size = math.ceil(plan.get("batch_size", 32) / plan.get("accumulate", 1))
-        batches = _Validation(self._source, self._seed, size, rank, world)
+        size = math.ceil(self._plan.get("batch_size", 32) / self._plan.get("accumulate", 1))
+        batches = _Validation(self._source, self._seed, size, *self._rank_and_world())
         return DataLoader(batches, batch_size=None, shuffle=False, pin_memory=self._on_gpu())
+
+    def _rank_and_world(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
 
     def _on_gpu(self) -> bool:
         strategy = getattr(self.trainer, "strategy", None)
         return strategy is not None and strategy.root_device.type == "cuda"
-
-
-class _From(Sampler[int]):
-    """Batch numbers from ``start`` on: what is left of the stream is Lightning's epoch."""
-
-    def __init__(self, start: int, total: int) -> None:
-        self.start, self.total = start, total
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(range(self.start, self.total))
-
-    def __len__(self) -> int:
-        return self.total - self.start
 
 
 class _Stream(Dataset[Batch]):
