@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -117,24 +118,19 @@ def resolve_commit(repo_id: str, revision: str | None, repo_type: str) -> str:
             f"{repo_type} {repo_id!r}: the hub does not say which commit {name!r} is ({reason(error)}), and the local "
             f"cache does not know it; without a network, {WITHOUT_NETWORK[repo_type]}"
         ) from error
-    _remember(note, commit)
+    # A download by commit leaves no note of its revision; without one, a later command without a network could not
+    # tell which cached commit to use.
+    with contextlib.suppress(OSError):
+        atomic.write(note, commit.encode())
     return commit
 
 
 def _cached_repo(repo_id: str, repo_type: str) -> Path:
     """Where the hub's local cache keeps a repository."""
     from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
 
-    return Path(constants.HF_HUB_CACHE) / f"{repo_type}s--{repo_id.replace('/', '--')}"
-
-
-def _remember(note: Path, commit: str) -> None:
-    """Note what a revision is as the hub's own downloads do: a download by commit notes nothing, so nobody else would.
-
-    Without the note, a later command without a network could not tell which cached commit to use.
-    """
-    with contextlib.suppress(OSError):
-        atomic.write(note, commit.encode())
+    return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo_id, repo_type=repo_type)
 
 
 def reason(error: Exception) -> str:
@@ -151,9 +147,7 @@ def is_hub_copy(folder: Path) -> bool:
         front = text.split("\n---", 1)[0] if text.startswith("---") else ""
         if re.search(r"^(configs|dataset_info):", front, flags=re.MULTILINE):
             return True
-    return any(
-        next(folder.glob(pattern), None) is not None for pattern in ("*.parquet", "*/*.parquet", "*/*/*.parquet")
-    )
+    return any(any(folder.glob(pattern)) for pattern in ("*.parquet", "*/*.parquet", "*/*/*.parquet"))
 
 
 def load_hub(ref: HubRef, split: str) -> datasets.Dataset:
@@ -215,13 +209,11 @@ def _snapshot_builder(ref: HubRef, split: str) -> datasets.DatasetBuilder | None
         builder = _folder_builder(replace(ref, dataset=str(snapshot), revision=None))
     if builder is None:
         return None
-    shards: dict[int, set[int]] = {}
-    for file in (builder.config.data_files or {}).get(split, []):
-        if numbers := _SHARD.search(Path(file).name):
-            shards.setdefault(int(numbers[2]), set()).add(int(numbers[1]))
-    for total, present in shards.items():
-        if len(present) < total:
-            raise DeftxError(f"the hub's local cache holds {len(present)} of its {total} files")
+    names = [Path(file).name for file in (builder.config.data_files or {}).get(split, [])]
+    shards = {numbers.groups() for numbers in map(_SHARD.search, names) if numbers}
+    for total, present in Counter(total for _, total in shards).items():
+        if present < int(total):
+            raise DeftxError(f"the hub's local cache holds {present} of its {int(total)} files")
     return builder
 
 

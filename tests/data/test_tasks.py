@@ -207,7 +207,7 @@ def test_hub_problems_are_one_message(hub_copy: Callable[..., Path], tmp_path: P
         load_test("nusax", language("ace"), data, "dev")
 
 
-def test_hub_ids_commits_and_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_ids_commits_and_splits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """What is asked of the hub and of ``datasets`` for each set, without asking."""
     asked, calls = [], []
 
@@ -232,7 +232,7 @@ def test_hub_ids_commits_and_splits(monkeypatch: pytest.MonkeyPatch) -> None:
         return Builder(revision)
 
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
-    monkeypatch.setattr("deftx.data.hub._remember", lambda note, commit: None)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(datasets, "load_dataset_builder", load_dataset_builder)
     resolve_commit.cache_clear()
     data = DataSettings(revisions={"nusax": "abc", "xnli": "x1", "multinli": "m1"}, cache_dir="/c")
