@@ -106,16 +106,15 @@ def resolve_text(language: LanguageSettings, data: DataSettings) -> TextSource:
     own = f"language.{language.code}.text"
     if language.text:
         start = root if root is not None and family is None else Path.cwd()
-        found = {text: _of_family(text, family) or expand([text], start)[text] for text in language.text}
-        missing = [pattern for pattern, files in found.items() if not files]
+        matches = {text: _of_family(text, family) or expand([text], start)[text] for text in language.text}
+        missing = [pattern for pattern, files in matches.items() if not files]
         if missing:
             raise DeftxError(f"no text file matches {', '.join(missing)} ({own}, below {start})")
-        return TextSource(language=language.code, files=_distinct(found.values()), family=family)
+        return TextSource(language=language.code, files=_distinct(matches.values()), family=family)
     patterns = [*language.local_text, f"unlabelled/{language.code}.txt"]
     if root is not None:
-        known = expand(patterns, root) if family is None else {text: _of_family(text, family) for text in patterns}
-        files = _distinct(known.values())
-        if files:
+        matches = expand(patterns, root) if family is None else {text: _of_family(text, family) for text in patterns}
+        if files := _distinct(matches.values()):
             return TextSource(language=language.code, files=files, family=family)
     dataset = data.wikipedia or (WIKIPEDIA if root is None else None)
     if dataset is not None and language.wikipedia is not None:
@@ -143,23 +142,20 @@ def build_corpus(source: TextSource, protected: Sequence[str], settings: CorpusS
         DeftxError: Settings out of range; no text; fewer lines than the split needs; or as :meth:`TextSource.lines`.
     """
     refuse(settings, "corpus.")
-    report: dict[str, Any] = {"source": source.name, "fingerprint": source.fingerprint(), "lines": 0}
     # Twice the sample: some lines go as repeated, short or leaked.
     limit = None if settings.max_lines is None else 2 * settings.max_lines
-    lines: list[str] = []
-    blank = 0
-    for raw in source.lines(limit, seed):
-        report["lines"] += 1
-        line = clean_line(raw)
-        if line:
-            lines.append(line)
-        else:
-            blank += 1
-    report["blank"] = blank
-    kept = [line for line in lines if len(line.split()) >= settings.min_words]
-    report["short"] = len(lines) - len(kept)
-    lines = list(dict.fromkeys(kept)) if settings.deduplicate else kept
-    report["duplicate"] = len(kept) - len(lines)
+    every = [clean_line(raw) for raw in source.lines(limit, seed)]
+    filled = [line for line in every if line]
+    long = [line for line in filled if len(line.split()) >= settings.min_words]
+    lines = list(dict.fromkeys(long)) if settings.deduplicate else long
+    report: dict[str, Any] = {
+        "source": source.name,
+        "fingerprint": source.fingerprint(),
+        "lines": len(every),
+        "blank": len(every) - len(filled),
+        "short": len(filled) - len(long),
+        "duplicate": len(long) - len(lines),
+    }
     matches = LeakFilter(protected, settings.leak_threshold).matches(lines)
     report["leak"] = {
         "threshold": settings.leak_threshold,
@@ -172,8 +168,7 @@ def build_corpus(source: TextSource, protected: Sequence[str], settings: CorpusS
         report["digest"] = hashlib.sha256("\n".join(lines).encode()).hexdigest()
     rng = random.Random(seed)
     if settings.max_lines is not None and len(lines) > settings.max_lines:
-        chosen = sorted(rng.sample(range(len(lines)), settings.max_lines))
-        lines = [lines[index] for index in chosen]
+        lines = [lines[index] for index in sorted(rng.sample(range(len(lines)), settings.max_lines))]
     report["used"] = len(lines)  # of those kept, after max_lines
     train, valid = _split(lines, settings.valid_fraction, rng, source)
     report |= {"train": len(train), "valid": len(valid), "words": sum(len(line.split()) for line in lines)}

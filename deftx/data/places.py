@@ -105,21 +105,20 @@ class Origin:
 
         ``digest`` is the :meth:`fingerprint`: it is equal where the same content is read in the same way.
         """
-        where: dict[str, Any]
-        if self.url:
-            where = {"url": self.url}
-        elif self.hub is not None and self.hub.folder is None:
-            where = {"hub": self.hub.dataset, "config": self.hub.config, "revision": self.hub.resolved().revision}
-        elif self.hub is not None:
-            where = {"path": str(self.hub.folder.absolute() if self.hub.folder else ""), "config": self.hub.config}
+        folder = self.hub.folder if self.hub is not None else None
+        if self.url or (self.hub is not None and folder is None):
+            where = Origin.identity(self)
+        elif self.hub is not None and folder is not None:
+            where = {"path": str(folder.absolute()), "config": self.hub.config}
         else:
             where = {"path": ", ".join(self._made(path) or str(path.absolute()) for path in self.files)}
         return {**where, "digest": self.fingerprint(digest)}
 
     def _made(self, path: Path) -> str | None:
         """Which file of which family; ``None`` for a file that is given."""
-        name = self.family.name_of(path) if self.family is not None else None
-        return f"family {self.family.key}: {name}" if self.family is not None and name is not None else None
+        if self.family is None or (name := self.family.name_of(path)) is None:
+            return None
+        return f"family {self.family.key}: {name}"
 
     def _form(self, path: Path) -> str:
         """What of a file's name decides how it is read."""

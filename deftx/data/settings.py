@@ -95,10 +95,7 @@ class DataSettings:
 
     def result_settings(self) -> dict[str, Any]:
         """The settings that change which labelled rows are loaded although the files stay the same (for cache keys)."""
-        return {
-            "valid_fraction": self.valid_fraction,
-            "leak_threshold": self.leak_threshold,
-        }
+        return {"valid_fraction": self.valid_fraction, "leak_threshold": self.leak_threshold}
 
 
 class Family(NamedTuple):

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -91,16 +91,24 @@ def _concepts(settings: SyntheticSettings) -> tuple[list[str], list[str]]:
     return plain, evaluative + [f"quality.{label}.{i}" for label in LABELS for i in range(settings.synonyms)]
 
 
-def _stem(dice: _Dice, taken: set[str]) -> str:
-    """A new stem of the form CVCV or CVCVC that nobody in ``taken`` has."""
+def _new(draw: Callable[[], str], taken: set[str]) -> str:
+    """The first form drawn that is not in ``taken``; it is added there."""
     for _ in range(10_000):
-        form = "".join(dice.pick(CONSONANTS) + dice.pick(VOWELS) for _ in range(2))
-        if dice.chance(0.4):
-            form += dice.pick("nslrk")
+        form = draw()
         if form not in taken:
             taken.add(form)
             return form
     raise DeftxError("the synthetic family has run out of word forms; lower synonyms, nouns_per_topic, topics or verbs")
+
+
+def _stem(dice: _Dice, taken: set[str]) -> str:
+    """A new stem of the form CVCV or CVCVC."""
+
+    def draw() -> str:
+        form = "".join(dice.pick(CONSONANTS) + dice.pick(VOWELS) for _ in range(2))
+        return form + dice.pick("nslrk") if dice.chance(0.4) else form
+
+    return _new(draw, taken)
 
 
 def _sound_changes(dice: _Dice) -> dict[int, str]:
@@ -133,17 +141,9 @@ def lexicons(settings: SyntheticSettings) -> dict[str, Lexicon]:
     for index in range(_NAMES):
         shared[f"name.{index}"] = _stem(dice, taken)
     for word in _FUNCTION_WORDS:
-        form = dice.pick(VOWELS) + dice.pick(CONSONANTS)
-        while form in taken:
-            form = dice.pick(VOWELS) + dice.pick(CONSONANTS)
-        taken.add(form)
-        shared[f"function.{word}"] = form
-    ancestral_affixes: dict[str, str] = {}
-    for affix in _AFFIXES:
-        form = dice.pick(VOWELS) + dice.pick("mnslrt")
-        while form in ancestral_affixes.values():
-            form = dice.pick(VOWELS) + dice.pick("mnslrt")
-        ancestral_affixes[affix] = form
+        shared[f"function.{word}"] = _new(lambda: dice.pick(VOWELS) + dice.pick(CONSONANTS), taken)
+    suffixes: set[str] = set()
+    ancestral_affixes = {name: _new(lambda: dice.pick(VOWELS) + dice.pick("mnslrt"), suffixes) for name in _AFFIXES}
 
     result: dict[str, Lexicon] = {}
     for code in settings.members:

@@ -130,10 +130,9 @@ def load_train(
     report["train"]["kept"], report.setdefault("valid", {})["kept"] = len(kept), len(valid)
     for split, frame in (("train", kept), ("valid", valid)):
         if frame.empty:
-            counts = {name: count for name, count in report[split].items() if isinstance(count, int)}
-            counts["leak"] = report[split]["leak"]["dropped"]
-            told = ", ".join(f"{name} {count}" for name, count in counts.items())
-            raise DeftxError(f"{origin}: no {split} rows are left ({told}); give other rows")
+            counts = [f"{name} {count}" for name, count in report[split].items() if isinstance(count, int)]
+            counts.append(f"leak {report[split]['leak']['dropped']}")
+            raise DeftxError(f"{origin}: no {split} rows are left ({', '.join(counts)}); give other rows")
     together = pd.concat([kept, valid]).sort_values(["id", "text", "label"], kind="stable")
     report["digest"] = fingerprint_rows(together)  # whatever the seed of the split
     return TaskData(kept, valid, report)
