@@ -100,13 +100,16 @@ def test_a_task_that_raises_ends_alone(settings: LauncherSettings, tmp_path: Pat
 
 
 def test_a_worker_takes_the_claim_of_a_dead_one(tmp_path: Path) -> None:
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
-    (tmp_path / "0").write_text(str(os.getpid()))
-    (tmp_path / "1").write_text(str(ended.pid))
-    assert _claim(tmp_path) == 1
-    assert (tmp_path / "1").read_text() == str(os.getpid())
-    assert _claim(tmp_path) == 2
+    code = "import sys; from pathlib import Path; from deftx.launch.processes import _claim\n"
+    code += "print(_claim(Path(sys.argv[1])), flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as worker:
+        assert worker.stdout is not None
+        assert worker.stdout.readline() == "0\n"
+        assert _claim(tmp_path) == 1
+        worker.kill()
+    assert [_claim(tmp_path), _claim(tmp_path)] == [0, 2]
 
 
 def test_each_worker_gets_its_own_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ extras.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import shutil
 from collections.abc import Callable, Sequence
@@ -23,6 +24,13 @@ __all__ = ["LauncherSettings", "Lost", "check", "run_all"]
 T = TypeVar("T")
 R = TypeVar("R")
 
+# Launchers whose jobs run in other processes -> their module, the library behind them, the extra that installs it.
+_ELSEWHERE = {
+    "joblib": ("processes", "joblib", ""),
+    "submitit": ("cluster", "submitit", "slurm"),
+    "ray": ("on_ray", "ray", "ray"),
+}
+
 
 def check(settings: LauncherSettings) -> None:
     """Refuse a launcher that does not work here, before anything is made for it.
@@ -30,8 +38,8 @@ def check(settings: LauncherSettings) -> None:
     Raises:
         DeftxError: Its library or its cluster is missing; the message says what to install or to choose.
     """
-    library, extra = {"submitit": ("submitit", "slurm"), "ray": ("ray", "ray")}.get(settings.name, ("joblib", ""))
-    if settings.name != "basic" and importlib.util.find_spec(library) is None:
+    _, library, extra = _ELSEWHERE.get(settings.name, ("", "", ""))
+    if library and importlib.util.find_spec(library) is None:
         raise DeftxError(f"launcher.name={settings.name} needs {library}: pip install 'deftx[{extra}]'")
     if settings.name == "submitit" and settings.cluster == "slurm":
         missing = [name for name in ("sbatch", "srun", "squeue") if shutil.which(name) is None]
@@ -67,19 +75,15 @@ def run_all(
     """
     if not tasks:
         return
-    launcher: Callable[[LauncherSettings, Batch], None]
-    if settings.name == "joblib":
-        from deftx.launch.processes import run_all as launcher
-    elif settings.name == "submitit":
-        from deftx.launch.cluster import run_all as launcher
-    elif settings.name == "ray":
-        from deftx.launch.on_ray import run_all as launcher
+    check(settings)
+    batch = Batch(work, tasks, ended, began, folder)
+    if settings.name in _ELSEWHERE:
+        importlib.import_module(f"deftx.launch.{_ELSEWHERE[settings.name][0]}").run_all(settings, batch)
     else:
-        launcher = _one_by_one
-    launcher(settings, Batch(work, tasks, ended, began, folder))
+        _one_by_one(batch)
 
 
-def _one_by_one(settings: LauncherSettings, batch: Batch) -> None:
+def _one_by_one(batch: Batch) -> None:
     for number, task in enumerate(batch.tasks):
         batch.began(number)
         try:

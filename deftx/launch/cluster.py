@@ -50,8 +50,7 @@ def run_all(settings: LauncherSettings, batch: Batch) -> None:
             room = limit - len(jobs)
             now, waiting = waiting[:room], waiting[room:]
             if now:
-                made = _submit(executor, batch.work, [batch.tasks[number] for number in now])
-                jobs |= dict(zip(now, made, strict=True))
+                jobs |= dict(zip(now, _submit(executor, batch.work, [batch.tasks[n] for n in now]), strict=True))
                 for number in now:
                     batch.began(number)
             # One question to the cluster a round, about all jobs.
@@ -66,10 +65,8 @@ def run_all(settings: LauncherSettings, batch: Batch) -> None:
 
 
 def _executor(settings: LauncherSettings, folder: Path) -> Any:
-    try:
-        import submitit
-    except ImportError as error:
-        raise DeftxError("launcher=submitit needs submitit: pip install 'deftx[slurm]'") from error
+    import submitit
+
     if settings.cluster == "slurm":
         _without_accounts()
     if settings.cluster == "local":
@@ -84,8 +81,6 @@ def _executor(settings: LauncherSettings, folder: Path) -> Any:
             f"launcher.cluster={settings.cluster}: {error}; is sbatch on the PATH? launcher=joblib runs jobs on this "
             "machine"
         ) from error
-    named = {"partition": settings.partition, "account": settings.account, "qos": settings.qos}
-    named["constraint"] = settings.constraint
     parameters: dict[str, Any] = {
         "name": "deftx",
         "timeout_min": settings.timeout_min,
@@ -95,12 +90,10 @@ def _executor(settings: LauncherSettings, folder: Path) -> Any:
         "slurm_array_parallelism": settings.workers or 256,
         "slurm_setup": list(settings.setup) or None,
         "slurm_additional_parameters": dict(settings.additional) or None,
-        **{f"slurm_{name}": value for name, value in named.items()},
+        **{f"slurm_{name}": getattr(settings, name) for name in ("partition", "account", "qos", "constraint")},
+        "gpus_per_node": settings.gpus or None,
+        "mem_gb": settings.memory_gb,
     }
-    if settings.gpus:
-        parameters["gpus_per_node"] = settings.gpus
-    if settings.memory_gb is not None:
-        parameters["mem_gb"] = settings.memory_gb
     executor.update_parameters(**{name: value for name, value in parameters.items() if value is not None})
     return executor
 
@@ -110,11 +103,10 @@ def _without_accounts() -> None:
     from submitit.slurm.slurm import SlurmInfoWatcher, SlurmJob
 
     try:
-        asked = subprocess.run(["sacct", "-X", "-n", "-j", "1"], capture_output=True, timeout=60, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        asked = None
-    if asked is not None and asked.returncode == 0:
+        subprocess.run(["sacct", "-X", "-n", "-j", "1"], capture_output=True, timeout=60, check=True)
         return
+    except (OSError, subprocess.SubprocessError):
+        pass
 
     class QueueWatcher(SlurmInfoWatcher):
         """Asks ``squeue`` for the states of jobs."""

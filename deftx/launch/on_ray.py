@@ -11,10 +11,8 @@ from deftx.launch.settings import LauncherSettings
 
 def run_all(settings: LauncherSettings, batch: Batch) -> None:
     """See :func:`deftx.launch.run_all`."""
-    try:
-        import ray
-    except ImportError as error:
-        raise DeftxError("launcher=ray needs Ray: pip install 'deftx[ray]'") from error
+    import ray
+
     started = not ray.is_initialized()
     if started:
         _connect(ray, settings)
@@ -33,8 +31,8 @@ def run_all(settings: LauncherSettings, batch: Batch) -> None:
                 try:
                     answer = ray.get(reference)
                 except Exception as error:  # noqa: BLE001 - whatever it is, it is this task's end
-                    told = str(error).strip().splitlines()
-                    answer = Lost(f"{type(error).__name__}: {told[-1] if told else 'no message'}")
+                    lines = str(error).strip().splitlines() or ["no message"]
+                    answer = Lost(f"{type(error).__name__}: {lines[-1]}")
                 batch.ended(number, answer)
     finally:
         for reference in running:

@@ -18,11 +18,14 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from deftx.launch.batch import Batch, Lost, lost_to
 from deftx.launch.settings import LauncherSettings
 
 _LOOK_SECONDS = 2.0
 _TOGETHER = 2  # how often a task may be under way when a pool breaks before it is run alone
+_claims: list[FileLock] = []  # in a worker: what it holds until it ends
 
 
 def run_all(settings: LauncherSettings, batch: Batch) -> None:
@@ -120,26 +123,17 @@ def _end_with(parent: int) -> None:
 
 
 def _claim(folder: Path) -> int:
-    """The first number that no living worker of the pool has; loky replaces workers that grew too large."""
+    """The first number that no living worker of the pool has; loky replaces workers that grew too large.
+
+    The worker holds its number by a lock, which the system releases when the worker dies.
+    """
     number = 0
     while True:
-        place = folder / str(number)
+        lock = FileLock(folder / str(number), timeout=0)
         try:
-            with place.open("x", encoding="ascii") as file:
-                file.write(str(os.getpid()))
+            lock.acquire()
+        except Timeout:
+            number += 1
+        else:
+            _claims.append(lock)
             return number
-        except FileExistsError:
-            if _holder_died(place):
-                place.unlink(missing_ok=True)
-            else:
-                number += 1
-
-
-def _holder_died(place: Path) -> bool:
-    try:
-        os.kill(int(place.read_text(encoding="ascii")), 0)
-    except ProcessLookupError:
-        return True
-    except (OSError, ValueError):  # not ours to ask, or it is just being written
-        return False
-    return False
