@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from graphlib import TopologicalSorter
 
 from deftx.cache import Entry, StageCache
 from deftx.stages.graph import Look, StudyGraph, graph
@@ -124,18 +125,16 @@ def shared_parts(plans: Mapping[int, JobPlan]) -> list[list[SharedPart]]:
                 shared.names[number] = part.name
                 shared.closure = _closure(own[-1], missing)
     shared_ones = [item for item in found.values() if len(item.jobs) > 1]
-    parts = [item for item in shared_ones if not _made_with_its_sft(item, shared_ones)]
-    levels: dict[str, int] = {}
-
-    def level(item: SharedPart) -> int:
-        if item.key not in levels:
-            levels[item.key] = 1 + max((level(other) for other in parts if item.needs(other)), default=-1)
-        return levels[item.key]
-
-    waves: dict[int, list[SharedPart]] = {}
-    for item in parts:
-        waves.setdefault(level(item), []).append(item)
-    return [waves[number] for number in sorted(waves)]
+    parts = {item.key: item for item in shared_ones if not _made_with_its_sft(item, shared_ones)}
+    order = TopologicalSorter(
+        {item.key: [other.key for other in parts.values() if item.needs(other)] for item in parts.values()}
+    )
+    order.prepare()
+    waves = []
+    while ready := set(order.get_ready()):
+        waves.append([item for item in parts.values() if item.key in ready])
+        order.done(*ready)
+    return waves
 
 
 def _made_with_its_sft(part: SharedPart, parts: Sequence[SharedPart]) -> bool:

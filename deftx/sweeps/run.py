@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,7 +18,7 @@ from deftx.launch import LauncherSettings, Lost, run_all
 from deftx.search import OBJECTIVES, SearchSettings, knob_and_value
 from deftx.signals import terminated_as_interrupted
 from deftx.stages.settings import StudySettings
-from deftx.sweeps.plan import JobPlan, SharedPart, plan_jobs, shared_parts
+from deftx.sweeps.plan import JobPlan, plan_jobs, shared_parts
 from deftx.sweeps.search import search
 from deftx.sweeps.show import job_line, print_plan, print_summary, swept
 from deftx.tracking import RESULT, SWEEP, SweepJob, SweepRecord, mean_scores, read_result, write_sweep
@@ -38,6 +38,7 @@ class Sweep:
         config_dir: The user's own configuration folder.
         studies: Settings of each job of ``deftx run``; empty for other commands, which are neither planned nor shared.
         devices: Kind of device that each job trains on (:meth:`LauncherSettings.device`).
+        scores: Mean scores of the jobs that ended well, by number.
     """
 
     command: str
@@ -48,18 +49,23 @@ class Sweep:
     studies: Sequence[StudySettings] = ()
     devices: Sequence[str] = ()
     scores: dict[int, Mapping[str, float]] = field(default_factory=dict)
-    _plans: dict[int, JobPlan] = field(default_factory=dict)
 
     @property
     def cache_root(self) -> str:
         """The stage cache all jobs share."""
         return self.studies[0].cache_root
 
-    def task(self, overrides: Sequence[str], folder: Path, headline: str = "", job: int = 0) -> Task:
-        """A job as it travels, on the kind of device that job number ``job`` was planned for."""
-        config_dir = None if self.config_dir is None else str(Path(self.config_dir).absolute())
-        logged = self.launcher.name != "basic"
-        return Task(self.command, tuple(overrides), str(folder), config_dir, headline, self.devices[job], logged)
+    def task(self, job: SweepJob, headline: str, number: int) -> Task:
+        """A job as it travels, on the kind of device that job ``number`` of the command was planned for."""
+        return Task(
+            self.command,
+            tuple(job.overrides),
+            str(self.folder / job.folder),
+            None if self.config_dir is None else str(Path(self.config_dir).absolute()),
+            headline,
+            self.devices[number],
+            logged=self.launcher.name != "basic",
+        )
 
 
 def dry_run(sweep: Sweep) -> None:
@@ -87,17 +93,13 @@ def run_sweep(sweep: Sweep) -> int:
     ]
     study = sweep.studies[0].name if sweep.studies else sweep.command
     record = SweepRecord(study, sweep.command, jobs, shared=_shared(jobs))
-    write_sweep(sweep.folder, record)
-    try:
-        with _ending_in_order(sweep.launcher):
-            if sweep.studies:
-                sweep._plans = plan_jobs(sweep.studies)
-                _restore(sweep, record)
-                _run_waves(sweep, record)
-            _run_jobs(sweep, record)
-    finally:
-        _close(sweep, record)
-    return 1 if any(job.status == "failed" for job in record.jobs) else 0
+    with _recorded(sweep, record):
+        if sweep.studies:
+            plans = plan_jobs(sweep.studies)
+            _restore(sweep, record, plans)
+            _run_waves(sweep, record, plans)
+        _run_jobs(sweep, record)
+    return _status(record)
 
 
 def run_search(sweep: Sweep, settings: SearchSettings) -> int:
@@ -120,35 +122,25 @@ def run_search(sweep: Sweep, settings: SearchSettings) -> int:
     if OBJECTIVES[settings.objective][0] == "language":
         judged = [f"sft:language:{code}" for code in study.targets]
     record = SweepRecord(study.name, sweep.command, [])
-    write_sweep(sweep.folder, record)
 
     def run(proposals: Sequence[Sequence[str]]) -> list[End | Lost]:
-        first = len(record.stages)
         trials = [
-            _job(first + n, [*common, *texts, f"only=[{','.join(judged)}]"], texts, f"trials/{first + n}")
-            for n, texts in enumerate(proposals)
+            _job(number, [*common, *texts, f"only=[{','.join(judged)}]"], texts, f"trials/{number}")
+            for number, texts in enumerate(proposals, len(record.stages))
         ]
         record.stages += trials
-        ends: dict[int, End | Lost] = {}
-        with _states(sweep, record, trials, quiet=True) as (began, ended):
-
-            def keep(number: int, end: End | Lost) -> None:
-                ends[number] = end
-                ended(number, end)
-
-            tasks = [sweep.task(trial.overrides, sweep.folder / trial.folder) for trial in trials]
-            run_all(sweep.launcher, work, tasks, keep, sweep.folder, began)
-        return [ends[number] for number in range(len(trials))]
+        return _launch(sweep, record, trials, [sweep.task(trial, "", 0) for trial in trials], quiet=True)
 
     at_once = 1 if sweep.launcher.name == "basic" else sweep.launcher.workers or 1
-    try:
-        with _ending_in_order(sweep.launcher):
-            best = search(settings, sweep.folder, run, at_once=at_once)
-            record.jobs.append(_job(0, [*common, *best], best, "best"))
-            record.shared = _shared(record.jobs)
-            _run_jobs(sweep, record)
-    finally:
-        _close(sweep, record)
+    with _recorded(sweep, record):
+        best = search(settings, sweep.folder, run, at_once=at_once)
+        record.jobs.append(_job(0, [*common, *best], best, "best"))
+        record.shared = _shared(record.jobs)
+        _run_jobs(sweep, record)
+    return _status(record)
+
+
+def _status(record: SweepRecord) -> int:
     return 1 if any(job.status == "failed" for job in record.jobs) else 0
 
 
@@ -164,12 +156,21 @@ def _shared(jobs: Sequence[SweepJob]) -> list[str]:
     return [text for text in every if knob_and_value(text)[0] not in changed]
 
 
-def _ending_in_order(launcher: LauncherSettings) -> contextlib.AbstractContextManager[None]:
-    """SIGTERM ends a sweep in order: workers stopped, summary printed.
-
-    Not where jobs run in this process: a phase answers SIGTERM itself, by keeping its state before it stops.
-    """
-    return contextlib.nullcontext() if launcher.name == "basic" else terminated_as_interrupted()
+@contextlib.contextmanager
+def _recorded(sweep: Sweep, record: SweepRecord) -> Iterator[None]:
+    """Write ``sweep.json`` first and last, and print the summary, also after an interruption."""
+    write_sweep(sweep.folder, record)
+    # SIGTERM stops the workers, too. Where jobs run in this process, a phase itself keeps its state before it stops.
+    here = sweep.launcher.name == "basic"
+    try:
+        with contextlib.nullcontext() if here else terminated_as_interrupted():
+            yield
+    finally:
+        record.finished = datetime.now(UTC).isoformat(timespec="seconds")
+        for job in [*record.jobs, *record.stages]:
+            job.status = "waiting" if job.status == "running" else job.status
+        _note(sweep, record)
+        print_summary(record.jobs, sweep.scores, _shown(sweep.folder))
 
 
 def _note(sweep: Sweep, record: SweepRecord) -> None:
@@ -178,15 +179,6 @@ def _note(sweep: Sweep, record: SweepRecord) -> None:
         write_sweep(sweep.folder, record)
     except DeftxError as error:
         log.warning("%s", error)
-
-
-def _close(sweep: Sweep, record: SweepRecord) -> None:
-    """The last word of ``sweep.json``, also after an interruption, and the summary."""
-    record.finished = datetime.now(UTC).isoformat(timespec="seconds")
-    for job in [*record.jobs, *record.stages]:
-        job.status = "waiting" if job.status == "running" else job.status
-    _note(sweep, record)
-    print_summary(record.jobs, sweep.scores, _shown(sweep.folder))
 
 
 def _make(folder: Path) -> None:
@@ -206,23 +198,25 @@ def _make(folder: Path) -> None:
         raise DeftxError(f"hydra.sweep.dir={folder} exists and is not empty; give a new folder, or none")
 
 
-def _restore(sweep: Sweep, record: SweepRecord) -> None:
+def _restore(sweep: Sweep, record: SweepRecord, plans: Mapping[int, JobPlan]) -> None:
     """Copy the results of jobs that were finished before."""
     caches = {study.cache_root: StageCache(study.cache_root) for study in sweep.studies}
     for job in record.jobs:
-        plan = sweep._plans[job.number]
+        plan = plans[job.number]
         # Read once more, checksums and all: what is copied is published again.
         entry = caches[sweep.studies[job.number].cache_root].find(plan.graph.finished) if plan.finished else None
         scores = None if entry is None else _scores_of(entry)
         if entry is None or scores is None:
             continue
-        place = sweep.folder / job.folder
+        folder = sweep.folder / job.folder
         try:
-            with atomic.folder(place) as temporary:
+            with atomic.folder(folder) as temporary:
                 for name in entry.manifest["files"]:
                     shutil.copyfile(entry.file(name), temporary / name)
         except OSError as error:
-            raise DeftxError(f"cannot write {place}: {error.strerror}; free space and run the command again") from error
+            raise DeftxError(
+                f"cannot write {folder}: {error.strerror}; free space and run the command again"
+            ) from error
         job.status = "cached"
         sweep.scores[job.number] = scores
     write_sweep(sweep.folder, record)
@@ -237,9 +231,9 @@ def _scores_of(entry: Entry) -> dict[str, float] | None:
         return None
 
 
-def _run_waves(sweep: Sweep, record: SweepRecord) -> None:
+def _run_waves(sweep: Sweep, record: SweepRecord, plans: Mapping[int, JobPlan]) -> None:
     """Make what several jobs share; a job whose part failed fails with its reason."""
-    waiting = {job.number: sweep._plans[job.number] for job in record.jobs if job.status == "waiting"}
+    waiting = {job.number: plans[job.number] for job in record.jobs if job.status == "waiting"}
     waves = shared_parts(waiting) if len(waiting) > 1 else []
     for number, wave in enumerate(waves, 1):
         # What only jobs need that have failed by now would be trained for nobody, and fail the same way.
@@ -249,70 +243,51 @@ def _run_waves(sweep: Sweep, record: SweepRecord) -> None:
             part.job = part.job if part.job in alive else min(part.jobs & alive)
         stages = [
             SweepJob(
-                len(record.stages) + place,
+                index,
                 [*sweep.overrides[part.job], f"only=[{part.name}]"],
                 [part.name, part.label],
-                f"stages/{len(record.stages) + place}",
+                f"stages/{index}",
             )
-            for place, part in enumerate(parts)
+            for index, part in enumerate(parts, len(record.stages))
         ]
         record.stages += stages
         print(f"wave {number} of {len(waves)}: {len(parts)} shared parts", flush=True)
-        with _states(sweep, record, stages) as (began, ended):
-            run_all(
-                sweep.launcher,
-                work,
-                [
-                    sweep.task(stage.overrides, sweep.folder / stage.folder, f"shared: {part.label}", part.job)
-                    for part, stage in zip(parts, stages, strict=True)
-                ],
-                ended,
-                sweep.folder,
-                began,
-            )
+        tasks = [
+            sweep.task(stage, f"shared: {part.label}", part.job) for part, stage in zip(parts, stages, strict=True)
+        ]
+        _launch(sweep, record, stages, tasks)
         for part, stage in zip(parts, stages, strict=True):
-            if stage.status == "failed":
-                _give_up(record, part, stage.error or "unknown")
-
-
-def _give_up(record: SweepRecord, part: SharedPart, reason: str) -> None:
-    """A part that failed: whatever needs it would train it again and fail the same way."""
-    for job in record.jobs:
-        if job.status == "waiting" and job.number in part.jobs:
-            job.status, job.error = "failed", f"{part.label}, which it shares with other jobs: {reason}"
+            # What needs a part that failed would train it again and fail the same way.
+            for job in record.jobs if stage.status == "failed" else ():
+                if job.status == "waiting" and job.number in part.jobs:
+                    job.status = "failed"
+                    job.error = f"{part.label}, which it shares with other jobs: {stage.error or 'unknown'}"
 
 
 def _run_jobs(sweep: Sweep, record: SweepRecord) -> None:
     jobs = [job for job in record.jobs if job.status == "waiting"]
     total = len(record.jobs)
-    tasks = [
-        sweep.task(
-            job.overrides,
-            sweep.folder / job.folder,
-            f"job {job.number + 1} of {total}: {' '.join(job.swept)}",
-            job.number,
-        )
-        for job in jobs
-    ]
-    with _states(sweep, record, jobs) as (began, ended):
-        run_all(sweep.launcher, work, tasks, ended, sweep.folder, began)
+    tasks = [sweep.task(job, f"job {job.number + 1} of {total}: {' '.join(job.swept)}", job.number) for job in jobs]
+    _launch(sweep, record, jobs, tasks)
 
 
-@contextlib.contextmanager
-def _states(
-    sweep: Sweep, record: SweepRecord, jobs: Sequence[SweepJob], *, quiet: bool = False
-) -> Iterator[tuple[Callable[[int], None], Callable[[int, End | Lost], None]]]:
-    """What to call as a job begins and ends: ``sweep.json`` then says so."""
+def _launch(
+    sweep: Sweep, record: SweepRecord, jobs: Sequence[SweepJob], tasks: Sequence[Task], *, quiet: bool = False
+) -> list[End | Lost]:
+    """Run jobs where the launcher puts them; ``sweep.json`` says so as each begins and ends.
+
+    Returns:
+        How each job ended, in their order.
+    """
     write_sweep(sweep.folder, record)
-    count = 0
+    ends: dict[int, End | Lost] = {}
 
     def began(number: int) -> None:
         jobs[number].status = "running"
         _note(sweep, record)
 
     def ended(number: int, end: End | Lost) -> None:
-        nonlocal count
-        count += 1
+        ends[number] = end
         job = jobs[number]
         if isinstance(end, Lost):
             job.status, job.error = "failed", str(end)
@@ -322,9 +297,10 @@ def _states(
                 sweep.scores[job.number] = end.scores
         _note(sweep, record)
         if not quiet:
-            print(job_line(count, len(jobs), job), flush=True)
+            print(job_line(len(ends), len(jobs), job), flush=True)
 
-    yield began, ended
+    run_all(sweep.launcher, work, tasks, ended, sweep.folder, began)
+    return [ends[number] for number in range(len(jobs))]
 
 
 def _shown(path: Path) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from deftx.cache import Stage, StageCache
@@ -33,19 +33,16 @@ def print_plan(plans: Mapping[int, JobPlan], waves: Sequence[Sequence[SharedPart
         cache_root: The stage cache.
     """
     from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+    from rich.table import Column, Table
 
-    console, history = Console(), History(StageCache(cache_root))
+    history = History(StageCache(cache_root))
     nodes: dict[str, tuple[Node, bool]] = {}
     for plan in plans.values():
         for item, there in plan.asked:
             nodes.setdefault(item.key, (item, there))
     kinds = list(dict.fromkeys(item.stage.kind for item, _ in nodes.values()))
     missing = [item for item, there in nodes.values() if not there]
-    table = Table()
-    for title in ("stage", "to compute", "cached", "about", "disk"):
-        table.add_column(title, justify="left" if title == "stage" else "right")
+    table = Table("stage", *(Column(title, justify="right") for title in ("to compute", "cached", "about", "disk")))
     for kind in [*kinds, None]:
         mine = [item for item in missing if kind in (None, item.stage.kind)]
         cached = sum(there and kind in (None, item.stage.kind) for item, there in nodes.values())
@@ -53,9 +50,9 @@ def print_plan(plans: Mapping[int, JobPlan], waves: Sequence[Sequence[SharedPart
         if kind is None:
             table.add_section()
         guess = time_text(seconds) if unknown < len(mine) else "?" if mine else "–"
-        told = guess + (f" + {unknown} × ?" if 0 < unknown < len(mine) else "")
-        table.add_row(kind or "all", str(len(mine)), str(cached), told, size_text(size))
-    console.print(table)
+        guess += f" + {unknown} × ?" if 0 < unknown < len(mine) else ""
+        table.add_row(kind or "all", str(len(mine)), str(cached), guess, size_text(size))
+    Console().print(table)
     seeds: dict[tuple[str, str], set[int | None]] = {}
     for item in missing:
         seeds.setdefault((item.stage.kind, item.stage.label), set()).add(item.stage.seed)
@@ -77,8 +74,7 @@ def print_plan(plans: Mapping[int, JobPlan], waves: Sequence[Sequence[SharedPart
     free = next(shutil.disk_usage(p).free for p in (Path(cache_root), *Path(cache_root).parents) if p.exists())
     lines.append(f"stage cache {cache_root}: {size_text(free)} free; times are one job's after the other")
     lines.append("dry run: nothing was computed and nothing written")
-    for line in lines:
-        console.print(Text(line), soft_wrap=True, highlight=False)
+    _say(lines)
 
 
 def _named(stage: Stage, seeds: Mapping[tuple[str, str], set[int | None]]) -> str:
@@ -97,9 +93,6 @@ def job_line(position: int, total: int, job: SweepJob) -> str:
 
 def print_summary(jobs: Sequence[SweepJob], scores: Mapping[int, Mapping[str, float]], folder: str) -> None:
     """The jobs side by side, how many ended how, and where it all lies."""
-    from rich.console import Console
-    from rich.text import Text
-
     count = {status: sum(job.status == status for job in jobs) for status in ("done", "cached", "failed")}
     unfinished = len(jobs) - sum(count.values())
     parts = [f"{count['done']} done", f"{count['cached']} finished before", f"{count['failed']} failed"]
@@ -107,9 +100,15 @@ def print_summary(jobs: Sequence[SweepJob], scores: Mapping[int, Mapping[str, fl
         parts.append(f"{unfinished} not run")
     rows = [(" ".join(job.swept) or "-", scores.get(job.number, {}), job.error) for job in jobs]
     print_sweep(rows, title=f"sweep: {len(jobs)} jobs, {', '.join(parts)}")
-    console = Console()
     lines = [f"failed: {' '.join(job.swept) or job.number}: {job.error}" for job in jobs if job.status == "failed"]
     again = "the same command again runs what is missing; " if count["failed"] or unfinished else ""
     lines.append(f"{again}deftx report {folder}")
+    _say(lines)
+
+
+def _say(lines: Iterable[str]) -> None:
+    """Print lines as they are: nothing in them is wrapped, coloured or read as markup."""
+    from rich.console import Console
+
     for line in lines:
-        console.print(Text(line), soft_wrap=True, highlight=False)
+        Console().print(line, soft_wrap=True, highlight=False, markup=False, emoji=False)
