@@ -7,6 +7,7 @@ with the first comment after the command that uses them.
 from __future__ import annotations
 
 import re
+import textwrap
 
 from deftx.config import conf_dir, defaults_of, group_options
 from deftx.settings import READS
@@ -102,10 +103,5 @@ def _purpose(group: str, option: str) -> str:
 
 def _wrapped(options: list[str], width: int = 96) -> str:
     """Options on lines no longer than ``width``, aligned under the first."""
-    lines, current = [], ""
-    for option in options:
-        if current and len(current) + 2 + len(option) > width:
-            lines.append(current)
-            current = ""
-        current = f"{current}, {option}" if current else option
-    return ("\n" + " " * 12).join([*lines, current])
+    lines = textwrap.wrap(", ".join(options), width, break_long_words=False, break_on_hyphens=False)
+    return ("\n" + " " * 12).join(lines)

@@ -101,9 +101,10 @@ def outcome(composer: Any, overrides: list[str]) -> Any:
 def test_a_job_is_what_hydra_composes(name: str) -> None:
     with hydra_session():
         shared = Composer("run")
-        for overrides in [*JOBS[name], *reversed(JOBS[name])]:
-            expected = outcome(lambda texts: compose("run", overrides=texts), overrides)
-            assert outcome(shared, overrides) == expected, overrides
+        expected = [outcome(lambda texts: compose("run", overrides=texts), overrides) for overrides in JOBS[name]]
+        jobs = list(zip(JOBS[name], expected, strict=True))
+        for overrides, composed in [*jobs, *reversed(jobs)]:
+            assert outcome(shared, overrides) == composed, overrides
 
 
 def test_jobs_of_equal_choices_are_composed_once(monkeypatch: pytest.MonkeyPatch) -> None:
