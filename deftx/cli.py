@@ -197,10 +197,10 @@ def _job_problems(name: str, known: dict[str, list[str]], job: Job, multirun: bo
 
 
 def _single(name: str, overrides: Sequence[str], config_dir: str | None) -> int:
-    from deftx.config import launch
+    from deftx.config import run_job
     from deftx.jobs import JOBS
 
-    end = launch(name, JOBS[name], overrides, config_dir=config_dir)
+    end = run_job(name, JOBS[name], overrides, config_dir=config_dir)
     if end.error:
         print(_message(DeftxError(end.error)), file=sys.stderr)
     return 1 if end.error else 0

@@ -87,11 +87,11 @@ def work(task: Task) -> End:
 
 
 def _launched(task: Task) -> End:
-    from deftx.config import launch
+    from deftx.config import run_job
 
     job = partial(JOBS[task.command], device=task.device)
     try:
-        return launch(task.command, job, task.overrides, config_dir=task.config_dir, folder=task.folder)
+        return run_job(task.command, job, task.overrides, config_dir=task.config_dir, folder=task.folder)
     except DeftxError as error:
         return End(error=str(error))
 

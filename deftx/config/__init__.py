@@ -12,8 +12,8 @@ from deftx.config.session import (
     group_options,
     hydra_session,
     language_settings,
-    launch,
     run_directory,
+    run_job,
     typed,
 )
 
@@ -28,9 +28,9 @@ __all__ = [
     "group_options",
     "hydra_session",
     "language_settings",
-    "launch",
     "resolve_command",
     "run_directory",
+    "run_job",
     "study_settings",
     "typed",
     "written_folders",

@@ -66,7 +66,7 @@ def hydra_session(config_dir: str | None = None) -> Iterator[None]:
         GlobalHydra.instance().clear()
 
 
-def launch(
+def run_job(
     name: str,
     job: Callable[[RunConfig], T],
     overrides: Sequence[str],

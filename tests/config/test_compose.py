@@ -9,7 +9,7 @@ import pytest
 from hydra import compose
 from omegaconf import DictConfig, OmegaConf
 
-from deftx.config import check_command, hydra_session, launch, study_settings, typed
+from deftx.config import check_command, hydra_session, run_job, study_settings, typed
 from deftx.config.check import COMPOSE_ERRORS
 from deftx.config.compose import Composer
 from deftx.settings import RunConfig
@@ -143,7 +143,7 @@ def test_a_worker_resolves_to_what_was_checked(tmp_path: Path, overrides: list[s
         def work(config: RunConfig) -> tuple[RunConfig, StudySettings]:
             return config, study_settings(config)
 
-        ran = launch("run", work, job.overrides, config_dir=None, folder=str(tmp_path / str(number)))
+        ran = run_job("run", work, job.overrides, config_dir=None, folder=str(tmp_path / str(number)))
         assert ran == (job.config, job.study)
 
 
