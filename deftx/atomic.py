@@ -1,8 +1,8 @@
-"""Files and folders that are there whole or not at all: written beside their place, synced, renamed.
+"""Writes files and folders whole or not at all: under a temporary name, synced, then renamed.
 
 Readers see the old content or the new one, whenever the writing process dies. The temporary sibling is hidden, and its
-name tells its process, so that what a killed process left is known for it and removed at the next attempt. Every room
-may use it; what goes wrong is an :class:`OSError`, which each room words for its user.
+name tells which process owns it, so that the next attempt removes what a killed process left. Every room may use this
+module; errors are :class:`OSError`, which each room words for its user.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,10 +25,10 @@ _STALE = 3600.0  # seconds after which an unchanged sibling of another host's pr
 def file(path: Path) -> Iterator[Path]:
     """Give a temporary file to write, which takes the place of ``path`` when the block ends without an error.
 
-    Parent folders are made. A device or a pipe, such as ``/dev/stdout``, cannot be replaced: it is given itself.
+    Creates parent folders. A device or a pipe, such as ``/dev/stdout``, cannot be replaced, so the block writes to it.
 
     Raises:
-        OSError: It cannot be written; what was at ``path`` is still there.
+        OSError: The file cannot be written; what was at ``path`` is still there.
     """
     if path.exists() and not path.is_file():
         yield path
@@ -45,10 +44,10 @@ def file(path: Path) -> Iterator[Path]:
 
 
 def write(path: Path, content: bytes) -> None:
-    """Write a :func:`file` of this content.
+    """Write this content to a :func:`file`.
 
     Raises:
-        OSError: It cannot be written; what was at ``path`` is still there.
+        OSError: The file cannot be written; what was at ``path`` is still there.
     """
     with file(path) as temporary:
         temporary.write_bytes(content)
@@ -58,16 +57,16 @@ def write(path: Path, content: bytes) -> None:
 def folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """Give a temporary folder to fill, which becomes ``path`` when the block ends without an error.
 
-    Parent folders are made. The block should take minutes, not hours: other hosts take a temporary folder that has not
-    changed for an hour for one that was left behind.
+    Creates parent folders. The block should take minutes, not hours: another host treats a temporary folder that has
+    not changed for an hour as left behind.
 
     Args:
         path: Must not exist, or be an empty folder, when the block ends.
-        replace: A folder with something in it may be there, and is removed. Between its renaming and the new one's
-            there is none; the next attempt puts it back where a process was killed there.
+        replace: Replaces a folder that holds something. For a moment between two renames there is none; if the process
+            is killed there, the next attempt puts the old one back.
 
     Raises:
-        OSError: It cannot be written, or ``path`` holds something; what was there is still there.
+        OSError: The folder cannot be written, or ``path`` holds something; what was there is still there.
     """
     temporary = _begin(path)
     old = temporary.with_suffix(_REPLACED)
@@ -86,9 +85,9 @@ def folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 def publish(temporary: Path, path: Path) -> None:
-    """Sync a folder with all that lies in it and rename it to ``path``, which must not exist, or be an empty folder.
+    """Sync a folder with its content and rename it to ``path``, which must not exist, or be an empty folder.
 
-    For folders that take longer to fill than the block of :func:`folder` should.
+    Use it for folders that take too long to fill for the block of :func:`folder`.
 
     Raises:
         OSError: ``path`` holds something, or cannot be written; the temporary folder is still there.
@@ -99,40 +98,38 @@ def publish(temporary: Path, path: Path) -> None:
 
 
 def temporary_name(path: Path) -> Path:
-    """Return a hidden sibling that names this process: seen by no reader, and known as a leftover once that is dead."""
+    """Return the name of a hidden sibling that this process owns; once the process is gone, it counts as a leftover."""
     return path.with_name(f".{path.name}.{mark()}{_TEMPORARY}")
 
 
-def remove_leftovers(path: Path, *, stale: float | None = None) -> None:
+def remove_leftovers(path: Path, *, patience: float | None = None) -> None:
     """Remove what killed processes left beside ``path`` while they wrote it, or put back what they were replacing.
 
     Args:
         path: What they wrote.
-        stale: Seconds after which an unchanged sibling of another host's process, whose death cannot be proven,
-            counts as left behind; None leaves those alone.
+        patience: Seconds after which an unchanged sibling of another host's process counts as left behind; None leaves
+            those alone.
     """
     with contextlib.suppress(OSError):
         for sibling in list(path.parent.iterdir()):
-            found = marked(sibling.name)
-            if found is None or found[0] != f".{path.name}":
+            name, process = marked(sibling.name) or ("", None)
+            if name != f".{path.name}" or process is None or process.lives(sibling, patience):
                 continue
-            process, age = found[1], time.time() - sibling.lstat().st_mtime
-            if process.dead or (stale is not None and not process.here and age > stale):
-                if sibling.suffix == _REPLACED:
-                    _put_back(sibling, path)
-                elif sibling.suffix == _TEMPORARY:
-                    _remove(sibling)
+            if sibling.suffix == _REPLACED:
+                _put_back(sibling, path)
+            elif sibling.suffix == _TEMPORARY:
+                _remove(sibling)
 
 
 def _begin(path: Path) -> Path:
-    if not path.parent.exists():  # where it is a file, mkdir would say "File exists" and not "Not a directory"
+    if not path.parent.exists():  # if it is a file, mkdir would say "File exists" and not "Not a directory"
         path.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(path, stale=_STALE)
+    remove_leftovers(path, patience=_STALE)
     return temporary_name(path)
 
 
 def _put_back(old: Path, path: Path) -> None:
-    """Give what was being replaced its place again, or remove it where something new took that."""
+    """Put the replaced folder back, or remove it if a new one has taken its place."""
     if path.exists():
         _remove(old)
     else:
@@ -141,7 +138,7 @@ def _put_back(old: Path, path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Remove a file or a folder as far as that can be done."""
+    """Remove a file or a folder; ignores errors."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

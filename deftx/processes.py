@@ -1,7 +1,8 @@
-"""Processes that share a folder: which one a name belongs to, and whether it still lives; every room may use it.
+"""Processes that share a folder: which one owns a file, and whether it still lives; every room may use it.
 
-A process is known by a hash of its host (and process-id namespace), its id and its start time. On the same host it is
-dead when its id is gone or has another start time. Of another host nothing is known.
+An owner is one record: a hash of its host (and process-id namespace), its id, and its start time. Names of temporary
+files and of records of use hold it, and so do claims. On this host, an owner is gone when its id is gone or has another
+start time. An owner on another host is judged by a file that it renews.
 """
 
 from __future__ import annotations
@@ -13,16 +14,17 @@ import os
 import platform
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
-__all__ = ["Process", "mark", "marked", "owner"]
+__all__ = ["Process", "host_id", "mark", "marked"]
 
-_MARKED = re.compile(r"(.+)\.([0-9a-z]{8})\.(\d+)\.[0-9a-f]+(?:\.[a-z]+)?")
+_OWNER = r"([0-9a-z]{8})[.-](\d+)(?:-(\d+))?"  # names of older versions hold host.pid
+_MARKED = re.compile(rf"(.+)\.({_OWNER})\.[0-9a-f]+(?:\.[a-z]+)?")
 
 
 @functools.cache
-def owner() -> str:
-    """Eight digits for this boot of this host and process-id namespace, within which a process id means something."""
+def host_id() -> str:
+    """Return eight digits for this boot of this host and its process-id namespace, where a process id is unique."""
     facts = [platform.node()]
     with contextlib.suppress(OSError):
         facts.append(str(Path("/proc/self/ns/pid").readlink()))
@@ -31,8 +33,8 @@ def owner() -> str:
     return hashlib.sha256(" ".join(facts).encode()).hexdigest()[:8]
 
 
-def _started(pid: int) -> int:
-    """Start time of a process in clock ticks since boot; 0 where the system does not tell."""
+def _start_of(pid: int) -> int:
+    """Return a process's start time in clock ticks since boot; 0 where the system does not tell."""
     try:
         status = Path(f"/proc/{pid}/stat").read_bytes()
         return int(status[status.rindex(b")") + 1 :].split()[19])
@@ -44,52 +46,85 @@ class Process(NamedTuple):
     """One process that shares a folder with others.
 
     Attributes:
-        owner: its host, as :func:`owner` gives it there.
+        host: :func:`host_id` on its host.
         pid: its id on that host.
-        start: its start time in clock ticks since boot; 0 where nobody told.
+        start: its start time in clock ticks since boot; 0 where it is unknown.
     """
 
-    owner: str
+    host: str
     pid: int
     start: int
 
     @classmethod
-    def this(cls) -> Process:
-        """The process that asks."""
-        return cls(owner(), os.getpid(), _started(os.getpid()))
+    def this(cls) -> Self:
+        """Return the calling process."""
+        return cls(host_id(), os.getpid(), _start_of(os.getpid()))
+
+    @classmethod
+    def parse(cls, text: str) -> Self | None:
+        """Read a process from its :attr:`text`; None where the text does not name one."""
+        match = re.fullmatch(_OWNER, text)
+        return cls(match[1], int(match[2]), int(match[3] or 0)) if match else None
+
+    @property
+    def text(self) -> str:
+        """The record as part of a file name."""
+        return f"{self.host}-{self.pid}-{self.start}"
 
     @property
     def here(self) -> bool:
-        """Whether it is of this host, so that its death can be proven."""
-        return self.owner == owner()
+        """Whether it belongs to this host, so that its death can be proven."""
+        return self.host == host_id()
 
-    @property
-    def dead(self) -> bool:
-        """Whether it is proven dead; of another host nothing is proven."""
+    def lives(self, sign: Path | None = None, patience: float | None = None) -> bool:
+        """Tell whether the process lives, as far as that can be known.
+
+        Args:
+            sign: For a process of another host: a file that it renews while it lives.
+            patience: Seconds without a renewal after which such a process counts as gone; it also does when the file
+                is gone. None trusts that it lives.
+        """
         if not self.here:
-            return False
+            return sign is None or patience is None or _renewed(sign, patience)
         try:
             os.kill(self.pid, 0)
         except ProcessLookupError:
-            return True
+            return False
         except (PermissionError, OverflowError):
             pass
-        now = _started(self.pid)
-        return bool(self.start and now and now != self.start)
+        now = _start_of(self.pid)
+        return not (self.start and now and now != self.start)
 
     def __str__(self) -> str:
-        return f"process {self.pid}" if self.here else f"process {self.pid} on the host {self.owner}"
+        return f"process {self.pid}" if self.here else f"process {self.pid} on the host {self.host}"
+
+
+def _renewed(sign: Path, patience: float) -> bool:
+    """Tell whether a file changed lately, by the clock that stamps files there: hosts' clocks may be minutes apart."""
+    probe = sign.with_name(f".clock.{mark()}")
+    try:
+        changed = sign.lstat().st_mtime
+        probe.touch()
+        return probe.stat().st_mtime - changed <= patience
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink()
 
 
 def mark() -> str:
-    """Return an end for a name that no other process makes, and this one only once: ``host.pid.digits``."""
-    return f"{owner()}.{os.getpid()}.{os.urandom(4).hex()}"
+    """Return an ending for a name that no other process makes, and this one only once."""
+    return f"{Process.this().text}.{os.urandom(4).hex()}"
 
 
 def marked(name: str) -> tuple[str, Process] | None:
-    """Return what stands before the :func:`mark` in a name, and whose mark it is; None for a name without one.
+    """Return what stands before the :func:`mark` in a name, and its process; None for a name without a mark.
 
-    One suffix may follow the mark. The process's start time is not in it.
+    One suffix may follow the mark.
     """
-    found = _MARKED.fullmatch(name)
-    return (found[1], Process(found[2], int(found[3]), 0)) if found else None
+    match = _MARKED.fullmatch(name)
+    process = Process.parse(match[2]) if match else None
+    return (match[1], process) if match and process else None

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from deftx import atomic
-from deftx.processes import Process, mark, marked, owner
+from deftx.processes import Process, host_id, mark, marked
 
 REFUSED = [(os, "fsync"), (Path, "rename"), (Path, "replace"), (Path, "mkdir")]
 STEPS = [*REFUSED, (Path, "unlink"), (shutil, "rmtree")]
@@ -198,11 +198,11 @@ def test_only_leftovers_of_this_place_and_of_no_living_process_go(tmp_path: Path
     keep = [
         f".place.{mark()}.tmp",  # ours
         ".place.otherhst.12.00.tmp",
-        f".place.more.{owner()}.{dead.pid}.00.tmp",  # of another place
-        f".place.{owner()}.{dead.pid}.00.txt",
+        f".place.more.{host_id()}.{dead.pid}.00.tmp",  # of another place
+        f".place.{host_id()}.{dead.pid}.00.txt",
         ".place.tmp",
     ]
-    go = [f".place.{owner()}.{dead.pid}.00.tmp", f".place.{owner()}.{dead.pid}.01.old"]
+    go = [f".place.{host_id()}.{dead.pid}.00.tmp", f".place.{host_id()}.{dead.pid}.01.old"]
     for name in [*keep, *go]:
         (tmp_path / name).write_text("left")
     place.write_text("there")
@@ -218,10 +218,11 @@ def test_only_leftovers_of_this_place_and_of_no_living_process_go(tmp_path: Path
 
 
 def test_a_mark_is_read_back() -> None:
-    assert marked(f"a.b.{mark()}") == ("a.b", Process(owner(), os.getpid(), 0))
+    assert marked(f"a.b.{mark()}") == ("a.b", Process.this())
     assert marked(atomic.temporary_name(Path("x/result.json")).name) == (
         ".result.json",
-        Process(owner(), os.getpid(), 0),
+        Process.this(),
     )
+    assert marked("a.otherhst.12.00.tmp") == ("a", Process("otherhst", 12, 0)), "as older versions wrote it"
     for name in ("a", "a.b.c.d", f"a.{mark()}.", f"{mark()}", "a.otherhst.x.00.tmp"):
         assert marked(name) is None

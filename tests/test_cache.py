@@ -22,7 +22,7 @@ import deftx.cache.files
 import deftx.cache.verify
 from deftx.cache import Entry, Stage, StageCache, Workspace, canonical_json, file_sha256, fingerprint_files
 from deftx.errors import DeftxError
-from deftx.processes import owner
+from deftx.processes import host_id
 
 
 def stage(**changes: Any) -> Stage:
@@ -582,7 +582,7 @@ def test_a_killed_process_leaves_its_scratch_and_no_entry(tmp_path: Path) -> Non
 def test_leftovers_of_the_living_and_of_other_hosts_stay(tmp_path: Path) -> None:
     folder = tmp_path / "full"
     kept = [
-        folder / f".{stage().key[:16]}.{owner()}.{os.getpid()}.00.tmp",
+        folder / f".{stage().key[:16]}.{host_id()}.{os.getpid()}.00.tmp",
         folder / f".{stage().key[:16]}.otherhst.999999.00.tmp",
     ]
     for path in kept:

@@ -66,7 +66,7 @@ def forget_uses(root: Path) -> None:
     """As if this process had not used the entries."""
     for path in (root / "locks").glob("*.used"):
         path.unlink()
-    deftx.cache.processes._RECORDS._files.pop(root, None)
+    deftx.cache.processes._RECORDS._names.pop(root / "locks" / f"{Process.this().text}.used", None)
 
 
 class Answer:
@@ -329,12 +329,36 @@ def test_pruning_shows_readers_all_or_nothing(root: Path, monkeypatch: pytest.Mo
     assert seen == [None]
 
 
+@pytest.mark.parametrize(
+    ("owner", "alive"),
+    [
+        (Process.this().text, True),
+        (Process.this()._replace(start=1).text, False),  # its id was given to this process
+        (f"{Process.this().host}.{os.getpid()}", True),  # as older versions wrote names
+        ("0000aaaa-12-34", True),  # of other hosts: one renews its record
+        ("0000aaaa.12", True),
+        ("0000aaaa-12-35", False),
+        ("0000bbbb-12-34", False),
+    ],
+)
+@pytest.mark.parametrize("folder", ["full", "scratch"])
+def test_a_leftover_belongs_to_the_process_in_its_name(root: Path, owner: str, alive: bool, folder: str) -> None:
+    for name, minutes in (("0000aaaa-12-34", 5), ("0000bbbb-12-34", 15)):
+        record = root / "locks" / f"{name}.used"
+        record.write_text(f"full/{FULL.key[:16]}\n")
+        os.utime(record, (time.time() - 60 * minutes,) * 2)
+    name = f"full-{FULL.key[:16]}.{owner}.00" if folder == "scratch" else f".{FULL.key[:16]}.{owner}.00.tmp"
+    (root / folder / name).mkdir()
+    (residue,) = (item for item in residues(root) if item.path.name == name)
+    assert (residue.running is not None) == alive
+
+
 def test_prune_removes_leftovers_that_nobody_owns(cache_command: object, root: Path) -> None:
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     this = Process.this()
     for pid in (dead.pid, this.pid):
-        (root / "full" / f".{FULL.key[:16]}.{this.owner}.{pid}.00.tmp").mkdir()
+        (root / "full" / f".{FULL.key[:16]}.{this.host}.{pid}.00.tmp").mkdir()
     (root / "full" / f".{FULL.key[:16]}.00000000.12.00.tmp").mkdir()  # of another host that renews nothing
     running = claim_scratch(root, SELECT, locked=True, leased=True)
     ended = claim_scratch(root, FULL, locked=True, leased=True)

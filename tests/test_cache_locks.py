@@ -20,7 +20,7 @@ from deftx.cache import Entry, Stage, StageCache, Workspace
 from deftx.cache.locks import is_locked, lock_mode, turn
 from deftx.cache.scratch import claim_in_force, claim_scratch
 from deftx.errors import DeftxError
-from deftx.processes import Process, owner
+from deftx.processes import Process, host_id
 
 STAGE = Stage("full", 1, {"a": 1}, label="ace")
 NAME = f"full-{STAGE.key[:16]}"
@@ -314,7 +314,7 @@ def test_who_may_use_a_scratch(tmp_path: Path, holder: str, locked: bool, leased
             first.release()
         elif holder == "dead":
             values = json.loads(first.claim.file.read_bytes())
-            first.claim.file.write_text(json.dumps({**values, "process": [owner(), os.getpid(), 1]}))
+            first.claim.file.write_text(json.dumps({**values, "process": [host_id(), os.getpid(), 1]}))
         elif holder == "elsewhere":
             other_host(tmp_path)
         elif holder == "unreadable":
@@ -342,10 +342,10 @@ def test_a_scratch_that_was_moved_stays_where_it_is_for_the_next(tmp_path: Path)
 
 def test_a_process_is_dead_when_its_id_was_given_to_another() -> None:
     this = Process.this()
-    assert not this.dead
-    assert this._replace(start=this.start - 1).dead
-    assert this._replace(pid=2**22 + 1).dead
-    assert not Process("0" * 8, 2**22 + 1, 1).dead, "of another host nothing is proven"
+    assert this.lives()
+    assert not this._replace(start=this.start - 1).lives()
+    assert not this._replace(pid=2**22 + 1).lives()
+    assert Process("0" * 8, 2**22 + 1, 1).lives(), "of another host nothing is proven"
 
 
 # --------------------------------------------------------------------------------------------------------- modes

@@ -220,7 +220,7 @@ class _Watch:
     def _dead(self) -> bool:
         claim = claim_in_force(self.root, self.name)
         holder = getattr(self.lock, "pid", None)
-        return claim is not None and claim.process is not None and claim.process.pid == holder and claim.process.dead
+        return bool(claim and claim.process and claim.process.pid == holder and not claim.process.lives())
 
     def _mark(self) -> tuple[int, int, int] | None:
         try:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,13 +18,13 @@ from deftx.atomic import temporary_name
 from deftx.cache.entry import MANIFEST, Entry
 from deftx.cache.keys import RESERVED
 from deftx.cache.locks import is_locked
-from deftx.cache.processes import in_use
-from deftx.cache.scratch import SCRATCH, claim_in_force, forget_claims
+from deftx.cache.processes import in_use, lives
+from deftx.cache.scratch import SCRATCH, forget_claims, scratch_owner
 from deftx.cache.verify import DAMAGED, DamageError, Verifier, entry_folders, load
 from deftx.errors import DeftxError, listed
 from deftx.processes import Process, marked
 
-__all__ = ["Filter", "Residue", "check_all", "find_entry", "last_used", "prunable", "remove", "residues", "size_of"]
+__all__ = ["Filter", "Residue", "check_all", "find_entry", "last_used", "prunable", "remove", "residues"]
 
 DAY = 86400.0
 _TOKENS = "tokens"
@@ -185,37 +184,20 @@ class Residue:
 
 
 def residues(root: Path) -> list[Residue]:
-    """All that is no result: damaged entries, checkpoints, temporary folders, tokenised text."""
-    living = set(in_use(root).values())
-    found = [_residue(path, "damaged", None) for path in _children(root / DAMAGED)]
+    """List all that is no result: damaged entries, checkpoints, temporary folders, tokenised text."""
+    leftovers = [_residue(path, "damaged", None) for path in _children(root / DAMAGED)]
     for path in _children(root / SCRATCH):
         if path.name == _TOKENS:
-            found += [_residue(file, _TOKENS, None) for file in _children(path)]
+            leftovers += [_residue(file, _TOKENS, None) for file in _children(path)]
         elif path.is_dir():
-            found.append(_residue(path, "checkpoints", _writer(root, path, living)))
+            owner = scratch_owner(root, path.name)
+            leftovers.append(_residue(path, "checkpoints", owner if owner and lives(root, owner) else None))
     for kind in _children(root):
         if kind.name not in RESERVED and kind.is_dir():
             for path in _children(kind):
-                if path.name.startswith(".") and (named := marked(path.name)):
-                    found.append(_residue(path, "temporary", _alive(named[1], living)))
-    return found
-
-
-def _writer(root: Path, path: Path, living: set[Process]) -> Process | None:
-    """The living process that may write to a scratch folder."""
-    name = re.sub(r"\..*", "", path.name)
-    claim = claim_in_force(root, name)
-    if claim is not None and claim.folder == path.name and claim.process is not None:
-        return None if claim.released else _alive(claim.process, living)
-    named = marked(path.name)
-    return _alive(named[1], living) if named else None
-
-
-def _alive(process: Process, living: set[Process]) -> Process | None:
-    """The process if it lives; one of another host does when it renews its list of used entries."""
-    if process.here:
-        return None if process.dead else process
-    return next((other for other in living if other[:2] == process[:2]), None)
+                if path.name.startswith(".") and (name := marked(path.name)):
+                    leftovers.append(_residue(path, "temporary", name[1] if lives(root, name[1]) else None))
+    return leftovers
 
 
 def _residue(path: Path, sort: str, running: Process | None) -> Residue:
@@ -228,11 +210,6 @@ def _children(folder: Path) -> list[Path]:
         return sorted(folder.iterdir())
     except OSError:
         return []
-
-
-def size_of(path: Path) -> int:
-    """Bytes of a file, or of all files below a folder."""
-    return _measure(path)[0]
 
 
 def _measure(path: Path) -> tuple[int, float]:

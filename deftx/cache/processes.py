@@ -1,8 +1,8 @@
 """Who uses which entries of a cache.
 
-Of a process of another host (:mod:`deftx.processes`) nothing is known but what it renews: each process lists the
-entries it was given in ``locks/<process>.used`` and touches that file every minute, so that pruning leaves them alone.
-All of it is for comfort: a cache that cannot be written is read all the same.
+Each process lists the entries it reads in ``locks/<process>.used`` and touches that file every minute, so that pruning
+leaves them alone. The file is also how a process shows other hosts that it lives (:mod:`deftx.processes`). A cache that
+cannot be written is still read, without a record.
 """
 
 from __future__ import annotations
@@ -10,102 +10,85 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
-import re
 import threading
-from collections.abc import Iterable
 from pathlib import Path
 
 from deftx.processes import Process
 
-__all__ = ["LOCKS", "in_use", "note_use"]
+__all__ = ["LOCKS", "in_use", "lives", "note_use"]
 
 LOCKS = "locks"
 _RENEWED_EVERY = 60.0
-_LOST_AFTER = 600.0
-_USED = re.compile(r"([0-9a-f]{8})-(\d+)-(\d+)\.used")
+_PATIENCE = 600.0  # seconds without a renewal after which a process of another host counts as gone
 
 
 class _Records:
-    """This process's lists of used entries, one a cache; one thread renews them all."""
+    """This process's records of use, one for each cache; one thread renews them all."""
 
     def __init__(self) -> None:
         self._guard = threading.Lock()
         self._pid = 0
-        self._files: dict[Path, tuple[Path, set[str]]] = {}
+        self._names: dict[Path, set[str]] = {}
 
     def add(self, root: Path, name: str) -> None:
         with self._guard:
-            if self._pid != os.getpid():  # the first use, or a fork: the parent's lists stay the parent's
-                self._pid, self._files = os.getpid(), {}
+            if self._pid != os.getpid():  # the first use, or a fork: the parent's records stay the parent's
+                self._pid, self._names = os.getpid(), {}
                 threading.Thread(target=self._renew, args=(self._pid,), daemon=True, name="deftx-cache-use").start()
                 atexit.register(self._remove, self._pid)
-            file, names = self._files.setdefault(root, (_record_of(root, Process.this()), set()))
-            if name not in names or not file.exists():
-                file.parent.mkdir(parents=True, exist_ok=True)
-                with file.open("a", encoding="ascii") as stream:
-                    stream.write("".join(f"{item}\n" for item in ([name] if name not in names else sorted(names))))
+            record = root / LOCKS / f"{Process.this().text}.used"
+            names = self._names.setdefault(record, set())
+            unwritten = {name} - names if record.exists() else {name} | names
+            if unwritten:
+                record.parent.mkdir(parents=True, exist_ok=True)
+                with record.open("a", encoding="ascii") as stream:
+                    stream.write("".join(f"{name}\n" for name in sorted(unwritten)))
                 names.add(name)
 
     def _renew(self, pid: int) -> None:
         pause = threading.Event()
         while not pause.wait(_RENEWED_EVERY) and self._pid == pid:
-            for file, _ in list(self._files.values()):
+            for record in list(self._names):
                 with contextlib.suppress(OSError):
-                    os.utime(file)
+                    os.utime(record)
 
     def _remove(self, pid: int) -> None:
         if pid == os.getpid():
-            for file, _ in self._files.values():
+            for record in self._names:
                 with contextlib.suppress(OSError):
-                    file.unlink()
+                    record.unlink()
 
 
 _RECORDS = _Records()
 
 
-def _record_of(root: Path, process: Process) -> Path:
-    return root / LOCKS / f"{process.owner}-{process.pid}-{process.start}.used"
-
-
 def note_use(root: Path, folder: Path) -> None:
-    """Say that this process reads an entry, until it ends; silent where the cache cannot be written."""
+    """Record that this process reads an entry, until it ends; does nothing if the cache cannot be written."""
     with contextlib.suppress(OSError):
         _RECORDS.add(root, folder.relative_to(root).as_posix())
 
 
-def in_use(root: Path, *, ours: bool = True) -> dict[str, Process]:
-    """Entries (``kind/digits``) that living processes have been given, and one process for each.
+def in_use(root: Path) -> dict[str, Process]:
+    """Return the entries (``kind/digits``) that living processes have read, each with one of those processes.
 
-    Lists of processes that are gone are removed. A process of another host counts as gone when it has not renewed its
-    list for ten minutes of the file system's own clock.
-
-    Args:
-        root: the cache's folder.
-        ours: whether this process's own uses count.
+    Removes the records of processes that are gone.
     """
-    found: dict[str, Process] = {}
-    for file, process in _records(root):
-        try:
-            if process.dead or (not process.here and _now_at(root) - file.stat().st_mtime > _LOST_AFTER):
-                file.unlink()
-            elif ours or process != Process.this():
-                found |= dict.fromkeys(file.read_text(encoding="ascii").split(), process)
-        except (OSError, ValueError):
-            continue
-    return found
+    users: dict[str, Process] = {}
+    for record in sorted((root / LOCKS).glob("*.used")):
+        process = Process.parse(record.stem)
+        with contextlib.suppress(OSError, ValueError):
+            if process is None:
+                continue
+            if process.lives(record, _PATIENCE):
+                users |= dict.fromkeys(record.read_text(encoding="ascii").split(), process)
+            else:
+                record.unlink()
+    return users
 
 
-def _records(root: Path) -> Iterable[tuple[Path, Process]]:
-    for file in sorted((root / LOCKS).glob("*.used")):
-        if parts := _USED.fullmatch(file.name):
-            yield file, Process(parts[1], int(parts[2]), int(parts[3]))
-
-
-def _now_at(root: Path) -> float:
-    """The time by the clock that stamps files there: another host's clock may be minutes off."""
-    probe = root / LOCKS / f".clock.{os.getpid()}.{os.urandom(4).hex()}"
-    try:
-        probe.touch()
-        return probe.stat().st_mtime
-    finally:
-        probe.unlink(missing_ok=True)
+def lives(root: Path, process: Process) -> bool:
+    """Tell whether a process that works in the cache lives; on another host, it must renew its record of use."""
+    if process.here:
+        return process.lives()
+    records = (root / LOCKS).glob(f"{process.host}-{process.pid}-{process.start or '*'}.used")
+    return any(process.lives(record, _PATIENCE) for record in records)

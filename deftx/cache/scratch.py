@@ -20,7 +20,7 @@ from typing import Any
 
 from deftx import atomic
 from deftx.cache.keys import Stage
-from deftx.processes import Process, mark
+from deftx.processes import Process, mark, marked
 
 __all__ = [
     "SCRATCH",
@@ -58,7 +58,7 @@ class Claim:
     @property
     def free(self) -> bool:
         """Whether nobody writes to its folder any more: let go, or proven dead."""
-        return self.released or (self.process is not None and self.process.dead)
+        return self.released or (self.process is not None and not self.process.lives())
 
     def text(self) -> bytes:
         """What stands in the file."""
@@ -174,6 +174,15 @@ def claim_scratch(root: Path, stage: Stage, *, locked: bool, leased: bool) -> Sc
     path = root / SCRATCH / f"{name}.{mark()}"
     path.mkdir()
     return Scratch(path, root, name, None)
+
+
+def scratch_owner(root: Path, folder: str) -> Process | None:
+    """Return the process that may write to a scratch folder: the holder of its claim, else the one in its name."""
+    claim = claim_in_force(root, folder.partition(".")[0])
+    if claim is not None and claim.folder == folder and claim.process is not None:
+        return None if claim.released else claim.process
+    name = marked(folder)
+    return name[1] if name else None
 
 
 def forget_claims(root: Path, folder: str) -> None:
