@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,6 @@ from deftx.tracking import (
     write_predictions,
     write_result,
 )
-from deftx.tracking.imports import import_seconds
 
 # ------------------------------------------------------------------------------------------------- provenance
 
@@ -438,14 +437,12 @@ def test_importing_is_light() -> None:
     assert answer.stdout.strip() == "set()"
 
 
-def test_imports_are_timed_once_each_however_deep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "outer_module.py").write_text("import time\nimport inner_module\ntime.sleep(0.05)\n")
-    (tmp_path / "inner_module.py").write_text("import time\ntime.sleep(0.1)\n")
-    monkeypatch.syspath_prepend(tmp_path)
+def test_the_first_run_of_a_command_says_how_long_it_took_to_begin(tmp_path: Path) -> None:
     clock_imports()
-    clock_imports()
-    import_seconds()
-    importlib.import_module("outer_module")
-    assert 0.15 <= (import_seconds() or 0) < 0.25  # 0.25: the inner module twice
-    importlib.import_module("outer_module")
-    assert import_seconds() == 0
+    time.sleep(0.1)
+    for name in ("first", "second"):
+        with recording(tmp_path / name, RunRecord(study="s", job=name)):
+            time.sleep(0.5)
+    times = [read_result(tmp_path / name).times for name in ("first", "second")]
+    assert 0.1 <= times[0].pop("imports") < 0.5
+    assert times == [{}, {}]

@@ -25,7 +25,6 @@ from deftx.tracking.facts import (
     provenance_differences,
     provenance_remark,
 )
-from deftx.tracking.imports import clock_imports
 from deftx.tracking.legacy import with_keys
 from deftx.tracking.results import (
     CONDITIONS,
@@ -37,6 +36,7 @@ from deftx.tracking.results import (
     SCHEMA_VERSION,
     Metric,
     RunRecord,
+    clock_imports,
     mean_scores,
     read_result,
     recording,

@@ -97,7 +97,7 @@ def sign_conflicts(language: str = MEAN) -> str:
 
 
 def seconds(what: str = "total") -> str:
-    """Wall time of the job, or of what its imports took."""
+    """Wall time of the job, or of the imports before it."""
     return f"seconds/{what}"
 
 

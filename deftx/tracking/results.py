@@ -21,7 +21,6 @@ from deftx.errors import DeftxError
 from deftx.memory import peak_memory
 from deftx.methods.table import METHODS
 from deftx.tracking.facts import CellFacts, Provenance, Remark, SFTFacts, data_read
-from deftx.tracking.imports import import_seconds
 from deftx.tracking.legacy import upgrade
 
 if TYPE_CHECKING:
@@ -35,6 +34,7 @@ __all__ = [
     "RUN_FILES",
     "Metric",
     "RunRecord",
+    "clock_imports",
     "mean_scores",
     "read_result",
     "recording",
@@ -112,9 +112,8 @@ class RunRecord:
             ``fertility`` (pieces a word), ``type_token_ratio``, ``words_per_sentence``, where it was computed.
         data: name -> what was read, dropped (and why) and kept.
         stages: one mapping for each stage: ``kind``, ``label``, ``key``, ``outcome``, ``seconds``.
-        times: name -> seconds: of each kind of stage, and ``imports``, what loading Python modules took since the
-            command (in a sweep, its last job) began; part of it lies before ``started``, part of it in the stages
-            that first needed a module.
+        times: name -> seconds: of each kind of stage, and ``imports``, from the start of the command to that of its
+            first run (other runs lack it): loading modules and checking the configuration. It is not in ``seconds``.
         peak_memory: bytes: ``cpu`` (this process), ``gpu`` (given by the caller).
         error: of a failed run: ``type``, ``message``, ``traceback``.
         notes: what a reader should see beside the numbers (an untrained head, dev in place of test).
@@ -166,13 +165,21 @@ class RunRecord:
         self.status = "done" if error is None else "failed"
         self.finished, self.seconds = _now(), round(time.perf_counter() - self._clock, 3)
         self.peak_memory["cpu"] = peak_memory()
-        if (loading := import_seconds()) is not None:
-            self.times["imports"] = round(loading, 3)
+        if _command_starts:
+            self.times["imports"] = round(self._clock - _command_starts.pop(), 3)
         if error is not None:
             # A user's mistake is told by its message; anything else needs its traceback.
             told = isinstance(error, DeftxError | KeyboardInterrupt)
             trace = None if told else "".join(traceback.format_exception(error))
             self.error = {"type": type(error).__name__, "message": str(error), "traceback": trace}
+
+
+_command_starts: list[float] = []  # of the command in this process, until its first run has ended
+
+
+def clock_imports() -> None:
+    """Note that a command starts; its first run records how long loading modules took until then."""
+    _command_starts[:] = [time.perf_counter()]
 
 
 def mean_scores(record: RunRecord) -> dict[str, float]:
