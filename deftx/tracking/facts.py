@@ -6,7 +6,7 @@ Readers look at these fields alone. Names and sentences are made from them for p
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
 __all__ = [
@@ -225,18 +225,19 @@ def gather_provenances(stages: Iterable[tuple[str, Mapping[str, Any]]]) -> list[
     Args:
         stages: Kind of each stage, and the provenance in its manifest (:func:`deftx.tracking.provenance`).
     """
-    found: list[tuple[dict[str, str], int | None, str | None]] = []
+    provenances: list[Provenance] = []
     counts: list[dict[str, int]] = []
-    for kind, said in stages:
-        versions = said.get("versions") or {}
-        device = (said["gpu"] or "cpu") if "gpu" in said else None
-        under = ({name: versions[name] for name in _VERSIONS if name in versions}, said.get("threads"), device)
-        if under not in found:
-            found.append(under)
+    for kind, manifest in stages:
+        versions = manifest.get("versions") or {}
+        device = (manifest["gpu"] or "cpu") if "gpu" in manifest else None
+        known = {name: versions[name] for name in _VERSIONS if name in versions}
+        provenance = Provenance(known, manifest.get("threads"), device, stages={})
+        if provenance not in provenances:
+            provenances.append(provenance)
             counts.append({})
-        count = counts[found.index(under)]
+        count = counts[provenances.index(provenance)]
         count[kind] = count.get(kind, 0) + 1
-    return [Provenance(*under, stages=count) for under, count in zip(found, counts, strict=True)]
+    return [replace(item, stages=count) for item, count in zip(provenances, counts, strict=True)]
 
 
 def provenance_differences(found: Sequence[Provenance]) -> list[str]:

@@ -1,14 +1,14 @@
-"""Results and sweeps of older schemas, given the fields that newer ones have, when they are read.
+"""Reads results and sweeps of older schemas into the fields of the newest.
 
-Schemas 1 and 2 of ``result.json`` tell of an SFT little more than its name (``language ace deftx rank=16
-residual=drop``, ``task on θ⁰+ind ltsft``), and of a cell nothing but its score. This is the only module that reads
-names and sentences, and it reads those of older results alone. There an SFT's key is its name, since
-``diagnostics.parquet`` knew it by nothing else.
+Schemas 1 and 2 of ``result.json`` say little more about an SFT than its name (``language ace deftx rank=16
+residual=drop``, ``task on θ⁰+ind ltsft``), and nothing about a cell but its score. This is the only module that parses
+names and sentences, and only those of older results. There, an SFT's name is its key, because ``diagnostics.parquet``
+has nothing else to tell it by.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ _CONSTANT = "one class is predicted throughout, nothing was learnt or transferre
 
 
 class _Policy(NamedTuple):
-    """What makes an SFT another one; two SFTs of one language that agree in it are the same."""
+    """What tells two SFTs of one language apart."""
 
     rank: str | None
     residual: str | None
@@ -31,14 +31,14 @@ class _Policy(NamedTuple):
 
 
 def upgrade(version: int, content: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of a ``result.json`` of schema 1 or 2 as schema 3 would say it.
+    """Return the content of a ``result.json`` of schema 1 or 2 in the form of schema 3.
 
     Args:
         version: Its schema.
         content: Its content, without the version.
 
     Raises:
-        KeyError, TypeError, AttributeError, ValueError: It is no result.
+        KeyError, TypeError, AttributeError, ValueError: It is not a result.
     """
     new = dict(content)
     if version == 1:
@@ -53,14 +53,14 @@ def upgrade(version: int, content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_keys(diagnostics: pd.DataFrame) -> pd.DataFrame:
-    """Diagnostics with the columns ``key`` and ``other_key``, which older ones lack."""
+    """Return diagnostics with the columns ``key`` and ``other_key``, which older ones lack."""
     names = {"key": "sft", "other_key": "other"}
     absent = {key: diagnostics[name] for key, name in names.items() if key not in diagnostics and name in diagnostics}
     return diagnostics.assign(**absent)
 
 
 def upgrade_sweep(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of a ``sweep.json`` of schema 1 as schema 2 would say it."""
+    """Return the content of a ``sweep.json`` of schema 1 in the form of schema 2."""
 
     def job_of(job: Mapping[str, Any]) -> dict[str, Any]:
         texts = [text.replace("\\", "") for text in job["swept"]]  # Hydra's
@@ -98,7 +98,7 @@ class _Result:
                 sft["on"] = under
 
     def _sft(self, said: Mapping[str, Any]) -> dict[str, Any]:
-        """One SFT's fields, as its result says them, else from its name, else from the settings."""
+        """Return an SFT's fields from its result, else from its name, else from the settings."""
         name = str(said["name"])
         words = name.split()
         kind = str(said.get("role") or words[0])
@@ -134,7 +134,7 @@ class _Result:
         }
 
     def _scope(self, kind: str, languages: Sequence[str], policy: _Policy | None) -> str:
-        """Before which dot the settings of an SFT stand."""
+        """Return the prefix of an SFT's settings, without the dot."""
         if self.given:
             return "task_sft" if kind == "task" else f"language_sft.{'+'.join(map(str, languages))}"
         if kind == "task":
@@ -145,7 +145,7 @@ class _Result:
         return "source" if of_source else "lang"
 
     def _asked(self, scope: str) -> _Policy:
-        """The policy that settings ask for."""
+        """Return the policy that the settings ask for."""
         short = self.settings if scope != "source" else {}  # short knobs never moved φ_S
         rank = self.settings.get(f"{scope}.rank", short.get("rank"))
         residual = self.settings.get(f"{scope}.residual", short.get("residual"))
@@ -157,57 +157,57 @@ class _Result:
         )
 
     def _pick(
-        self, found: Iterable[dict[str, Any]], policy: _Policy, method: str | None = None
+        self, candidates: Sequence[dict[str, Any]], policy: _Policy, method: str | None = None
     ) -> dict[str, Any] | None:
-        """Of several SFTs the one that a policy asks for, else one of a method, else one whose name says neither."""
-        found = list(found)
-        fits = [sft for sft in found if self.policies[sft["name"]] == policy]
-        fits += [sft for sft in found if sft["method"] == method]
-        fits += [sft for sft in found if self.policies[sft["name"]] is None]
+        """Of several SFTs, return one of this policy, else one of this method, else one whose name says neither."""
+        fits = [sft for sft in candidates if self.policies[sft["name"]] == policy]
+        fits += [sft for sft in candidates if sft["method"] == method]
+        fits += [sft for sft in candidates if self.policies[sft["name"]] is None]
         return fits[0] if fits else None
 
-    def _language(self, code: str, policy: _Policy, method: str | None) -> dict[str, Any] | None:
-        found = [sft for sft in self.sfts if sft["kind"] == "language" and code in sft["languages"]]
-        return self._pick(found, policy, method)
+    def _all(self, kind: str, code: str | None = None) -> list[dict[str, Any]]:
+        """SFTs of a kind, of one language or of all."""
+        return [sft for sft in self.sfts if sft["kind"] == kind and (code is None or code in sft["languages"])]
 
     def _source(self, code: str) -> dict[str, Any] | None:
-        """φ_S of a source language."""
-        found = [sft for sft in self.sfts if sft["kind"] == "language" and code in sft["languages"]]
+        """Return φ_S of a source language."""
+        candidates = self._all("language", code)
         if code not in self.targets:
-            return found[0] if found else None
-        return self._pick(found, self._asked("source"))
+            return candidates[0] if candidates else None
+        return self._pick(candidates, self._asked("source"))
 
     def _task(self, policy: _Policy, method: str | None, *, alone: bool = False) -> dict[str, Any] | None:
-        """φ_T on θ⁰ + φ_S, or on θ⁰ where it is ``alone`` or there is no other."""
-        tasks = [sft for sft in self.sfts if sft["kind"] == "task"]
+        """Return φ_T on θ⁰ + φ_S, or on θ⁰ if it is ``alone`` or there is no other."""
+        tasks = self._all("task")
         apart = [sft for sft in tasks if bool(sft.get("on")) is not alone]
         return self._pick(apart, policy, method) or self._pick(tasks, policy, method)
 
     def cells(self) -> list[dict[str, Any]]:
-        """One for each score, in the same order; for other targets' SFTs one each."""
+        """Return one cell for each score, in the same order; for other targets' SFTs one each."""
         keys = {
             str(stage.get("label")): stage.get("key")
             for stage in self.content.get("stages", [])
             if stage.get("kind") == "evaluate"
         }
         scores = dict.fromkeys((item["language"], item["condition"]) for item in self.content["metrics"])
-        found = []
+        cells = []
         for language, condition in scores:
             for variant, method, terms in self._compositions(str(language), str(condition)):
                 label = " ".join(part for part in (language, condition, variant) if part)
                 cell = {"language": language, "condition": condition, "variant": variant, "method": method}
                 cell |= {"key": keys.get(label) or "", "terms": [_term(sft) for sft in terms if sft is not None]}
-                found.append(cell)
-        return found
+                cells.append(cell)
+        return cells
 
     def _compositions(
         self, language: str, condition: str
-    ) -> list[tuple[str, str | None, tuple[dict[str, Any] | None, ...]]]:
-        """Variant, method and SFTs of a condition's cells."""
+    ) -> list[tuple[str, str | None, Sequence[dict[str, Any] | None]]]:
+        """Return variant, method and SFTs of a condition's cells."""
         main = self.settings.get("method")
         if self.given:
-            task = next((sft for sft in self.sfts if sft["kind"] == "task"), None)
-            return [("", main, (task, self._given(language) if condition == "composed" else None))]
+            languages = sorted(self._all("language"), key=lambda sft: list(sft["languages"]) != [language])
+            terms = self._all("task")[:1] + (languages[:1] if condition == "composed" else [])
+            return [("", main, terms)]
         asked, lang = self._asked("task"), self._asked("lang")
         if condition == "ltsft":
             asked, lang = (policy._replace(rank=None, residual=None) for policy in (asked, lang))
@@ -218,16 +218,11 @@ class _Result:
         if condition == "source_sft":
             return [("", method, (task, self._source(self.sources[0]) if self.sources else None))]
         if condition == "other_language_sft":
-            others = {code: self._language(code, lang, method) for code in self.targets if code != language}
-            return [(code, method, (task, sft)) for code, sft in others.items() if sft is not None]
+            others = [(code, self._pick(self._all("language", code), lang, method)) for code in self.targets]
+            return [(code, method, (task, sft)) for code, sft in others if code != language and sft is not None]
         if condition not in _METHODS:
             return [("", method, ())]
-        return [("", method, (task, self._language(language, lang, method)))]
-
-    def _given(self, language: str) -> dict[str, Any] | None:
-        languages = [sft for sft in self.sfts if sft["kind"] == "language"]
-        own = [sft for sft in languages if list(sft["languages"]) == [language]]
-        return next(iter(own or languages), None)
+        return [("", method, (task, self._pick(self._all("language", language), lang, method)))]
 
 
 def _term(sft: Mapping[str, Any]) -> dict[str, Any]:

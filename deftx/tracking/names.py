@@ -1,38 +1,12 @@
-"""The names of a run's config and summary values in W&B: what the tracker writes and the dashboard reads.
+"""Names of a run's config and summary values in W&B; the tracker writes them and the dashboard reads them.
 
-Both sides take them from here, so that a panel never asks for a value that no run has. ``docs/tracking.md`` lists them
-with their units. W&B reads a dot as nesting, so levels are parted by ``/``.
+Both take them from here, so that no panel asks for a value that no run has. ``docs/tracking.md`` lists them with their
+units. W&B reads a dot as nesting, so ``/`` separates levels.
 """
 
 from __future__ import annotations
 
 from deftx.methods.settings import LABELLED
-
-__all__ = [
-    "BASELINE",
-    "CACHE_COMPUTED",
-    "CACHE_HITS",
-    "KNOBS",
-    "MASK_DENSITY",
-    "MEAN",
-    "METHOD",
-    "RESULTS",
-    "SPECTRA",
-    "STATUS",
-    "condition_score",
-    "curve",
-    "density",
-    "difference",
-    "energy",
-    "jaccard",
-    "memory",
-    "own_score",
-    "rank_kept",
-    "seconds",
-    "sft_bytes",
-    "sign_conflicts",
-    "stage_seconds",
-]
 
 KNOBS = ("method", "task", "language", *LABELLED, "seed")
 """Config values that every run has at the top level under exactly these names; None where they do not apply."""
@@ -41,7 +15,7 @@ METHOD, BASELINE = "deftx", "ltsft"
 """Conditions whose difference is logged: the first minus the second."""
 
 MEAN = "mean"
-"""Stands in the place of a language (mean over the targets) or of a role (all SFTs of the job's own method)."""
+"""Replaces a language (mean over the targets) or a role (all SFTs of the job's own method)."""
 
 STATUS = "status"
 CACHE_HITS = "cache/hits"
@@ -57,7 +31,7 @@ def condition_score(metric: str, language: str, condition: str, split: str = "te
 
 
 def own_score(metric: str, language: str = MEAN, split: str = "test") -> str:
-    """Score of the composed model of the job's own method, whatever the method is."""
+    """Score of the composed model of the job's own method."""
     return _split(f"score/{metric}/{language}", split)
 
 

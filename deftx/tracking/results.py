@@ -10,7 +10,7 @@ import math
 import os
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -38,6 +38,7 @@ __all__ = [
     "mean_scores",
     "read_result",
     "recording",
+    "score_rows",
     "write_diagnostics",
     "write_predictions",
     "write_result",
@@ -180,6 +181,17 @@ _command_starts: list[float] = []  # of the command in this process, until its f
 def clock_imports() -> None:
     """Note that a command starts; its first run records how long loading modules took until then."""
     _command_starts[:] = [time.perf_counter()]
+
+
+def score_rows(
+    metrics: Iterable[Metric],
+) -> tuple[dict[tuple[str, str, str], dict[str, Metric]], list[str]]:
+    """Lay scores out as rows, (metric, split, language) -> condition -> score, and name the conditions in order."""
+    rows: dict[tuple[str, str, str], dict[str, Metric]] = {}
+    for item in metrics:
+        rows.setdefault((item.metric, item.split, item.language), {})[item.condition] = item
+    present = {name: None for row in rows.values() for name in row}
+    return rows, [name for name in CONDITIONS if name in present] + [n for n in present if n not in CONDITIONS]
 
 
 def mean_scores(record: RunRecord) -> dict[str, float]:

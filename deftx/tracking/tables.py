@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from deftx.tracking.facts import SFTFacts
-from deftx.tracking.results import CONDITIONS, Metric, finite
+from deftx.tracking.results import CONDITIONS, Metric, finite, score_rows
 from deftx.units import size_text
 
 if TYPE_CHECKING:
@@ -37,22 +38,19 @@ def results_table(metrics: Sequence[Metric], *, metric: str | None = None) -> Ta
     from rich.text import Text
 
     metric = metric or (metrics[0].metric if metrics else "")
-    cells: dict[tuple[str, str], dict[str, Metric]] = {}
-    for item in metrics:
-        if item.metric == metric:
-            row = cells.setdefault((item.language, item.split), {})
-            if item.condition in row:
-                raise ValueError(f"two scores for {item.language}, {item.condition}: show one run at a time")
-            row[item.condition] = item
-    asked = dict.fromkeys(condition for row in cells.values() for condition in row)
-    conditions = [name for name in CONDITIONS if name in asked] + [n for n in asked if n not in CONDITIONS]
+    chosen = [item for item in metrics if item.metric == metric]
+    rows, conditions = score_rows(chosen)
+    counts = Counter((item.language, item.condition, item.split) for item in chosen)
+    for (language, condition, _), count in counts.items():
+        if count > 1:
+            raise ValueError(f"two scores for {language}, {condition}: show one run at a time")
 
     table = Table()
     table.add_column("target")
     table.add_column("n", justify="right")
     for name in conditions:
         table.add_column(Text(CONDITIONS.get(name, name)), justify="right")
-    for (language, split), row in cells.items():
+    for (_, split, language), row in rows.items():
         sizes = sorted({item.n for item in row.values()})
         size = str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]}–{sizes[-1]}"
         values = [finite(row[name].value) if name in row else None for name in conditions]
@@ -60,24 +58,27 @@ def results_table(metrics: Sequence[Metric], *, metric: str | None = None) -> Ta
             f"{100 * value:.1f}" if value is not None else "failed" if name in row else "–"
             for name, value in zip(conditions, values, strict=True)
         ]
-        table.add_row(Text(language if split == "test" else f"{language} ({split})"), size, *_bold(texts, values))
-    for split in dict.fromkeys(split for _, split in cells):
-        rows = [row for (_, of), row in cells.items() if of == split]
-        if len(rows) == 1:
+        table.add_row(Text(_of_split(language, split)), size, *_bold(texts, values))
+    for split in dict.fromkeys(split for _, split, _ in rows):
+        targets = [row for (_, of, _), row in rows.items() if of == split]
+        if len(targets) == 1:
             continue
         table.add_section()
         means: list[float | None] = []
         texts = []
         for name in conditions:
-            known = [value for row in rows if name in row and (value := finite(row[name].value)) is not None]
+            known = [value for row in targets if name in row and (value := finite(row[name].value)) is not None]
             mean = sum(known) / len(known) if known else None
-            complete = len(known) == len(rows)
+            complete = len(known) == len(targets)
             means.append(mean if complete else None)
             text = "–" if mean is None else f"{100 * mean:.1f}"
-            texts.append(text if complete or mean is None else f"{text} ({len(known)} of {len(rows)})")
-        label = f"mean of {len(rows)}"
-        table.add_row(label if split == "test" else f"{label} ({split})", "", *_bold(texts, means))
+            texts.append(text if complete or mean is None else f"{text} ({len(known)} of {len(targets)})")
+        table.add_row(_of_split(f"mean of {len(targets)}", split), "", *_bold(texts, means))
     return table
+
+
+def _of_split(label: str, split: str) -> str:
+    return label if split == "test" else f"{label} ({split})"
 
 
 def _bold(texts: Sequence[str], values: Sequence[float | None]) -> list[Any]:
@@ -109,12 +110,11 @@ def print_results(
         console: default: standard output.
     """
     from rich.console import Console
-    from rich.text import Text
 
     console = console or Console()
     for name in dict.fromkeys(item.metric for item in metrics):
         shown = f"{_NAMES.get(name, name)} × 100"
-        _headline(f"{title}: {shown}" if title else shown, console)
+        _print_line(f"{title}: {shown}" if title else shown, console, style="bold")
         console.print(results_table(metrics, metric=name))
     if not metrics:
         console.print("no scores")
@@ -123,8 +123,7 @@ def print_results(
     width = max((len(name) for name in where or {}), default=0)
     lines += [f"{name:<{width}}  {place}" for name, place in (where or {}).items()]
     for line in lines:
-        # Paths stay on one line, so that they can be copied.
-        console.print(Text(line), soft_wrap=True, highlight=False)
+        _print_line(line, console)
 
 
 def print_steps(sfts: Sequence[SFTFacts], *, console: Console | None = None) -> None:
@@ -135,7 +134,6 @@ def print_steps(sfts: Sequence[SFTFacts], *, console: Console | None = None) -> 
         console: default: standard output.
     """
     from rich.console import Console
-    from rich.text import Text
 
     lines = []
     for sft in sfts:
@@ -152,9 +150,9 @@ def print_steps(sfts: Sequence[SFTFacts], *, console: Console | None = None) -> 
                 )
     if lines:
         console = console or Console()
-        _headline("a training step's time (medians of a batch)", console)
+        _print_line("a training step's time (medians of a batch)", console, style="bold")
         for line in lines:
-            console.print(Text(line), soft_wrap=True, highlight=False)
+            _print_line(line, console)
 
 
 def print_sweep(jobs: Sequence[tuple[str, Mapping[str, float], str | None]], *, title: str) -> None:
@@ -178,12 +176,12 @@ def print_sweep(jobs: Sequence[tuple[str, Mapping[str, float], str | None]], *, 
         cells = [f"{100 * scores[name]:.1f}" if name in scores else "failed" if error else "–" for name in conditions]
         table.add_row(Text(swept), *cells)
     console = Console()
-    _headline(title + (", mean over targets × 100" if conditions else ""), console)
+    _print_line(title + (", mean over targets × 100" if conditions else ""), console, style="bold")
     console.print(table)
 
 
-def _headline(text: str, console: Console) -> None:
-    # Above the table, not its title: rich breaks a title at the table's width.
+def _print_line(text: str, console: Console, *, style: str = "") -> None:
+    # Unwrapped, so that a path can be copied. Titles are lines too: rich breaks a table's title at the table's width.
     from rich.text import Text
 
-    console.print(Text(text, style="bold"), soft_wrap=True, highlight=False)
+    console.print(Text(text, style=style), soft_wrap=True, highlight=False)

@@ -73,7 +73,7 @@ class Tracker:
         self.tags = [tag[:64] for tag in dict.fromkeys([*tags, *settings.tags]) if tag]
         self.run: Any = None
         self.mode = "off"
-        self._environment: dict[str, str | None] = {}
+        self._cleanup = contextlib.ExitStack()
         self._curves: set[str] = set()
         self._told: set[str] = set()
         self._lost = False
@@ -98,10 +98,10 @@ class Tracker:
             self._start("online")
         if self.run is None:
             # Error reports of wandb go over the network even when the run does not.
-            self._set_environment("WANDB_ERROR_REPORTING", "false")
+            self._cleanup.enter_context(_environment("WANDB_ERROR_REPORTING", "false"))
             self._start("offline")
         if self.run is None:
-            self._restore_environment()
+            self._cleanup.close()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -117,7 +117,7 @@ class Tracker:
                     self._leave_service()
         finally:
             self.run = None
-            self._restore_environment()
+            self._cleanup.close()
 
     def finish_run(
         self,
@@ -280,29 +280,24 @@ class Tracker:
             wandb.teardown()
         os.environ.pop("WANDB_SERVICE", None)
 
-    @contextlib.contextmanager
-    def _staging(self) -> Iterator[None]:
+    def _staging(self) -> contextlib.AbstractContextManager[None]:
         # Offline, tables and artifacts are uploaded from here later: keep them with the run.
         if "WANDB_DATA_DIR" in os.environ:
-            yield
-            return
-        os.environ["WANDB_DATA_DIR"] = str(self.folder / "wandb" / "staging")
-        try:
-            yield
-        finally:
-            os.environ.pop("WANDB_DATA_DIR", None)
+            return contextlib.nullcontext()
+        return _environment("WANDB_DATA_DIR", str(self.folder / "wandb" / "staging"))
 
-    def _set_environment(self, name: str, value: str) -> None:
-        self._environment[name] = os.environ.get(name)
-        os.environ[name] = value
 
-    def _restore_environment(self) -> None:
-        for name, value in self._environment.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-        self._environment.clear()
+@contextlib.contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    """Set an environment variable within the block."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        os.environ.pop(name, None)
+        if before is not None:
+            os.environ[name] = before
 
 
 def _environment_mode() -> str:
