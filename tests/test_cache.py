@@ -196,7 +196,7 @@ def test_a_stage_is_computed_once_and_then_read(tmp_path: Path, caplog: pytest.L
     cache = StageCache(tmp_path / "root", provenance={"threads": 2})
     assert not cache.root.exists()
     assert cache.find(stage()) is None
-    assert not cache.has(stage())
+    assert cache.peek(stage()) is None
     assert not cache.root.exists(), "looking makes nothing"
 
     def compute(workspace: Workspace) -> None:
@@ -230,7 +230,7 @@ def test_a_stage_is_computed_once_and_then_read(tmp_path: Path, caplog: pytest.L
         entry.file("c.txt")
 
     again = StageCache(cache.root)
-    assert again.has(stage())
+    assert again.peek(stage()) is not None
     assert again.get_or_compute(stage(label="other"), never).path == entry.path
     assert (again.hits, again.computed, cache.hits, cache.computed) == (1, 0, 0, 1)
     assert [event[:4] for event in again.events] == [("full", "other", stage().key, "cached")]
@@ -335,7 +335,7 @@ def test_verify_names_the_damage_and_moves_nothing(tmp_path: Path) -> None:
     assert cache.verify(entry) is None
     flip(entry)
     assert "a.bin" in str(cache.verify(entry))
-    assert cache.has(stage())
+    assert cache.folder(stage()).is_dir()
 
 
 def test_an_entry_of_a_newer_format_is_left_alone(tmp_path: Path) -> None:

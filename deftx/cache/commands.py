@@ -11,7 +11,6 @@ import os
 import re
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -38,6 +37,7 @@ from deftx.units import size_text, time_text
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 __all__ = ["parse_age", "parse_size", "run"]
 
@@ -68,7 +68,7 @@ SORTS: dict[str, Callable[[Entry], Any]] = {
     "size": lambda entry: -entry.size,
     "age": lambda entry: str(entry.manifest["created"]),
     "used": last_used,
-    "seconds": lambda entry: -float(entry.manifest["seconds"]),
+    "seconds": lambda entry: -_seconds(entry),
 }
 
 
@@ -92,19 +92,19 @@ def _parser() -> _Parser:
     def add(name: str, text: str) -> argparse.ArgumentParser:
         return commands.add_parser(name, help=text, description=text, parents=[common], allow_abbrev=False)
 
-    kinds: dict[str, Any] = {"action": "append", "default": [], "metavar": "KIND"}
     ls = add("ls", "list the results: kind, label, key, size, age, last use, seconds")
-    ls.add_argument("--kind", help="only this kind; may be repeated", **kinds)
     ls.add_argument("--sort", choices=sorted(SORTS), default="kind", help="order (default: kind)")
     info = add("info", "say what a key stands for: settings, inputs, files, who uses it")
     info.add_argument("key", metavar="KEY", help="first digits of the key, or kind/digits")
     verify = add("verify", "read every file and compare size and sha256; exits with 1 when something is damaged")
-    verify.add_argument("--kind", help="only this kind; may be repeated", **kinds)
     verify.add_argument("--set-aside", action="store_true", help="move damaged entries to damaged/")
     prune = add("prune", "remove results that nothing uses, by age, size and kind; acts at once without --dry-run")
     prune.add_argument("--older-than", metavar="AGE", help="not used for so long: 45m, 12h, 30d, 2w")
     prune.add_argument("--larger-than", metavar="SIZE", help="at least so large: 500M, 1.5G")
-    prune.add_argument("--kind", help="only this kind; may be repeated", **kinds)
+    for command in (ls, verify, prune):
+        command.add_argument(
+            "--kind", help="only this kind; may be repeated", action="append", default=[], metavar="KIND"
+        )
     prune.add_argument("--damaged", action="store_true", help="entries that were set aside as damaged")
     prune.add_argument(
         "--leftovers", action="store_true", help="checkpoints and temporary folders that no running process owns"
@@ -198,47 +198,54 @@ def _console() -> Console:
 
 
 def _ls(cache: StageCache, options: argparse.Namespace) -> int:
-    from rich.table import Table
-
     kinds = _kinds(cache, options.kind)
     entries = [entry for entry in cache.entries() if not kinds or entry.kind in kinds]
-    now = time.time()
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title, side in (("kind", "left"), ("label", "left"), ("key", "left"), ("size", "right"), ("age", "right")):
-        table.add_column(title, justify=side, no_wrap=title != "label")  # type: ignore[arg-type]
-    table.add_column("used", justify="right", no_wrap=True)
-    table.add_column("seconds", justify="right", no_wrap=True)
-    for entry in sorted(entries, key=SORTS[options.sort]):
-        table.add_row(
-            entry.kind,
-            _plain(entry.label),
-            entry.key[:16],
-            size_text(entry.size),
-            time_text(now - _created(entry)),
-            time_text(now - last_used(entry)),
-            f"{float(entry.manifest['seconds']):.1f}",
-        )
-    console = _console()
     if entries:
-        console.print(table)
+        console = _console()
+        console.print(_listing(sorted(entries, key=SORTS[options.sort])))
         console.print()
-    sums: dict[str, list[float]] = defaultdict(lambda: [0, 0, 0.0])
-    for entry in entries:
-        for name in (entry.kind, "total"):
-            for index, value in enumerate((1, entry.size, float(entry.manifest["seconds"]))):
-                sums[name][index] += value
-    totals = Table(box=None, pad_edge=False, header_style="bold")
-    totals.add_column("kind")
-    for title in ("entries", "size", "seconds"):
-        totals.add_column(title, justify="right")
-    for name in [*sorted(set(sums) - {"total"}), *(["total"] if entries else [])]:
-        count, size, seconds = sums[name]
-        totals.add_row(name, f"{count:.0f}", size_text(int(size)), f"{seconds:.1f}")
-    if entries:
-        console.print(totals)
+        console.print(_totals(entries))
     print(f"{len(entries)} entries in {cache.root}")
-    _tell_residues(residues(cache.root))
+    _print_residues(residues(cache.root))
     return 0
+
+
+def _listing(entries: Sequence[Entry]) -> Table:
+    from rich.text import Text
+
+    now = time.time()
+    table = _table("kind", "label", "key", right=("size", "age", "used", "seconds"))
+    for entry in entries:
+        ages = [time_text(now - at) for at in (_created(entry), last_used(entry))]
+        sizes = [size_text(entry.size), *ages, f"{_seconds(entry):.1f}"]
+        table.add_row(entry.kind, Text(entry.label), entry.key[:16], *sizes)
+    for column in table.columns:
+        column.no_wrap = column.header != "label"
+    return table
+
+
+def _totals(entries: Sequence[Entry]) -> Table:
+    table = _table("kind", right=("entries", "size", "seconds"))
+    for kind in [*sorted({entry.kind for entry in entries}), "total"]:
+        group = [entry for entry in entries if kind in (entry.kind, "total")]
+        size, seconds = sum(entry.size for entry in group), sum(map(_seconds, group))
+        table.add_row(kind, str(len(group)), size_text(size), f"{seconds:.1f}")
+    return table
+
+
+def _table(*left: str, right: Sequence[str]) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in left:
+        table.add_column(title)
+    for title in right:
+        table.add_column(title, justify="right")
+    return table
+
+
+def _seconds(entry: Entry) -> float:
+    return float(entry.manifest["seconds"])
 
 
 def _created(entry: Entry) -> float:
@@ -248,19 +255,13 @@ def _created(entry: Entry) -> float:
         return last_used(entry)
 
 
-def _plain(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
-
-
-def _tell_residues(found: Sequence[Residue]) -> None:
+def _print_residues(leftovers: Sequence[Residue]) -> None:
     for sort in ("damaged", "checkpoints", "temporary", "tokens"):
-        some = [item for item in found if item.sort == sort]
-        if some:
-            busy = sum(item.running is not None for item in some)
+        group = [item for item in leftovers if item.sort == sort]
+        if group:
+            busy = sum(item.running is not None for item in group)
             running = f", {busy} of running processes" if busy else ""
-            print(f"{sort}: {len(some)} ({size_text(sum(item.size for item in some))}{running})")
+            print(f"{sort}: {len(group)} ({size_text(sum(item.size for item in group))}{running})")
 
 
 def _info(cache: StageCache, options: argparse.Namespace) -> int:
@@ -282,17 +283,11 @@ def _info(cache: StageCache, options: argparse.Namespace) -> int:
     for name, value in lines:
         print(f"{name:<10} {value}")
     _section("settings", _flat(manifest.get("settings")))
-    origins = _origins(entries)
+    origins = {value: f"{item.kind} {item.label}".strip() for item in entries for value in _names(item)}
+    unknown = "(no entry here: files, or pruned)"
     inputs = manifest.get("inputs") or {}
-    _section(
-        "inputs",
-        [
-            (name, f"{value[:16]}  {origins.get(value, '(no entry here: files, or pruned)')}")
-            for name, value in inputs.items()
-        ],
-    )
-    ours = {entry.key, *(record["sha256"] for name, record in manifest["files"].items() if name.endswith(_SFT))}
-    users = [item for item in entries if ours & set((item.manifest.get("inputs") or {}).values())]
+    _section("inputs", [(name, f"{value[:16]}  {origins.get(value, unknown)}") for name, value in inputs.items()])
+    users = [item for item in entries if _names(entry) & set((item.manifest.get("inputs") or {}).values())]
     _section("input of", [(item.kind, f"{item.key[:16]}  {item.label}") for item in users])
     _section("notes", _flat(entry.notes))
     _section("provenance", _flat(manifest.get("provenance")))
@@ -300,17 +295,10 @@ def _info(cache: StageCache, options: argparse.Namespace) -> int:
     return 0
 
 
-_SFT = "sft.safetensors"
-
-
-def _origins(entries: Sequence[Entry]) -> dict[str, str]:
-    """What the values of ``inputs`` are: keys of entries, or the sha256 of an SFT in one."""
-    found = {}
-    for entry in entries:
-        name = f"{entry.kind} {entry.label}".strip()
-        found[entry.key] = name
-        found |= {record["sha256"]: name for file, record in entry.manifest["files"].items() if file.endswith(_SFT)}
-    return found
+def _names(entry: Entry) -> set[str]:
+    """What an entry is called in the ``inputs`` of others: its key, or the sha256 of an SFT in it."""
+    files = entry.manifest["files"].items()
+    return {entry.key, *(record["sha256"] for name, record in files if name.endswith("sft.safetensors"))}
 
 
 def _flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
@@ -351,7 +339,7 @@ def _verify(cache: StageCache, options: argparse.Namespace) -> int:
     print(f"{len(folders)} entries verified ({size_text(total)}), {len(damaged)} damaged")
     if damaged and not options.set_aside:
         print("next: deftx cache verify --set-aside, or just run again: a damaged entry is set aside and recomputed")
-    _tell_residues(residues(cache.root))
+    _print_residues(residues(cache.root))
     return 1 if damaged else 0
 
 
@@ -382,10 +370,10 @@ def _prune(cache: StageCache, options: argparse.Namespace) -> int:
             print(f"{verb}: {item.sort} {item.path.relative_to(cache.root)}  {size_text(item.size)}")
     for entry, reason in kept:
         print(f"kept: {entry.kind} {entry.label} [{entry.key[:16]}]  {reason}")
-    print(
-        f"{gone} {'would go' if options.dry_run else 'removed'}, {size_text(freed)}"
-        + (", nothing was removed" if options.dry_run else " freed")
-    )
+    if options.dry_run:
+        print(f"{gone} would go, {size_text(freed)}, nothing was removed")
+    else:
+        print(f"{gone} removed, {size_text(freed)} freed")
     return 0
 
 

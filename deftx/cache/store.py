@@ -87,10 +87,6 @@ class StageCache:
         """What manifests say about where results come from."""
         return dict(self._provenance() if callable(self._provenance) else self._provenance)
 
-    def has(self, stage: Stage) -> bool:
-        """Whether a result is there, without reading it (for dry runs)."""
-        return (self.folder(stage) / MANIFEST).is_file()
-
     def find(self, stage: Stage) -> Entry | None:
         """Return the stage's result after verifying manifest and checksums, or None.
 
@@ -242,7 +238,7 @@ class StageCache:
             f"{stage.kind}-{stage.key[:16]}",
             str(stage),
             self._lock,
-            published=lambda: self.find(stage) if self.has(stage) else None,
+            published=lambda: self.find(stage),
             explain=self._explain,
         )
 
