@@ -1,9 +1,8 @@
-"""Tables as values, and their four forms: Markdown, LaTeX (booktabs), HTML, terminal; tidy CSV beside them."""
+"""Tables as values, and their forms: Markdown, LaTeX (booktabs), terminal; tidy CSV beside them."""
 
 from __future__ import annotations
 
 import csv
-import html
 import io
 import re
 from collections.abc import Sequence
@@ -77,21 +76,6 @@ class Table:
                 lines.append("\\midrule")
             lines.append(_latex_row([f"\\textbf{{{latex(c.text)}}}" if c.bold else latex(c.text) for c in row]))
         return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", "\\end{table}", ""])
-
-    def html(self) -> str:
-        """A ``table`` element; everything escaped."""
-        head = "".join(f"<th scope=col>{html.escape(text)}</th>" for text in self.header)
-        body = []
-        for number, row in enumerate(self.rows):
-            first, *others = (f"<b>{html.escape(c.text)}</b>" if c.bold else html.escape(c.text) for c in row)
-            # A remark goes below its number: side by side they make wide tables wider.
-            cells = "".join(f"<td>{text.replace(' (', '<br>(')}</td>" for text in others)
-            ruled = " class=ruled" if number in self.ruled else ""
-            body.append(f"<tr{ruled}><th scope=row>{first}</th>{cells}</tr>")
-        return (
-            f"<div class=wide><table><caption>{html.escape(self.title)}</caption><thead><tr>{head}</tr></thead>"
-            f"<tbody>{''.join(body)}</tbody></table></div><p class=note>{html.escape(self.caption)}</p>"
-        )
 
     def rich(self) -> RichTable:
         """For the terminal."""

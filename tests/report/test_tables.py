@@ -9,6 +9,7 @@ import pytest
 from fabricate import write_run
 
 from deftx.report.collect import collect
+from deftx.report.page import template
 from deftx.report.sections import make_sections
 from deftx.report.summary import Difference, Options, Summary, summarise
 from deftx.report.tables import Table, Text, difference_table, difference_text, latex, score_table
@@ -85,7 +86,7 @@ def test_every_form_escapes_what_means_something_in_it() -> None:
     markdown = table.markdown()
     assert r"| m\|n | \<b\> |" in markdown
     assert r"| \*x\*\<i\> | **−1 ± 2** |" in markdown
-    html = table.html()
+    html = template("table.html.j2").render(table=table)
     assert "&lt;b&gt;" in html
     assert "<th scope=row>*x*&lt;i&gt;</th>" in html
     assert "<b>−1 ± 2</b>" in html
