@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from deftx.report.sections import MEAN, Column
@@ -66,16 +65,20 @@ class Table:
 
     def latex(self) -> str:
         r"""A ``table`` with booktabs rules; the document needs ``\usepackage{booktabs}``."""
-        columns = "l" + "r" * (len(self.header) - 1)
-        lines = ["% needs \\usepackage{booktabs}", "\\begin{table}", "\\centering", "\\small"]
-        lines += [f"\\caption{{{latex(self.title)}. {latex(self.caption)}}}", f"\\label{{tab:{_label(self.name)}}}"]
-        lines += [f"\\begin{{tabular}}{{{columns}}}", "\\toprule", _latex_row([latex(text) for text in self.header])]
-        lines.append("\\midrule")
-        for number, row in enumerate(self.rows):
-            if number in self.ruled:
-                lines.append("\\midrule")
-            lines.append(_latex_row([f"\\textbf{{{latex(c.text)}}}" if c.bold else latex(c.text) for c in row]))
-        return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", "\\end{table}", ""])
+        import pandas as pd
+
+        rows = [[f"\\textbf{{{latex(c.text)}}}" if c.bold else latex(c.text) for c in row] for row in self.rows]
+        for number in self.ruled:
+            rows[number][0] = f"\\midrule\n{rows[number][0]}"  # Styler draws rules around the header alone
+        frame = pd.DataFrame(rows, columns=[latex(text) for text in self.header])
+        text = frame.style.hide(axis="index").to_latex(
+            column_format="l" + "r" * (len(self.header) - 1),
+            position_float="centering",
+            hrules=True,
+            caption=f"{latex(self.title)}. {latex(self.caption)}",
+            label=f"tab:{_label(self.name)}",
+        )
+        return "% needs \\usepackage{booktabs}\n" + text.replace("\\centering", "\\centering\n\\small", 1)
 
     def rich(self) -> RichTable:
         """For the terminal."""
@@ -196,50 +199,51 @@ def _signed(value: float, *, plus: bool = False) -> str:
 # ------------------------------------------------------------------------------------------------------ tidy CSV
 
 
+NAMED = ("study", "task", "split", "model", "base", "metric", "condition", "setting", "language")
+"""Columns of both files that name a score."""
+
+
 def scores_csv(summaries: Sequence[Summary]) -> str:
     """One row for each score of each seed, as fractions."""
-    header = ["study", "task", "split", "model", "base", "metric", "condition", "setting", "language", "seed"]
-    rows = []
-    for summary in summaries:
-        for (column, language, seed), cell in summary.section.cells.items():
-            value = "" if cell.value is None else repr(cell.value)
-            named = [*summary.section.key, column.condition, column.setting, language, seed]
-            rows.append([*named, value, cell.n, cell.run.name])
-    return _csv([*header, "value", "n", "run"], rows)
+    rows = [
+        [*_named(summary, column, language), seed, cell.value, cell.n, cell.run.name]
+        for summary in summaries
+        for (column, language, seed), cell in summary.section.cells.items()
+    ]
+    return _csv([*NAMED, "seed", "value", "n", "run"], rows)
 
 
 def summary_csv(summaries: Sequence[Summary]) -> str:
     """One row for each cell of the tables: mean, spread, difference, interval."""
-    header = ["study", "task", "split", "model", "base", "metric", "condition", "setting", "language", "mean", "std"]
-    header += ["seeds", "n", "languages", "baseline", "difference", "low", "high", "confidence", "resamples"]
+    header = [*NAMED, "mean", "std", "seeds", "n", "languages"]
+    header += ["baseline", "difference", "low", "high", "confidence", "resamples"]
     rows = []
     for summary in summaries:
-        for column in summary.section.columns:
-            for row in summary.rows:
-                score = summary.scores.get((column, row))
-                if score is None:
-                    continue
-                found = summary.differences.get((column, row))
-                base = summary.baselines.get(column)
-                languages = len(summary.section.languages) - len(score.missing) if row == MEAN else 1
-                named: list[Any] = [*summary.section.key, column.condition, column.setting, row]
-                named += [score.mean, score.std, len(score.values), score.n, languages]
-                if found is None:
-                    named += [None] * 6
-                else:
-                    options = summary.options if found.low is not None else None
-                    named += [base.label if base else None, found.value, found.low, found.high]
-                    named += [options.confidence, options.samples] if options else [None, None]
-                rows.append(named)
+        for column, row in product(summary.section.columns, summary.rows):
+            score = summary.scores.get((column, row))
+            if score is None:
+                continue
+            languages = len(summary.section.languages) - len(score.missing) if row == MEAN else 1
+            values = [*_named(summary, column, row), score.mean, score.std, len(score.values), score.n, languages]
+            difference = summary.differences.get((column, row))
+            if difference is not None:
+                values += [summary.baselines[column].label, difference.value, difference.low, difference.high]
+                if difference.low is not None:
+                    values += [summary.options.confidence, summary.options.samples]
+            rows.append(values + [None] * (len(header) - len(values)))
     return _csv(header, rows)
 
 
-def _csv(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows([_safe(value) for value in row] for row in rows)
-    return text.getvalue()
+def _named(summary: Summary, column: Column, language: str) -> list[Any]:
+    return [*summary.section.key, column.condition, column.setting, language]
+
+
+def _csv(header: list[str], rows: list[list[Any]]) -> str:
+    import pandas as pd
+
+    # Objects: a whole number stays one beside a missing value.
+    frame = pd.DataFrame([[_safe(value) for value in row] for row in rows], columns=header, dtype=object)
+    return str(frame.to_csv(index=False, lineterminator="\n"))
 
 
 def _safe(value: Any) -> Any:
@@ -275,11 +279,6 @@ _LATEX = {
 def latex(text: str) -> str:
     """Text as LaTeX prints it."""
     return "".join(_LATEX.get(char, char) for char in " ".join(text.split()))
-
-
-def _latex_row(cells: Sequence[str]) -> str:
-    # Not a bracket after a row's end: LaTeX would read it as the row's extra space.
-    return " & ".join(cells) + " \\\\"
 
 
 def _label(name: str) -> str:
