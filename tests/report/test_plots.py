@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from fabricate import write_run
+from scipy.stats import spearmanr
 
 from deftx import tracking
 from deftx.report.collect import collect
@@ -183,3 +185,29 @@ def test_an_evaluation_that_several_runs_hold_is_one_point(tmp_path: Path) -> No
         "ace, DeFT-X": 2,
         "min, DeFT-X": 2,
     }
+
+
+@pytest.mark.parametrize("n", [4, 7, 12])
+def test_rank_correlations_are_those_of_every_order(n: int) -> None:
+    """Spearman's ρ by scipy; its p counted by hand over all orders, or over 20,000 drawn ones."""
+    rng = np.random.default_rng(n)
+    x, y = rng.random(n), rng.integers(0, 3, n).astype(float)
+    rho, p = facts.spearman(x, y, seed=1)
+    assert rho == pytest.approx(spearmanr(x, y).statistic)
+    few = n <= facts.EXACT
+    orders = list(itertools.permutations(range(n))) if few else [rng.permutation(n) for _ in range(3000)]
+    ranks = pd.Series(x).rank().to_numpy(), pd.Series(y).rank().to_numpy()
+    drawn = np.array([np.corrcoef(ranks[0], ranks[1][list(order)])[0, 1] for order in orders])
+    assert p == pytest.approx(np.mean(np.abs(drawn) >= abs(rho) - 1e-9), abs=1e-12 if few else 0.03)
+
+
+def test_no_spread_is_no_correlation() -> None:
+    assert np.isnan(facts.spearman(np.array([1.0, 2.0, 3.0]), np.ones(3), seed=0)).all()
+
+
+def test_an_easy_language_makes_no_correlation() -> None:
+    """Within each language the score falls as the fact grows, although the language with more of it scores higher."""
+    points = [("ace", "deftx", x, 0.0, 10 - x) for x in (1.0, 2.0, 3.0)]
+    points += [("min", "deftx", x, 0.0, 90 - x) for x in (11.0, 12.0, 13.0)]
+    assert facts._within(points, 2) == (pytest.approx(-1.0), 6)
+    assert facts._within(points[:2], 2)[1] == 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -98,16 +97,21 @@ def overlap(summary: Summary) -> Drawn | str:
 
 
 def _within(points: list[tuple[str, str, float, float, float]], which: int) -> tuple[float, int]:
-    """Spearman's ρ of ranks within languages: a language that is easy does not make a correlation."""
-    first: list[float] = []
-    second: list[float] = []
+    """Spearman's ρ of ranks within languages, and of how many points: an easy language makes no correlation."""
+    from scipy.stats import rankdata
+
+    ranks = []
     for language in dict.fromkeys(point[0] for point in points):
-        mine = [point for point in points if point[0] == language and not math.isnan(float(point[which]))]
-        if len(mine) > 2:
-            for found, place in ((first, which), (second, 4)):
-                placed = ranks(np.array([float(point[place]) for point in mine]))
-                found.extend((placed - placed.mean()) / max(len(mine), 1))
-    rho = _correlation(np.array(first), np.array(second)) if len(first) > 2 else math.nan
+        values = [
+            (point[which], point[4]) for point in points if point[0] == language and not math.isnan(float(point[which]))
+        ]
+        if len(values) > 2:
+            # Ranks are centred, and scaled so that languages with many points count no more than others.
+            ranks.append((rankdata(values, axis=0) - (len(values) + 1) / 2) / len(values))
+    if not ranks:
+        return math.nan, 0
+    first, second = np.concatenate(ranks).T
+    rho = _correlation(first, second)
     return (rho, len(first)) if not math.isnan(rho) else (math.nan, 0)
 
 
@@ -306,36 +310,30 @@ def _best_with_range(summary: Summary, language: str, columns: list[Column], key
     return best, float(low), float(high)
 
 
-def ranks(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Ranks from 1; equal values share the mean of theirs."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return np.asarray((last - (counts - 1) / 2)[inverse], dtype=np.float64)
-
-
 def spearman(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64], *, seed: int) -> tuple[float, float]:
     """Spearman's ρ, and its two-sided permutation p: exact up to eight points, else of 20,000 permutations."""
-    first, second = ranks(x), ranks(y)
+    from scipy.stats import permutation_test, rankdata
+
+    # Centred ranks are multiples of a half, so their products add up exactly and ties between orders count as ties.
+    first, second = (rankdata(values) - (len(values) + 1) / 2 for values in (x, y))
+
+    def strength(order: npt.NDArray[np.float64], axis: int) -> npt.NDArray[np.float64]:
+        return np.asarray(np.abs((first * order).sum(axis=axis)))
+
     rho = _correlation(first, second)
     if math.isnan(rho):
         return rho, math.nan
-    if len(x) <= EXACT:
-        orders = np.array(list(permutations(range(len(x)))))
-        extra = 0
-    else:
-        orders = np.random.default_rng(seed).permuted(np.tile(np.arange(len(x)), (20_000, 1)), axis=1)
-        extra = 1  # the order seen is one of them
-    centred = second - second.mean()
-    scale = np.sqrt(((first - first.mean()) ** 2).sum() * (centred**2).sum())
-    drawn = (first - first.mean()) @ centred[orders].T / scale
-    hits = int((np.abs(drawn) >= abs(rho) - 1e-12).sum())
-    return rho, (hits + extra) / (len(orders) + extra)
+    orders = math.factorial(EXACT) if len(x) <= EXACT else 20_000
+    options: dict[str, Any] = {"permutation_type": "pairings", "alternative": "greater", "n_resamples": orders}
+    test = permutation_test((second,), strength, **options, rng=np.random.default_rng(seed))
+    return rho, float(test.pvalue)
 
 
 def _correlation(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) -> float:
-    first, second = x - x.mean(), y - y.mean()
-    scale = math.sqrt(float((first**2).sum() * (second**2).sum()))
-    return float((first * second).sum()) / scale if scale else math.nan
+    """Pearson's r; not a number where one of the two has no spread."""
+    from scipy.stats import pearsonr
+
+    return float(pearsonr(x, y).statistic) if np.ptp(x) and np.ptp(y) else math.nan
 
 
 def _few_ticks() -> Any:
