@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from deftx.cache import Entry, StageCache, Workspace
+from deftx.cache import StageCache, Workspace
 from deftx.data.corpora import build_corpus, resolve_text
 from deftx.data.hub import resolve_commit
 from deftx.data.places import combined_fingerprint
 from deftx.data.settings import CorpusSettings, DataSettings
 from deftx.errors import DeftxError
 from deftx.knobs import refuse
-from deftx.stages.node import Given, Loggers, Node, node, stage_seed
+from deftx.stages.node import Given, InputFolder, Loggers, Node, node, stage_seed
 from deftx.stages.settings import StudySettings
 from deftx.training.model_folder import (
     MODEL_FILES,
@@ -27,20 +24,20 @@ from deftx.training.model_folder import (
     draws_random_numbers,
     model_files,
 )
-from deftx.training.settings import ModelSettings
+from deftx.training.settings import ModelSettings, PretrainSettings
 from deftx.training.shapes import shapes_of
 
 MODEL_FOLDER = "model"
 
 
 @dataclass(frozen=True)
-class Base:
-    """θ⁰.
+class Base(InputFolder):
+    """θ⁰, a model folder in the hub's shape: ``config.json``, safetensors weights, a tokenizer.
 
     Attributes:
         name: Short name or hub id.
         key: Fingerprint of the files of a given one, key of the node that makes one here.
-        folder: Model folder of a given one, in the hub's shape; None for one that is made here.
+        folder: Folder of a given one; None for one that is made here.
         given: What is in that folder; None for one that is made here.
         node: Makes it; None for a given one.
         revision: Commit of one from the hub.
@@ -59,40 +56,12 @@ class Base:
     task_shapes: Mapping[str, tuple[int, ...]]
     language_shapes: Mapping[str, tuple[int, ...]]
 
-    @property
-    def needs(self) -> dict[str, Node]:
-        """The node that makes it, for what reads it."""
-        return {} if self.node is None else {"base": self.node}
-
-    @property
-    def content(self) -> dict[str, str]:
-        """The fingerprint of a given one, for what reads it."""
-        return {"base": self.key} if self.node is None else {}
+    kind = "base"
+    inside = MODEL_FOLDER
 
     def shapes(self, kind: str) -> Mapping[str, tuple[int, ...]]:
         """Names and shapes of M for a ``language`` or a ``task`` SFT, as the configuration says."""
         return self.task_shapes if kind == "task" else self.language_shapes
-
-    def found_in(self, work: Workspace) -> Path:
-        """Its folder, where a node that needs it is computed.
-
-        Raises:
-            DeftxError: A given one was changed since the command began.
-        """
-        if self.folder is None:
-            return self.made(work.inputs["base"])
-        if self.given is not None:
-            self.given.check()
-        return self.folder
-
-    def digest(self, work: Workspace) -> str:
-        """What it is, bit for bit, where a node that needs it is computed."""
-        return self.key if self.folder is not None else work.inputs["base"].digest
-
-    @staticmethod
-    def made(entry: Entry) -> Path:
-        """The model folder in the result of the node that makes it."""
-        return entry.path / MODEL_FOLDER
 
     def random_numbers(self, study: StudySettings) -> dict[str, Any]:
         """See :func:`random_numbers`."""
@@ -179,34 +148,19 @@ def model_key(folder: Path, cache: StageCache) -> str:
     return cache.fingerprint(model_files(folder), root=folder)
 
 
-@contextmanager
-def described(study: StudySettings) -> Iterator[Path]:
-    """A folder with the model's ``config.json``; of a model still to be pretrained, one written for it."""
-    model = study.model
-    if model.path is None and model.pretrain is not None:
-        refuse(model.pretrain, "model.pretrain.")
-        with tempfile.TemporaryDirectory() as scratch:
-            facts = bert_facts(model.pretrain, model.pretrain.vocab_size)
-            (Path(scratch) / "config.json").write_text(json.dumps(facts), encoding="utf-8")
-            yield Path(scratch)
-        return
+def described(model: ModelSettings) -> Path | dict[str, Any]:
+    """The model's folder; of an encoder that is pretrained here, what its ``config.json`` will say.
+
+    Raises:
+        DeftxError: There is no such model, its folder lacks a file, or ``model.pretrain`` is out of range.
+    """
+    if model.pretrained_here is not None:
+        refuse(model.pretrained_here, "model.pretrain.")
+        return bert_facts(model.pretrained_here, model.pretrained_here.vocab_size)
     folder, _ = resolve_model(model, weights=model.path is not None)
     if model.path is not None:
         check_model_folder(folder)
-    yield folder
-
-
-def expected_shapes(study: StudySettings, folder: Path, kind: str) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of M, before a base that is pretrained here is there.
-
-    Args:
-        study: Resolved settings.
-        folder: From :func:`described`.
-        kind: ``language`` or ``task``.
-    """
-    # Pretrained here by MLM alone, it has no pooler: that belongs to the classifier's head.
-    here = study.model.path is None and study.model.pretrain is not None
-    return shapes_of(folder, kind="language" if here else kind)
+    return folder
 
 
 def base_of(study: StudySettings, data: DataSettings, family: Mapping[str, Node], cache: StageCache) -> Base:
@@ -217,43 +171,41 @@ def base_of(study: StudySettings, data: DataSettings, family: Mapping[str, Node]
         data: Where text for pretraining is.
         family: The node of the generated family by its input name, where the text is the family's.
         cache: Remembers digests of files.
+
+    Raises:
+        DeftxError: The model, or the text to pretrain one on, is not there.
     """
     model = study.model
-    if model.path is None and model.pretrain is not None:
-        with described(study) as folder:
-            made = _pretrained_here(study, data, family, cache)
-            return Base(
-                model.name,
-                made.key,
-                None,
-                None,
-                made,
-                None,
-                draws_random_numbers(folder),
-                expected_shapes(study, folder, "task"),
-                expected_shapes(study, folder, "language"),
-            )
+    if model.pretrained_here is not None:
+        about = _about(described(model))
+        made = _pretrained_here(study, model.pretrained_here, data, family, cache)
+        return Base(model.name, made.key, None, None, made, None, **about)
     folder, commit = resolve_model(model)
     check_model_folder(folder)
     given = Given.of(f"the model in {folder}", partial(model_key, folder, cache))
-    return Base(
-        model.hub if model.path is None and model.hub else model.name,
-        given.fingerprint,
-        folder,
-        given,
-        None,
-        commit,
-        draws_random_numbers(folder),
-        shapes_of(folder, kind="task"),
-        shapes_of(folder, kind="language"),
-    )
+    name = model.hub if model.path is None and model.hub else model.name
+    return Base(name, given.fingerprint, folder, given, None, commit, **_about(folder))
 
 
-def _pretrained_here(study: StudySettings, data: DataSettings, family: Mapping[str, Node], cache: StageCache) -> Node:
+def _about(description: Path | Mapping[str, Any]) -> dict[str, Any]:
+    """What the configuration says of an encoder."""
+    return {
+        "drawing": draws_random_numbers(description),
+        "task_shapes": shapes_of(description, kind="task"),
+        "language_shapes": shapes_of(description, kind="language"),
+    }
+
+
+def _pretrained_here(
+    study: StudySettings,
+    settings: PretrainSettings,
+    data: DataSettings,
+    family: Mapping[str, Node],
+    cache: StageCache,
+) -> Node:
     from deftx.data.tasks import protected_places, protected_texts
 
-    settings = study.model.pretrain
-    if settings is None or not study.pretrain_languages:
+    if not study.pretrain_languages:
         raise DeftxError("model.pretrain needs model.languages=[...]: the languages whose text the encoder learns from")
     sources = {code: resolve_text(language, data) for code, language in study.pretrain_languages.items()}
     given = {

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from deftx.cache import Entry, Workspace
 from deftx.methods.adaptation import COMPOSITIONS, AdaptedClassifier
 from deftx.stages.base import Base
-from deftx.stages.inputs import TestRows
+from deftx.stages.inputs import TestRows, read_json
 from deftx.stages.node import Node, node
 from deftx.stages.objectives import SFT
 from deftx.stages.settings import StudySettings
@@ -74,8 +74,7 @@ def outcome(cell: Cell, entry: Entry) -> Outcome:
     """Read a cell's result."""
     import pandas as pd
 
-    metrics = json.loads(entry.file(METRICS).read_text(encoding="utf-8"))
-    return Outcome(cell, metrics, pd.read_parquet(entry.file(PREDICTIONS)), entry.key)
+    return Outcome(cell, read_json(entry.file(METRICS)), pd.read_parquet(entry.file(PREDICTIONS)), entry.key)
 
 
 class Evaluator:

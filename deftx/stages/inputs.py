@@ -365,9 +365,9 @@ def read_rows(entry: Entry, split: str) -> pd.DataFrame:
     return pd.read_parquet(entry.file(f"{split}.parquet"))
 
 
-def read_report(entry: Entry) -> dict[str, Any]:
-    """How many lines or rows were read, dropped (and why) and kept."""
-    return dict(json.loads(entry.file(REPORT).read_text(encoding="utf-8")))
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object."""
+    return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
 def write_json(path: Path, value: object) -> None:

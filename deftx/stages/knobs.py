@@ -75,7 +75,7 @@ def _shared_knobs(study: StudySettings) -> dict[str, Any]:
     model = asdict(study.model)
     if study.model.path is not None:
         model |= {"hub": None, "revision": None}
-    shape = model.pop("pretrain") if study.model.path is None and study.model.pretrain is not None else None
+    shape = model.pop("pretrain") if study.model.pretrained_here is not None else None
     if shape is None:
         model |= {"pretrain": None, "languages": None, "vocabulary": None, "seed": None}
     knobs = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from deftx.cache import Stage, Workspace
@@ -73,6 +74,54 @@ class Node:
     def key(self) -> str:
         """The stage's key."""
         return self.stage.key
+
+
+class InputFolder:
+    """A folder that nodes read: in the result of another node, or given by the user and known by its content.
+
+    The frozen dataclasses that inherit it have the attributes.
+
+    Attributes:
+        kind: Its name among the inputs of what reads it: ``base``, ``task`` or ``language``.
+        inside: Name of the folder in the result of the node that makes it.
+        key: Key of that node, or the fingerprint of a given folder.
+        node: Makes it; None for a given folder.
+        folder: The given folder; None for one that a node makes.
+        given: Content of the given folder.
+    """
+
+    kind: str
+    inside: str
+    key: str
+    node: Node | None
+    folder: Path | None
+    given: Given | None
+
+    @property
+    def needs(self) -> dict[str, Node]:
+        """The node that makes it, by its kind, for what reads it."""
+        return {} if self.node is None else {self.kind: self.node}
+
+    @property
+    def content(self) -> dict[str, str]:
+        """The fingerprint of a given folder, by its kind, for what reads it."""
+        return {self.kind: self.key} if self.node is None else {}
+
+    def found_in(self, work: Workspace) -> Path:
+        """The folder, where a node that needs it is computed.
+
+        Raises:
+            DeftxError: A given folder was changed since the command began.
+        """
+        if self.folder is None:
+            return work.inputs[self.kind].path / self.inside
+        if self.given is not None:
+            self.given.check()
+        return self.folder
+
+    def digest(self, work: Workspace) -> str:
+        """SHA-256 of its bits, where a node that needs it is computed."""
+        return self.key if self.folder is not None else work.inputs[self.kind].digest
 
 
 def node(

@@ -8,19 +8,18 @@ Shapes: M is the maskable parameters, a mapping from the base model's own names 
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deftx.cache import Workspace, file_sha256
+from deftx.cache import Workspace
+from deftx.core.folder import FACTS, TENSORS
 from deftx.data.settings import LanguageSettings
 from deftx.stages.base import Base
-from deftx.stages.inputs import read_report, read_rows, read_text
-from deftx.stages.node import Given, Node, stage_seed
+from deftx.stages.inputs import REPORT, read_json, read_rows, read_text
+from deftx.stages.node import Given, InputFolder, Node, stage_seed
 from deftx.stages.settings import SFTSettings, StudySettings
 
 if TYPE_CHECKING:
@@ -33,14 +32,17 @@ SFT_FOLDER = "sft"
 
 
 @dataclass(frozen=True)
-class SFT:
-    """A sparse fine-tuning of a study: one that the study trains, or one that the user gave. Its key is what it is.
+class SFT(InputFolder):
+    """A sparse fine-tuning of a study: one that the study trains, or one that the user gave. Two are equal by key.
+
+    Its folder holds ``sft.safetensors`` and ``sft.json`` (:class:`deftx.core.delta.SparseDelta`).
 
     Attributes:
         kind: ``task`` or ``language``.
         name: For tables and logs, such as ``language qba deftx``.
         key: Of the node that makes it; of a given one the sha256 of its tensors.
         node: Makes it; None for a given one.
+        given: A given one's tensors; None for one that is made.
         folder: Of a given one; None for one that is made.
         on: Keys of the φ_S that it is trained on; empty on θ⁰.
         composition: How it is put on a model, a key of :data:`deftx.methods.adaptation.COMPOSITIONS`.
@@ -50,34 +52,12 @@ class SFT:
     name: str = field(compare=False)
     key: str
     node: Node | None = field(default=None, compare=False)
+    given: Given | None = field(default=None, compare=False)
     folder: Path | None = field(default=None, compare=False)
     on: tuple[str, ...] = field(default=(), compare=False)
     composition: str = "sum"
 
-    @property
-    def needs(self) -> dict[str, Node]:
-        """The node that makes it, by its kind, for what reads it."""
-        return {} if self.node is None else {self.kind: self.node}
-
-    @property
-    def content(self) -> dict[str, str]:
-        """The fingerprint of a given one, by its kind, for what reads it."""
-        return {self.kind: self.key} if self.node is None else {}
-
-    def found_in(self, work: Workspace) -> Path:
-        """Its folder, where a node that needs it is computed.
-
-        Raises:
-            DeftxError: A given one was changed since the command began.
-        """
-        if self.folder is None:
-            return work.inputs[self.kind].path / SFT_FOLDER
-        Given(f"the SFT in {self.folder}", self.key, partial(given_key, self.folder)).check()
-        return self.folder
-
-    def digest(self, work: Workspace) -> str:
-        """What it is, bit for bit, where a node that needs it is computed."""
-        return self.key if self.folder is not None else work.inputs[self.kind].digest
+    inside = SFT_FOLDER
 
 
 class Objective(ABC):
@@ -181,7 +161,7 @@ class LanguageObjective(Objective):
 
     def facts(self, work: Workspace) -> dict[str, Any]:
         """Language and text."""
-        return {"languages": [self.language], "task": None, "text": read_report(work.inputs["data"])}
+        return {"languages": [self.language], "task": None, "text": read_json(work.inputs["data"].file(REPORT))}
 
 
 class TaskObjective(Objective):
@@ -267,27 +247,16 @@ class TaskObjective(Objective):
 
     def facts(self, work: Workspace) -> dict[str, Any]:
         """Task, labels, rows, and the sha256 of the φ_S it was trained on."""
-        shas = {code: sft_sha256(work.inputs[name].path / SFT_FOLDER) for code, name in self.on.items()}
+        stated = {code: read_json(work.inputs[name].path / SFT_FOLDER / FACTS) for code, name in self.on.items()}
         return {
             "languages": list(self.rows),
             "task": self.study.train,
             "labels": list(self.study.task_spec.labels),
-            "trained_on": shas or None,
-            "rows": {code: read_report(work.inputs[name]) for code, name in self.rows.items()},
+            "trained_on": {code: content["sha256"][TENSORS] for code, content in stated.items()} or None,
+            "rows": {code: read_json(work.inputs[name].file(REPORT)) for code, name in self.rows.items()},
         }
 
     def key_settings(self) -> dict[str, Any]:
         """Also what labels mean and what chooses the checkpoint."""
         task = self.study.task_spec
         return {**super().key_settings(), "labels": list(task.labels), "metric": task.metric}
-
-
-def given_key(folder: Path) -> str:
-    """Key of a given SFT: the sha256 of its tensors."""
-    return file_sha256(folder / "sft.safetensors")
-
-
-def sft_sha256(folder: Path) -> str:
-    """SHA-256 of an SFT's tensors, as its ``sft.json`` says."""
-    stated = json.loads((folder / "sft.json").read_text(encoding="utf-8"))
-    return str(stated["sha256"]["sft.safetensors"])

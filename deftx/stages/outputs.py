@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from deftx import tracking
 from deftx.cache import StageCache, Workspace
+from deftx.core.folder import FACTS, TENSORS
 from deftx.errors import DeftxError
 from deftx.stages.diagnostics import diagnostics
 from deftx.stages.evaluate import Outcome
-from deftx.stages.execute import Progress
-from deftx.stages.inputs import MEASURES, read_report
+from deftx.stages.execute import Progress, Results
+from deftx.stages.graph import StudyGraph
+from deftx.stages.inputs import MEASURES, REPORT, read_json
+from deftx.stages.learn import METRICS
 from deftx.stages.objectives import SFT
 from deftx.stages.settings import StudySettings
 from deftx.tracking import CellFacts, Remark, SFTFacts
@@ -31,63 +33,66 @@ log = logging.getLogger(__name__)
 
 def keep(progress: Progress, run_dir: Path) -> None:
     """Publish what the run wrote, under the keys of what it evaluated; a cache that cannot be written loses nothing."""
-    graph = progress.graph
+    graph, results = progress.graph, progress.results
     if graph is None:
         return
 
     def publish(work: Workspace) -> None:
         # So that the copy is not used any more once an evaluation was made again with other bits.
-        work.inputs.update({item.key: progress.results.of(item) for item in graph.results})
+        work.inputs.update({node.key: results.of(node) for node in graph.results})
         for name in tracking.RUN_FILES.values():
             shutil.copyfile(run_dir / name, work.out / name)
 
     try:
-        progress.cache.get_or_compute(graph.finished, publish)
+        results.cache.get_or_compute(graph.finished, publish)
     except (DeftxError, OSError) as error:
         log.warning("the finished run is not kept in the cache, a sweep will run it again: %s", error)
 
 
 def fill(record: tracking.RunRecord, progress: Progress) -> None:
-    """What a run has to say so far, also when it is about to fail."""
-    study, cache = progress.study, progress.cache
-    loaded = "torch" in sys.modules  # else nothing was computed, and no device used
-    record.provenance = cache.provenance if loaded else tracking.provenance(threads=study.trainer.threads)
-    record.peak_memory["gpu"] = _peak_gpu_memory() if loaded else None
+    """Write into the record what the run came to so far, also when it is about to fail."""
+    study, cache = progress.study, progress.results.cache
+    if "torch" in sys.modules:
+        record.provenance, record.peak_memory["gpu"] = cache.provenance, _peak_gpu_memory()
+    else:  # nothing was computed, and no device used
+        record.provenance = tracking.provenance(threads=study.trainer.threads)
+        record.peak_memory["gpu"] = None
     record.metrics = scores(progress.outcomes, list(study.targets), study.task_spec.metric, study.split)
     record.stages = [event._asdict() for event in cache.events]
     for event in cache.events:
         record.times[event.kind] = round(record.times.get(event.kind, 0.0) + event.seconds, 3)
-    facts = {sft.key: sft_facts(sft, progress) for sft in progress.sfts}
-    record.sfts = list(facts.values())
-    order = {cell.name: number for number, (cell, _) in enumerate(progress.graph.cells if progress.graph else ())}
-    shown = sorted(progress.outcomes, key=lambda outcome: order[outcome.cell.name])
-    record.cells = [_cell(outcome, progress, facts) for outcome in shown]
-    record.provenances = tracking.gather_provenances(_behind(progress))
+    # Of every stage that the results so far stand on, each once.
+    lineage = {item.key: item for entry in progress.results.entries.values() for item in entry.lineage}
+    record.provenances = tracking.gather_provenances((item.kind, item.provenance) for item in lineage.values())
     record.languages = {
-        code: {"name": language.name, "family": language.family, "script": language.script} | _measures(code, progress)
+        code: {"name": language.name, "family": language.family, "script": language.script}
         for code, language in study.targets.items()
     }
     if progress.graph is not None:
-        _fill_inputs(record, progress)
+        _fill_from_graph(record, progress, progress.graph)
     record.notes = [*record.notes, *_remarks(record, progress)]
 
 
-def _fill_inputs(record: tracking.RunRecord, progress: Progress) -> None:
-    """What was read: where it was found, its fingerprints, what was dropped of it."""
+def _fill_from_graph(record: tracking.RunRecord, progress: Progress, graph: StudyGraph) -> None:
+    """SFTs and cells; what was read: where it was found, its fingerprints, what was dropped of it; measures of text."""
     from deftx.data.tasks import fingerprint_rows
 
-    graph, entries, study = progress.graph, progress.results.entries, progress.study
-    if graph is None:
-        return
-    inputs = graph.inputs
-    named = {f"rows {study.train} {code}": item for code, item in inputs.rows.items()}
-    named |= {f"text {code}": item for code, item in inputs.texts.items()}
-    record.data = {name: read_report(entries[item.key]) for name, item in named.items() if item.key in entries}
-    kept = {"train": f"rows {study.train}", "text": "text"}  # by the names of their reports
-    read = [
-        replace(item, kept=record.data.get(f"{kept.get(item.what)} {item.language}", {}).get("digest"))
-        for item in inputs.read
-    ]
+    study, entries, inputs = progress.study, progress.results.entries, graph.inputs
+    facts = {sft.key: _sft_facts(sft, progress.results) for sft in progress.sfts}
+    record.sfts = list(facts.values())
+    order = [cell.name for cell, _ in graph.cells]
+    shown = sorted(progress.outcomes, key=lambda outcome: order.index(outcome.cell.name))
+    record.cells = [_cell_facts(outcome, study.methods, facts) for outcome in shown]
+    for code, node in graph.measures.items():
+        if node.key in entries:
+            record.languages[code] = {**record.languages[code], **read_json(entries[node.key].file(MEASURES))}
+    reports = {("train", code): (f"rows {study.train} {code}", node) for code, node in inputs.rows.items()}
+    reports |= {("text", code): (f"text {code}", node) for code, node in inputs.texts.items()}
+    record.data = {
+        name: read_json(entries[node.key].file(REPORT)) for name, node in reports.values() if node.key in entries
+    }
+    digests = {what: record.data.get(name, {}).get("digest") for what, (name, _) in reports.items()}
+    read = [replace(item, kept=digests.get((item.what, item.language))) for item in inputs.read]
     record.settings = {**record.settings, tracking.DATA_READ: tracking.data_setting(read)}
     record.fingerprints = {f"{study.split} {code}": fingerprint_rows(rows) for code, rows in progress.tests.items()}
     record.fingerprints["base files"] = graph.base.key
@@ -97,10 +102,12 @@ def _fill_inputs(record: tracking.RunRecord, progress: Progress) -> None:
         record.fingerprints["base"] = str(sft.base)
 
 
-def sft_facts(sft: SFT, progress: Progress) -> SFTFacts:
+def _sft_facts(sft: SFT, results: Results) -> SFTFacts:
     """An SFT as ``result.json`` tells of it; its curve is in ``curves/``."""
-    facts, folder = progress.facts(sft), progress.folder(sft)
-    stated = json.loads((folder / "sft.json").read_text(encoding="utf-8"))
+    folder = results.folder(sft)
+    stated = read_json(folder / FACTS)
+    facts = stated["metadata"]
+    trained = facts.get("metrics") or {} if sft.node is None else read_json(results.of(sft.node).file(METRICS))
     return SFTFacts(
         kind=sft.kind,
         key=sft.key,
@@ -113,35 +120,19 @@ def sft_facts(sft: SFT, progress: Progress) -> SFTFacts:
         base=facts.get("base_fingerprint"),
         on=sft.on,
         name=sft.name,
-        bytes=(folder / "sft.safetensors").stat().st_size,
-        sha256=stated["sha256"]["sft.safetensors"],
-        metrics={name: value for name, value in progress.metrics(sft).items() if name != "history"},
+        bytes=(folder / TENSORS).stat().st_size,
+        sha256=stated["sha256"][TENSORS],
+        metrics={name: value for name, value in trained.items() if name != "history"},
     )
 
 
-def _cell(outcome: Outcome, progress: Progress, facts: dict[str, SFTFacts]) -> CellFacts:
-    cell, methods = outcome.cell, progress.study.methods
+def _cell_facts(outcome: Outcome, methods: Sequence[str], facts: Mapping[str, SFTFacts]) -> CellFacts:
+    cell = outcome.cell
     # A control composes the main method's SFTs; given ones are what they say.
     main = methods[0] if cell.task.node is not None else facts[cell.task.key].method
     method = cell.condition if cell.condition in methods else main
     terms = tuple(facts[sft.key].term for sft in cell.sfts)
     return CellFacts(cell.language, cell.condition, cell.variant, method, outcome.key, terms)
-
-
-def _behind(progress: Progress) -> Iterator[tuple[str, Any]]:
-    """Kind and provenance of every stage that the results so far stand on, each once."""
-    seen = {}
-    for entry in progress.results.entries.values():
-        for item in entry.lineage:
-            seen[item.key] = (item.kind, item.provenance)
-    yield from seen.values()
-
-
-def _measures(code: str, progress: Progress) -> dict[str, Any]:
-    """Measures of a target's text, where they were made."""
-    item = progress.graph.measures.get(code) if progress.graph is not None else None
-    entry = progress.results.entries.get(item.key) if item is not None else None
-    return {} if entry is None else dict(json.loads(entry.file(MEASURES).read_text(encoding="utf-8")))
 
 
 def _remarks(record: tracking.RunRecord, progress: Progress) -> Iterator[Remark]:
@@ -159,15 +150,15 @@ def _remarks(record: tracking.RunRecord, progress: Progress) -> Iterator[Remark]
         yield Remark("no_source_sft", "source=none: there is no source SFT to leave in")
     if "other_language_sft" in study.controls and len(study.targets) == 1:
         yield Remark("one_target", "one target: there is no other target's language SFT to compose with")
-    constant = [item.cell.name for item in progress.outcomes if item.predictions["prediction"].nunique() == 1]
+    constant = tuple(item.cell.name for item in progress.outcomes if item.predictions["prediction"].nunique() == 1)
     if constant:
         text = "one class is predicted throughout, nothing was learnt or transferred"
-        yield Remark("constant_predictions", text, tuple(constant))
-    if any(progress.facts(sft).get("head_drawn") for sft in progress.sfts if sft.kind == "language" and sft.node):
+        yield Remark("constant_predictions", text, constant)
+    trained = [sft for sft in progress.sfts if sft.kind == "language" and sft.node is not None]
+    if any(read_json(progress.results.folder(sft) / FACTS)["metadata"].get("head_drawn") for sft in trained):
         text = "the base has no trained MLM head: language SFTs started from a drawn one, which weakens them"
         yield Remark("drawn_head", text)
-    remark = tracking.provenance_remark(record.provenances)
-    if remark is not None:
+    if (remark := tracking.provenance_remark(record.provenances)) is not None:
         yield remark
 
 
@@ -182,23 +173,23 @@ def scores(outcomes: Sequence[Outcome], targets: Sequence[str], metric: str, spl
 
     A condition with several cells for one language (each other target's φ_L in turn) gives their mean.
     """
+    groups: dict[tuple[str, str], list[dict[str, float]]] = {}
+    for outcome in outcomes:
+        groups.setdefault((outcome.cell.language, outcome.cell.condition), []).append(outcome.metrics)
+    conditions = list(tracking.CONDITIONS)
+    shown = sorted(groups, key=lambda group: (targets.index(group[0]), conditions.index(group[1])))
+    computed = sorted({name for outcome in outcomes for name in outcome.metrics} - {"n", metric})
     found: list[tracking.Metric] = []
-    computed = {name for outcome in outcomes for name in outcome.metrics} - {"n"}
-    for name in dict.fromkeys((metric, *sorted(computed))) if outcomes else ():
-        groups: dict[tuple[str, str], list[dict[str, float]]] = {}
-        for outcome in outcomes:
-            groups.setdefault((outcome.cell.language, outcome.cell.condition), []).append(outcome.metrics)
-        known = list(tracking.CONDITIONS)
-        for (language, condition), items in sorted(
-            groups.items(), key=lambda item: (targets.index(item[0][0]), known.index(item[0][1]))
-        ):
-            value = sum(item[name] for item in items) / len(items)
-            found.append(tracking.Metric(language, condition, name, value, int(items[0]["n"]), split))
+    for name in (metric, *computed):
+        for language, condition in shown:
+            cells = groups[language, condition]
+            value = sum(cell[name] for cell in cells) / len(cells)
+            found.append(tracking.Metric(language, condition, name, value, int(cells[0]["n"]), split))
     return found
 
 
 def write_tables(run_dir: Path, progress: Progress) -> pd.DataFrame | None:
-    """Predictions and diagnostics, so far as there are any; the diagnostics are returned."""
+    """Write predictions and diagnostics, so far as there are any, and return the diagnostics."""
     import pandas as pd
 
     outcomes = progress.outcomes
@@ -217,11 +208,11 @@ def write_tables(run_dir: Path, progress: Progress) -> pd.DataFrame | None:
         tracking.write_predictions(run_dir, pd.concat(frames, ignore_index=True))
     if not progress.sfts or progress.graph is None:
         return None
-    folders = {sft: progress.folder(sft) for sft in progress.sfts}
+    folders = {sft: progress.results.folder(sft) for sft in progress.sfts}
     pairs = [(cell.task, cell.language_sft) for outcome in outcomes if (cell := outcome.cell).language_sft is not None]
-    found = diagnostics(folders, pairs, progress.results.base_folder(progress.graph.base))
-    tracking.write_diagnostics(run_dir, found)
-    return found
+    table = diagnostics(folders, pairs, progress.results.folder(progress.graph.base))
+    tracking.write_diagnostics(run_dir, table)
+    return table
 
 
 def show(study: StudySettings, record: tracking.RunRecord, run_dir: Path, cache: StageCache) -> None:
@@ -243,7 +234,7 @@ def show(study: StudySettings, record: tracking.RunRecord, run_dir: Path, cache:
 
 def short(path: Path) -> Path:
     """A path for people: relative to where the command was given, or to ``~``, where it lies below one of them."""
-    for start, shown in ((Path.cwd(), Path()), (Path.home(), Path("~"))):
-        if path.is_relative_to(start):
-            return shown / path.relative_to(start)
+    for folder, name in ((Path.cwd(), Path()), (Path.home(), Path("~"))):
+        if path.is_relative_to(folder):
+            return name / path.relative_to(folder)
     return path

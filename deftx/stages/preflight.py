@@ -17,11 +17,12 @@ from deftx.data.labelled import SETS
 from deftx.data.tasks import load_test, train_places
 from deftx.errors import DeftxError, collected, listed
 from deftx.knobs import refuse
-from deftx.stages.base import described, expected_shapes
+from deftx.stages.base import described
 from deftx.stages.inputs import NEEDS, Needs
 from deftx.stages.settings import SFTSettings, StudySettings
 from deftx.stages.sources import open_given
 from deftx.training.model_folder import longest_input
+from deftx.training.shapes import shapes_of
 
 
 def preflight(
@@ -126,19 +127,18 @@ def _size_problems(study: StudySettings, needs: Needs) -> list[str]:
         "source": study.source_sft if needs.task else None,
     }
     problems: list[str] = []
-    with described(study) as folder:
-        limit = longest_input(folder)
-        for name, sft in trained.items():
-            if sft is not None:
-                shapes = expected_shapes(study, folder, "task" if name == "task" else "language")
-                kinds = [sft] if name == "source" else [sft.by(method) for method in study.methods]
-                for kind in kinds:
-                    problems += _check_size(name, kind, shapes)
-                if sft.training.max_length > limit:
-                    problems.append(
-                        f"{name}.training.max_length={sft.training.max_length} exceeds {limit}, the longest input of "
-                        "this model"
-                    )
+    model = described(study.model)
+    limit = longest_input(model)
+    for name, sft in trained.items():
+        if sft is None:
+            continue
+        shapes = shapes_of(model, kind="task" if name == "task" else "language")
+        for trained_sft in [sft] if name == "source" else [sft.by(method) for method in study.methods]:
+            problems += _check_size(name, trained_sft, shapes)
+        if sft.training.max_length > limit:
+            problems.append(
+                f"{name}.training.max_length={sft.training.max_length} exceeds {limit}, the longest input of this model"
+            )
     return list(dict.fromkeys(problems))
 
 
@@ -164,7 +164,7 @@ def _check_size(name: str, sft: SFTSettings, shapes: Mapping[str, tuple[int, ...
 
 def _check_pretraining_text(study: StudySettings) -> None:
     """A base that is pretrained here needs its languages' text, wherever the study's own data comes from."""
-    if study.model.path is not None or study.model.pretrain is None:
+    if study.model.pretrained_here is None:
         return
     for code, language in study.pretrain_languages.items():
         try:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from deftx.cache import file_sha256
+from deftx.core.folder import FACTS, TENSORS
 from deftx.data.hub import resolve_commit
 from deftx.errors import DeftxError
 from deftx.methods import METHODS
-from deftx.stages.objectives import SFT, given_key
+from deftx.stages.node import Given
+from deftx.stages.objectives import SFT
 from deftx.stages.settings import StudySettings
-
-SFT_FILES = ("sft.json", "sft.safetensors")
 
 
 def open_given(place: str, kind: str, study: StudySettings | None = None) -> tuple[SFT, dict[str, Any]]:
@@ -43,9 +45,10 @@ def open_given(place: str, kind: str, study: StudySettings | None = None) -> tup
     languages = "+".join(map(str, facts.get("languages", [])))
     name = f"{kind} {languages} {facts.get('method', '')}".strip()
     on = tuple(map(str, (facts.get("trained_on") or {}).values()))
-    made_by = METHODS.get(str(facts.get("method")))
-    composition = "sum" if made_by is None else made_by.composition
-    return SFT(kind, name, given_key(folder), folder=folder, on=on, composition=composition), facts
+    method = METHODS.get(str(facts.get("method")))
+    composition = "sum" if method is None else method.composition
+    given = Given.of(f"the SFT in {folder}", partial(file_sha256, folder / TENSORS))
+    return SFT(kind, name, given.fingerprint, given=given, folder=folder, on=on, composition=composition), facts
 
 
 def _download(repo: str) -> Path:
@@ -53,10 +56,10 @@ def _download(repo: str) -> Path:
 
     try:
         commit = resolve_commit(repo, None, "model")
-        return Path(snapshot_download(repo, revision=commit, allow_patterns=list(SFT_FILES)))
+        return Path(snapshot_download(repo, revision=commit, allow_patterns=[FACTS, TENSORS]))
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DeftxError(
             f"no SFT at {repo!r}: no such folder, and the hub does not give it ({reason}); give a folder with "
-            f"{' and '.join(SFT_FILES)}"
+            f"{FACTS} and {TENSORS}"
         ) from error

@@ -68,8 +68,8 @@ def run_parts(study: StudySettings, run_dir: Path) -> tracking.RunRecord:
                 log.warning("only=%s: this study makes nothing of that name", name)
             for item in part[-1:]:
                 progress.results.of(item)
-        made = progress.results.entries
-        progress.sfts += [sft for sft in nodes.sfts if sft.key in made]
+        computed = progress.results.entries
+        progress.sfts += [sft for sft in nodes.sfts if sft.key in computed]
 
     return _run(study, run_dir, "stage", flat_knobs(study) | {"only": list(study.only)}, body)
 
@@ -94,7 +94,7 @@ def run_sft(study: StudySettings, kind: str, out: Path | None, run_dir: Path) ->
         names = [study.task] if kind == "task" else [code for code in study.targets if code in nodes.inputs.texts]
         for name, sft in zip(names, wanted, strict=True):
             place = destination if single else destination / name
-            _copy(progress.folder(sft), place)
+            _copy(progress.results.folder(sft), place)
             print(f"{sft.name}: {short(place)}")
 
     return _run(study, run_dir, f"sft-{kind}", flat_knobs(study), body)
@@ -141,7 +141,7 @@ def run_pretrain(study: StudySettings, text: Sequence[str], out: Path) -> None:
         model = replace(study.model, languages=["text"], vocabulary=[])
         study = replace(study, model=model, pretrain_languages={"text": language})
     results = Results(_open_cache(study), lambda _: [])
-    _copy(results.base_folder(graph(study, results.cache, needs=NEEDS["pretrain"]).base), out)
+    _copy(results.folder(graph(study, results.cache, needs=NEEDS["pretrain"]).base), out)
     print(f"model: {short(out.absolute())}\nuse it with: model=local model.path={short(out.absolute())}")
 
 
@@ -210,7 +210,7 @@ def _run(
         def finish() -> None:
             fill(record, progress)
             tables = write_tables(run_dir, progress)
-            tracker.finish_run(record, tables, {sft.key: progress.folder(sft) for sft in progress.sfts})
+            tracker.finish_run(record, tables, {sft.key: progress.results.folder(sft) for sft in progress.sfts})
 
         try:
             body(progress)

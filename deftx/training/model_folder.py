@@ -234,15 +234,24 @@ def bert_facts(settings: PretrainSettings, vocab_size: int, *, pad_token_id: int
     }
 
 
-def longest_input(folder: Path) -> int:
-    """Return how many tokens the model of a folder accepts at once, from ``config.json`` alone.
+def config_of(model: Path | Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what ``config.json`` says of a model.
 
-    Two of XLM-R's 514 positions are never used, see :class:`Family`.
+    Args:
+        model: model folder, or the content of its ``config.json`` (such as :func:`bert_facts`).
 
     Raises:
         DeftxError: no readable ``config.json``, or an unsupported family.
     """
-    config = read_config(folder)
+    return model if isinstance(model, Mapping) else read_config(model)
+
+
+def longest_input(model: Path | Mapping[str, Any]) -> int:
+    """Return how many tokens a model accepts at once, from its configuration alone (see :func:`config_of`).
+
+    Two of XLM-R's 514 positions are never used, see :class:`Family`.
+    """
+    config = config_of(model)
     positions = int(config.get("max_position_embeddings", 512))
     if FAMILIES[config["model_type"]].counts_behind_padding:
         return positions - int(config.get("pad_token_id", 1)) - 1
@@ -253,15 +262,9 @@ def draws_random_numbers(model: Path | Mapping[str, Any]) -> bool:
     """Return whether training an encoder draws random numbers on the device: whether any dropout is above 0.
 
     A probability that is not stated counts as above 0, because transformers' default may be 0.1. A
-    ``classifier_dropout`` that is absent or null follows the encoder's own.
-
-    Args:
-        model: model folder, of which ``config.json`` is read, or that file's content (such as :func:`bert_facts`).
-
-    Raises:
-        DeftxError: no readable ``config.json``, or an unsupported family.
+    ``classifier_dropout`` that is absent or null follows the encoder's own (see :func:`config_of`).
     """
-    config = model if isinstance(model, Mapping) else read_config(model)
+    config = config_of(model)
     dropouts = [config.get(name) for name in FAMILIES[config["model_type"]].dropouts]
     dropouts.append(config.get("classifier_dropout") or 0)
     return any(probability is None or probability > 0 for probability in dropouts)

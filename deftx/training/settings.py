@@ -185,3 +185,8 @@ class ModelSettings:
     languages: list[str] = knob([])
     vocabulary: list[str] = knob([])
     seed: int = knob(0)
+
+    @property
+    def pretrained_here(self) -> PretrainSettings | None:
+        """Shape and budget of an encoder that this study pretrains; None where the model is given."""
+        return self.pretrain if self.path is None else None

@@ -8,35 +8,43 @@ loads neither library.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from deftx.training.model_folder import FAMILIES, read_config, tensor_names
 
 
-def shapes_of(folder: Path, *, kind: str) -> dict[str, tuple[int, ...]]:
+def shapes_of(model: Path | Mapping[str, Any], *, kind: str) -> dict[str, tuple[int, ...]]:
     """Return M's names and shapes from ``config.json`` alone, in the order of the model's own parameters.
 
     Args:
-        folder: model folder; weights are not loaded (the file is asked whether it has a pooler).
-        kind: ``"language"`` (MaskedLM) or ``"task"`` (classifier; includes a pooler).
+        model: model folder; weights are not loaded (the file is asked whether it has a pooler). Or
+            :func:`~deftx.training.model_folder.bert_facts` of an encoder that is still to be pretrained.
+        kind: ``"language"`` (MaskedLM) or ``"task"`` (classifier; includes a pooler that the checkpoint has).
 
     Raises:
         DeftxError: no readable ``config.json``, or an unsupported family.
     """
     if kind not in ("language", "task"):
         raise ValueError(f"kind is {kind!r}; available: language, task")
-    config = read_config(folder)
-    shapes = _shapes(folder, config, kind)
+    if isinstance(model, Mapping):
+        # Masked language modelling pretrains no pooler: a classifier's belongs to its head.
+        plain = _plain_shapes(model, "language")
+        if plain is None:
+            raise ValueError(f"this configuration does not describe a plain BERT: {model}")
+        return plain
+    config = read_config(model)
+    shapes = _shapes(model, config, kind)
     if kind == "task":
-        pooler = tuple(shapes.keys() - _shapes(folder, config, "language"))
-        stored = tensor_names(folder) if pooler else None
+        pooler = tuple(shapes.keys() - _shapes(model, config, "language"))
+        stored = tensor_names(model) if pooler else None
         if stored is not None and not any(name.endswith(pooler) for name in stored):
             return {name: shape for name, shape in shapes.items() if name not in pooler}
     return shapes
 
 
-def _shapes(folder: Path, config: dict[str, Any], kind: str) -> dict[str, tuple[int, ...]]:
+def _shapes(folder: Path, config: Mapping[str, Any], kind: str) -> dict[str, tuple[int, ...]]:
     """Return names and shapes as :func:`shapes_of`, with a pooler even if the checkpoint has none."""
     plain = _plain_shapes(config, kind)
     if plain is not None:
@@ -63,7 +71,7 @@ _PLAIN: dict[str, tuple[object, ...]] = {
 }
 
 
-def _plain_shapes(config: dict[str, Any], kind: str) -> dict[str, tuple[int, ...]] | None:
+def _plain_shapes(config: Mapping[str, Any], kind: str) -> dict[str, tuple[int, ...]] | None:
     """Shapes of a plain BERT encoder; None where the configuration does not describe one."""
     family = FAMILIES[config["model_type"]]
     if not family.embeddings:
