@@ -333,12 +333,21 @@ def test_pruning_shows_readers_all_or_nothing(root: Path, monkeypatch: pytest.Mo
     ("owner", "alive"),
     [
         (Process.this().text, True),
-        (Process.this()._replace(start=1).text, False),  # its id was given to this process
-        (f"{Process.this().host}.{os.getpid()}", True),  # as older versions wrote names
-        ("0000aaaa-12-34", True),  # of other hosts: one renews its record
+        (Process.this()._replace(start=1).text, False),
+        (f"{Process.this().host}.{os.getpid()}", True),
+        ("0000aaaa-12-34", True),
         ("0000aaaa.12", True),
         ("0000aaaa-12-35", False),
         ("0000bbbb-12-34", False),
+    ],
+    ids=[
+        "this process",
+        "one whose id this process was given",
+        "as older versions wrote names",
+        "another host that renews its record",
+        "another host, as older versions wrote it",
+        "another host's other process",
+        "another host that renews nothing",
     ],
 )
 @pytest.mark.parametrize("folder", ["full", "scratch"])
