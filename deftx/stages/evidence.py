@@ -112,8 +112,7 @@ def at_start(objective: Objective, sft: SFTSettings, work: Workspace) -> Iterato
         The module on (θ⁰ or θ⁰ + φ_S, h⁰); θ⁰'s fingerprint; names of head tensors that were drawn.
     """
     inputs = {name: work.inputs[name].digest for name in objective.start}
-    study = objective.study
-    key = (objective.key_settings(), objective.base.content, inputs, study.train, study.seed, sft.training)
+    key = (objective.key_settings(), objective.base.content, inputs, objective.study.seed, sft.training)
     known, loaded = _KEPT.pop() if _KEPT else (None, None)
     if loaded is None or known != key:
         loaded = None  # let go of one model before another is loaded
