@@ -87,7 +87,7 @@ def run(folder, settings, trainer, tmp_path):
     ("family", "objective", "phase", "accumulate"),
     [
         pytest.param("bert", "language", "full", 1, marks=pytest.mark.soak),
-        ("bert", "task", "sparse", 1),
+        pytest.param("bert", "task", "sparse", 1, marks=pytest.mark.soak),
         ("xlm-roberta", "language", "sparse", 2),
         pytest.param("xlm-roberta", "task", "full", 2, marks=pytest.mark.soak),
     ],
