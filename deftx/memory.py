@@ -1,4 +1,4 @@
-"""How much memory this process took; every room may use it."""
+"""Measures the memory of this process; every room may use it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a process does when it is asked to end; every room may use it."""
+"""Turns requests to end a process into exceptions; every room may use it."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM, which batch systems send, ends the block as Ctrl-C does: what it started can be ended, too.
+    """Let SIGTERM, which batch systems send, end the block as Ctrl-C does, so that it can clean up.
 
-    Outside of the main thread, which alone may handle signals, nothing changes.
+    Does nothing outside the main thread, because only that thread may handle signals.
 
     Raises:
         KeyboardInterrupt: At SIGTERM.

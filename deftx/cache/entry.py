@@ -1,4 +1,4 @@
-"""What the cache hands out: an entry, an event, and the place a stage writes to."""
+"""What the cache returns: an entry, an event, and the workspace of a stage."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ MANIFEST = "manifest.json"
 class Event(NamedTuple):
     """One request to the cache.
 
-    ``outcome`` is ``cached`` or ``computed``; ``seconds`` is its own wall time, that of stages it asked for left out;
-    ``waited`` is the part of it spent waiting for another process that computed the same.
+    ``outcome`` is ``cached`` or ``computed``. ``seconds`` is its own wall time without the stages it requested, and
+    ``waited`` the part of it spent waiting for another process that computed the same result.
     """
 
     kind: str
@@ -37,14 +37,13 @@ class Workspace:
     """Where a stage writes while it computes.
 
     Attributes:
-        out: a new empty folder; what lies in it when the computation returns is published, all or nothing.
-        scratch: a folder of this key alone, for checkpoints; it survives failures and interruptions (a later
-            attempt finds it as it was) and is removed after publishing. Its path is the same at every attempt,
-            but for one that takes over from another host, and for one of two that compute at once without a lock.
-        inputs: the results of other stages that the computation reads, by their names in the stage's ``inputs``. The
-            manifest records their digests: a result is not used any more once one of them was made again with other
-            bits.
-        notes: plain values the stage wants in the manifest, such as counts.
+        out: A new empty folder; its content is published when the computation returns, all or nothing.
+        scratch: A folder for this key's checkpoints. It survives failures and interruptions, so that a later attempt
+            finds it unchanged, and is removed after publishing. Its path changes only if an attempt takes over from
+            another host, or if two attempts run at once without a lock.
+        inputs: The results of other stages that the computation reads, by their names in the stage's ``inputs``. The
+            manifest records their digests; a result becomes unusable once one of them is made again with other bits.
+        notes: Plain values for the manifest, such as counts.
     """
 
     out: Path
@@ -54,9 +53,9 @@ class Workspace:
 
 
 class Ancestor(NamedTuple):
-    """A result that another one was made from, directly or through others.
+    """A result that another one was made from, directly or indirectly.
 
-    ``digest`` is that of its product when it was read; ``provenance`` says what it was computed with.
+    ``digest`` is the digest of its product when it was read; ``provenance`` says what computed it.
     """
 
     kind: str
@@ -89,7 +88,7 @@ class Entry:
 
     @property
     def digest(self) -> str:
-        """What the result is, bit for bit (:func:`product_digest`)."""
+        """Digest of the result's bits (:func:`product_digest`)."""
         known = self.manifest.get("digest")  # manifests of format 1 do not say it
         return str(known) if known else product_digest(self.manifest["files"], ())
 
@@ -100,7 +99,7 @@ class Entry:
 
     @property
     def ancestors(self) -> list[Ancestor]:
-        """Every result it was made from, directly or through others."""
+        """Every result it was made from, directly or indirectly."""
         provenances = self.manifest.get("provenances", ())
         return [
             Ancestor(item["kind"], item["key"], item["digest"], provenances[item["provenance"]])
@@ -114,7 +113,7 @@ class Entry:
 
     @property
     def notes(self) -> Mapping[str, Any]:
-        """What the stage noted while it computed."""
+        """Values that the stage noted while it computed."""
         notes: Mapping[str, Any] = self.manifest["notes"]
         return notes
 
@@ -127,7 +126,7 @@ class Entry:
         """Return the path of a file that the manifest lists.
 
         Raises:
-            DeftxError: there is no such file; the message lists those there are.
+            DeftxError: There is no such file; the message lists the available ones.
         """
         if name not in self.manifest["files"]:
             raise DeftxError(f"{self.path} has no file {name!r}; it has {', '.join(self.manifest['files'])}")
@@ -135,11 +134,11 @@ class Entry:
 
 
 def product_digest(files: Mapping[str, Mapping[str, Any]], product: Sequence[str]) -> str:
-    """One sha256 for the files that are a stage's result.
+    """Return one sha256 for the files that are a stage's result.
 
     Args:
-        files: name -> record with ``sha256``, as in a manifest.
-        product: as :class:`~deftx.cache.keys.Stage` has it.
+        files: Name -> record with ``sha256``, as in a manifest.
+        product: As in :class:`~deftx.cache.keys.Stage`.
     """
     folders = tuple(name for name in product if name.endswith("/"))
     chosen = {

@@ -1,9 +1,9 @@
-"""One process computes a stage, the others wait for its result. A lock only saves work; no result depends on one.
+"""One process computes a stage while the others wait. A lock only saves work; no result depends on one.
 
-Two locks of ``filelock`` are held together. The kernel's (``FileLock``) is free the moment its process dies, but may
-not reach over hosts. The lease (``SoftFileLease``) does: a file that its holder renews, and that passes on when it was
-not renewed for :data:`LEASE_SECONDS`. ``DEFTX_LOCK`` (or ``StageCache(lock=...)``) chooses one, or none. Where the file
-system refuses a lock, that lock is left out.
+A process holds two locks of ``filelock`` together. The kernel's (``FileLock``) is free as soon as its process dies,
+but may not reach other hosts. The lease (``SoftFileLease``) does: it is a file that its holder renews, and it passes
+on after :data:`LEASE_SECONDS` without a renewal. ``DEFTX_LOCK`` (or ``StageCache(lock=...)``) chooses one, or none.
+If the file system rejects a lock, the process continues without it.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ T = TypeVar("T")
 MODES = ("auto", "file", "soft", "none")
 VARIABLE = "DEFTX_LOCK"
 LEASE_SECONDS = 60.0
-"""How long a lease outlives its last renewal; all processes of one cache must agree on it."""
+"""Seconds a lease stays valid after its last renewal; all processes of one cache must agree on it."""
 _POLL = (0.05, 2.0)
 _REMIND_EVERY = 600.0
 
 
 def lock_mode(given: str | None = None) -> str:
-    """The lock that is asked for: ``given``, else ``DEFTX_LOCK``, else ``auto``.
+    """Return the lock to use: ``given``, else ``DEFTX_LOCK``, else ``auto``.
 
     Raises:
-        DeftxError: it is none of :data:`MODES`.
+        DeftxError: It is not one of :data:`MODES`.
     """
     mode = given or os.environ.get(VARIABLE) or "auto"
     if mode not in MODES:
@@ -54,10 +54,10 @@ class Turn(Generic[T]):
     """This process's turn at a stage.
 
     Attributes:
-        found: what another process published meanwhile; None when it is for us to compute.
-        locked: whether some lock is held.
-        leased: whether the lease is, which other hosts see.
-        waited: seconds until the turn came.
+        found: The result that another process published meanwhile; None if this process has to compute it.
+        locked: Whether this process holds a lock.
+        leased: Whether it holds the lease, which other hosts see.
+        waited: Seconds until the turn came.
     """
 
     def __init__(self) -> None:
@@ -77,15 +77,15 @@ def turn(
     published: Callable[[], T | None],
     explain: Callable[[BaseException], DeftxError | None],
 ) -> Iterator[Turn[T]]:
-    """Wait until no other process computes a stage, or until it published.
+    """Wait until no other process computes a stage, or until its result is published.
 
     Args:
-        root: the cache's folder.
+        root: The cache's folder.
         name: ``<kind>-<digits>`` of the stage.
-        label: how messages name it.
-        mode: one of :data:`MODES`.
-        published: gives the result once it is there; asked while waiting.
-        explain: gives the user's view of an error that no lock can mend (a full disk).
+        label: The stage's name in messages.
+        mode: One of :data:`MODES`.
+        published: Returns the result once it exists; called while waiting.
+        explain: Returns the user's view of an error that going without a lock cannot solve (a full disk).
     """
     taken: Turn[T] = Turn()
     started = time.perf_counter()
@@ -98,7 +98,7 @@ def turn(
             except (OSError, NotImplementedError) as error:
                 if problem := explain(error):
                     raise problem from error
-                log.debug("no %s for %s (%s); going on without", type(lock).__name__, label, error)
+                log.debug("no %s for %s (%s); continuing without it", type(lock).__name__, label, error)
                 continue
             if taken.found is not None:
                 break
@@ -110,7 +110,7 @@ def turn(
 
 
 def is_locked(root: Path, name: str) -> bool:
-    """Whether a living process holds a lock of the stage, or claims its scratch."""
+    """Tell whether a living process holds a lock of the stage, or claims its scratch."""
     claim = claim_in_force(root, name)
     if claim is not None and not claim.free and (claim.process is None or claim.process.here):
         return True
@@ -130,19 +130,19 @@ def is_locked(root: Path, name: str) -> bool:
 
 
 def _locks(root: Path, name: str, mode: str) -> list[BaseFileLock]:
-    """The locks of a mode, in the order in which every process takes them."""
+    """Return the locks of a mode in the order in which every process takes them."""
     import filelock
 
-    found: list[BaseFileLock] = []
+    locks: list[BaseFileLock] = []
     if mode in ("auto", "file"):
-        found.append(filelock.FileLock(root / LOCKS / f"{name}.lock"))
+        locks.append(filelock.FileLock(root / LOCKS / f"{name}.lock"))
     if mode in ("auto", "soft"):
-        found.append(
+        locks.append(
             filelock.SoftFileLease(
                 root / LOCKS / f"{name}.lease", lease_duration=LEASE_SECONDS, heartbeat_interval=LEASE_SECONDS / 4
             )
         )
-    return found
+    return locks
 
 
 def _is_lease(lock: BaseFileLock) -> bool:
@@ -150,13 +150,13 @@ def _is_lease(lock: BaseFileLock) -> bool:
 
 
 def _let_go(lock: BaseFileLock) -> None:
-    # What was computed is published: a lock file that has gone, or cannot be removed, is no failure.
+    # The result is published, so a lock file that is gone or cannot be removed is no failure.
     with contextlib.suppress(OSError):
         lock.release()
 
 
 def _wait(lock: BaseFileLock, root: Path, name: str, label: str, published: Callable[[], T | None]) -> T | None:
-    """Take the lock, or return what was published while it could not be had."""
+    """Take the lock, or return the result that was published while another process held it."""
     from filelock import LeaseSettingsMismatch, Timeout
 
     pause, told = _POLL[0], 0.0
@@ -182,7 +182,7 @@ def _wait(lock: BaseFileLock, root: Path, name: str, label: str, published: Call
 
 
 def _who(root: Path, name: str) -> str:
-    """Who computes a stage and since when, as far as its claim tells."""
+    """Say who computes a stage and since when, if its claim tells."""
     claim = claim_in_force(root, name)
     if claim is None or claim.process is None or claim.free:
         return "another process"
@@ -195,9 +195,9 @@ def _who(root: Path, name: str) -> str:
 
 
 class _Watch:
-    """Takes away a dead holder's lease where ``filelock`` cannot.
+    """Removes a dead holder's lease where ``filelock`` cannot.
 
-    It hands leases over by exchanging two names, which NFS and SMB refuse: a dead holder's lease would stay forever.
+    ``filelock`` hands leases over by exchanging two names. NFS and SMB refuse that, so the lease would stay forever.
     """
 
     def __init__(self, lock: BaseFileLock, root: Path, name: str) -> None:
@@ -213,7 +213,7 @@ class _Watch:
         if mark is None or not (self._dead() or time.monotonic() - self.since > 1.5 * LEASE_SECONDS):
             return
         if self._mark() == mark:
-            log.warning("%s: the lease of a process that has gone is taken away", self.name)
+            log.warning("%s: removing the lease of a process that is gone", self.name)
             with contextlib.suppress(OSError):
                 Path(self.lock.lock_file).unlink()
 

@@ -1,7 +1,7 @@
-"""Looking after a cache: what is in it, what is damaged or left over, and removing what is not needed.
+"""Maintains a cache: lists what is in it, finds damaged entries and leftovers, and removes what is not needed.
 
-Nothing here removes what a running process reads or computes. An entry goes by one rename to a hidden name, so that a
-reader finds all of it or nothing.
+Nothing here removes an entry that a running process reads or computes. One rename to a hidden name removes an entry,
+so a reader sees all of it or nothing.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _TOKENS = "tokens"
 
 
 def last_used(entry: Entry) -> float:
-    """When the entry was read last (seconds since 1970): the modification time of its manifest."""
+    """Return the time of the entry's last use (seconds since 1970), the modification time of its manifest."""
     try:
         return (entry.path / MANIFEST).stat().st_mtime
     except OSError:
@@ -39,29 +39,29 @@ def last_used(entry: Entry) -> float:
 
 
 def find_entry(entries: Sequence[Entry], text: str) -> Entry:
-    """The one entry whose key starts with ``text``, which may be ``kind/digits`` too.
+    """Return the one entry whose key starts with ``text``, which may also be ``kind/digits``.
 
     Raises:
-        DeftxError: there is none, or more than one.
+        DeftxError: There is none, or more than one.
     """
     kind, _, digits = text.lower().rpartition("/")
-    found = [entry for entry in entries if entry.key.startswith(digits) and kind in ("", entry.kind)]
-    if not digits or not found:
+    matches = [entry for entry in entries if entry.key.startswith(digits) and kind in ("", entry.kind)]
+    if not digits or not matches:
         raise DeftxError(f"no entry has a key that starts with {text!r}; deftx cache ls lists all {len(entries)}")
-    if len(found) > 1:
-        names = listed([f"{entry.kind}/{entry.key[:16]} ({entry.label})" for entry in found])
-        raise DeftxError(f"{len(found)} keys start with {text!r}: {names}; give more digits")
-    return found[0]
+    if len(matches) > 1:
+        names = listed([f"{entry.kind}/{entry.key[:16]} ({entry.label})" for entry in matches])
+        raise DeftxError(f"{len(matches)} keys start with {text!r}: {names}; give more digits")
+    return matches[0]
 
 
 def check_all(
     folders: Sequence[Path], progress: Callable[[int], None] | None = None
 ) -> Iterator[tuple[Path, str | None]]:
-    """Verify entries one by one: (folder, why it is damaged, or None).
+    """Verify entries one by one and yield each folder with the reason why it is damaged, or None.
 
     Args:
-        folders: as :func:`deftx.cache.verify.entry_folders` yields them.
-        progress: told the bytes of each entry once it was read.
+        folders: Folders from :func:`deftx.cache.verify.entry_folders`.
+        progress: Called with the bytes of each entry after it was read.
     """
     verifier = Verifier()
     for folder in folders:
@@ -76,18 +76,18 @@ def check_all(
             reason = str(problem)
         if progress is not None:
             progress(size)
-        if reason is None or folder.is_dir():  # else it was pruned or set aside a moment ago
+        if reason is None or folder.is_dir():  # else it was pruned or set aside meanwhile
             yield folder, reason
 
 
 @dataclass(frozen=True)
 class Filter:
-    """Which entries are meant; what is None does not matter.
+    """Selects entries; a value of None does not matter.
 
     Attributes:
-        older_than: seconds since the last use, at least.
-        larger_than: bytes, at least.
-        kinds: kinds of stages; empty for all.
+        older_than: Least number of seconds since the last use.
+        larger_than: Least number of bytes.
+        kinds: Kinds of stages; empty for all.
     """
 
     older_than: float | None = None
@@ -96,11 +96,11 @@ class Filter:
 
     @property
     def given(self) -> bool:
-        """Whether anything is asked for."""
+        """Whether it selects by anything."""
         return self != Filter()
 
     def takes(self, entry: Entry, now: float) -> bool:
-        """Whether the entry is meant."""
+        """Tell whether it selects the entry."""
         return (
             (self.older_than is None or now - last_used(entry) >= self.older_than)
             and (self.larger_than is None or entry.size >= self.larger_than)
@@ -109,7 +109,7 @@ class Filter:
 
 
 def prunable(root: Path, entries: Sequence[Entry], wanted: Filter) -> tuple[list[Entry], list[tuple[Entry, str]]]:
-    """Entries that may go, and those that are kept although they are meant, with the reason."""
+    """Return the selected entries that may go, and those that must stay, with the reason."""
     used, now = in_use(root), time.time()
     go: list[Entry] = []
     kept: list[tuple[Entry, str]] = []
@@ -131,10 +131,10 @@ def _reason_to_keep(root: Path, entry: Entry, used: dict[str, Process]) -> str |
 
 
 def remove(root: Path, entry: Entry) -> bool:
-    """Remove an entry, unless a process has taken it up meanwhile or it is gone already.
+    """Remove an entry, unless a process has started to use it or it is gone already.
 
     Raises:
-        DeftxError: it cannot be removed.
+        DeftxError: It cannot be removed.
     """
     hidden = temporary_name(entry.path)
     try:
@@ -144,7 +144,7 @@ def remove(root: Path, entry: Entry) -> bool:
     except OSError as error:
         raise DeftxError(f"cannot remove {entry.path}: {error.strerror}") from error
     if _reason_to_keep(root, entry, in_use(root)) is not None:
-        with contextlib.suppress(OSError):  # it was recomputed already: the same result
+        with contextlib.suppress(OSError):  # fails if it was recomputed already, with the same result
             hidden.rename(entry.path)
             return False
     shutil.rmtree(hidden, ignore_errors=True)
@@ -156,13 +156,12 @@ class Residue:
     """Something in the cache that is no result.
 
     Attributes:
-        path: the folder or file.
-        sort: ``damaged`` (an entry that was set aside), ``checkpoints`` (of a stage that has not finished),
-            ``temporary`` (a result that was being written, or removed) or ``tokens`` (tokenised text, made again
-            when it is needed).
-        size: bytes.
-        changed: when something in it was written last (seconds since 1970).
-        running: the process it belongs to, if that lives.
+        path: Its folder or file.
+        sort: ``damaged`` (an entry that was set aside), ``checkpoints`` (of an unfinished stage), ``temporary`` (a
+            result that was being written or removed) or ``tokens`` (tokenised text, which is made again when needed).
+        size: Bytes.
+        changed: Time of its last change (seconds since 1970).
+        running: The living process that owns it, if any.
     """
 
     path: Path
@@ -172,7 +171,7 @@ class Residue:
     running: Process | None = None
 
     def remove(self, root: Path) -> bool:
-        """Remove it; False when it is gone already or cannot be removed whole."""
+        """Remove it; return False if something of it remains."""
         if self.path.is_dir() and not self.path.is_symlink():
             shutil.rmtree(self.path, ignore_errors=True)
             if self.sort == "checkpoints":
@@ -223,5 +222,5 @@ def _measure(path: Path) -> tuple[int, float]:
 
 
 def all_folders(root: Path, kinds: Sequence[str] = ()) -> list[Path]:
-    """Folders of the published results of some kinds, or of all."""
+    """Return the folders of the published results of some kinds, or of all."""
     return [folder for folder in entry_folders(root) if not kinds or folder.parent.name in kinds]

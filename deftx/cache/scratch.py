@@ -1,10 +1,11 @@
-"""Scratch folders and what dead processes left: who may write where while a stage is computed.
+"""Scratch folders: which process may write where while it computes a stage.
 
-The scratch of a key is ``scratch/<kind>-<digits>/``, the same at every attempt, so that checkpoints are found again.
-Whoever computes claims it in ``<kind>-<digits>.claim-<n>``, made exclusively; the highest n is the claim in force. It
-passes on when its process let go or is proven dead. A holder of another host that let its lease expire may still
-live: its folder is renamed for the new holder, so the two never write to one place. Whoever gets no claim works in a
-folder of its own. None of this needs a lock: two processes on one key may disturb each other's time, not their files.
+The scratch of a key is ``scratch/<kind>-<digits>/`` at every attempt, so that an attempt finds the checkpoints of the
+last one. A process claims it by creating ``<kind>-<digits>.claim-<n>`` exclusively; the highest n is the claim in
+force. The claim passes on when its process releases it or is proven dead. A holder on another host whose lease has
+expired may still live, so the folder is renamed for the new holder and the two never write to one place. A process
+without a claim uses a private folder. None of this needs a lock: two processes on one key may waste time, but share
+no files.
 """
 
 from __future__ import annotations
@@ -38,13 +39,13 @@ class Claim:
     """One claim on a key's scratch.
 
     Attributes:
-        file: where it is written.
-        number: its generation.
-        process: who made it; None when the file cannot be read (it is just being written, or was cut).
-        since: when, ISO 8601 in UTC.
-        folder: name of the folder it is about.
-        token: tells it from any other.
-        released: whether its process ended orderly.
+        file: The claim's file.
+        number: Its generation.
+        process: Its owner; None when the file cannot be read (it is being written, or was cut short).
+        since: When it was made, ISO 8601 in UTC.
+        folder: Name of the claimed folder.
+        token: Tells it from every other claim.
+        released: Whether its process released it.
     """
 
     file: Path
@@ -57,22 +58,22 @@ class Claim:
 
     @property
     def free(self) -> bool:
-        """Whether nobody writes to its folder any more: let go, or proven dead."""
+        """Whether nobody writes to its folder any more: it was released, or its process is dead."""
         return self.released or (self.process is not None and not self.process.lives())
 
     def text(self) -> bytes:
-        """What stands in the file."""
+        """The content of its file."""
         values = {"process": self.process, "since": self.since, "folder": self.folder, "token": self.token}
         return json.dumps({**values, "released": self.released}).encode()
 
 
 def _claims(root: Path, name: str) -> list[Claim]:
-    found = []
+    claims = []
     for file in (root / SCRATCH).glob(f"{name}.claim-*"):
         number = file.name.rpartition("-")[2]
         if number.isdecimal():
-            found.append(_read(file, int(number), name))
-    return sorted(found, key=lambda claim: claim.number)
+            claims.append(_read(file, int(number), name))
+    return sorted(claims, key=lambda claim: claim.number)
 
 
 def _read(file: Path, number: int, name: str) -> Claim:
@@ -89,7 +90,7 @@ def _read(file: Path, number: int, name: str) -> Claim:
 
 
 def claim_in_force(root: Path, name: str) -> Claim | None:
-    """The claim on a key's scratch that was made last, if there is one."""
+    """Return the latest claim on a key's scratch, if there is one."""
     claims = _claims(root, name)
     return claims[-1] if claims else None
 
@@ -105,12 +106,12 @@ class Scratch:
 
     @property
     def lost(self) -> bool:
-        """Whether another process took the claim over: this one was thought dead."""
+        """Whether another process took the claim over because it thought this one dead."""
         now = claim_in_force(self.root, self.name) if self.claim else None
         return self.claim is not None and (now is None or now.token != self.claim.token)
 
     def release(self) -> None:
-        """Let go after a failure; what lies there stays for the next attempt."""
+        """Release the claim after a failure; the folder stays for the next attempt."""
         if self.claim is None:
             shutil.rmtree(self.path, ignore_errors=True)
         elif not self.lost:
@@ -118,7 +119,7 @@ class Scratch:
                 atomic.write(self.claim.file, replace(self.claim, released=True).text())
 
     def discard(self) -> None:
-        """Remove it after publishing, and whatever earlier attempts left."""
+        """Remove the folder and its claims after publishing, and those of earlier attempts."""
         shutil.rmtree(self.path, ignore_errors=True)
         for claim in _claims(self.root, self.name):
             if claim.free or (self.claim is not None and claim.number <= self.claim.number):
@@ -127,16 +128,16 @@ class Scratch:
 
 
 def claim_scratch(root: Path, stage: Stage, *, locked: bool, leased: bool) -> Scratch:
-    """Claim the stage's scratch, or make one of our own.
+    """Claim the stage's scratch, or make a private folder.
 
     Args:
-        root: the cache's folder.
-        stage: what is computed.
-        locked: a lock of the stage is held: another process of this host that claims it has lost its lock.
-        leased: the lease is held: a process of another host that claims it has not renewed its own.
+        root: The cache's folder.
+        stage: The stage to compute.
+        locked: This process holds a lock of the stage, so a claim's owner on this host has lost its lock.
+        leased: This process holds the lease, so a claim's owner on another host has not renewed it.
 
     Raises:
-        OSError: nothing can be written there.
+        OSError: The cache cannot be written.
     """
     name = f"{stage.kind}-{stage.key[:16]}"
     (root / SCRATCH).mkdir(parents=True, exist_ok=True)
@@ -148,7 +149,7 @@ def claim_scratch(root: Path, stage: Stage, *, locked: bool, leased: bool) -> Sc
             here = last.process is not None and last.process.here
             if not (locked if here else leased):
                 break
-            # It may still live, and writes by name: its folder gets another name.
+            # Its owner may still live and write by name, so rename the folder.
             folder, fenced = f"{name}.{mark()}", True
         since = datetime.now(UTC).isoformat(timespec="seconds")
         file = root / SCRATCH / f"{name}.claim-{number}"
@@ -157,10 +158,10 @@ def claim_scratch(root: Path, stage: Stage, *, locked: bool, leased: bool) -> Sc
             with file.open("xb") as stream:
                 stream.write(claim.text())
         except FileExistsError:
-            continue  # another process was faster: see what it says
+            continue  # another process was faster: read its claim
         now = claim_in_force(root, name)
         if now is not None and now.number > number:
-            file.unlink(missing_ok=True)  # what we took for the last claim had been passed on meanwhile
+            file.unlink(missing_ok=True)  # the claim that looked like the last had been passed on
             continue
         path = root / SCRATCH / folder
         if fenced and last is not None:
@@ -186,7 +187,7 @@ def scratch_owner(root: Path, folder: str) -> Process | None:
 
 
 def forget_claims(root: Path, folder: str) -> None:
-    """Remove the claims on a scratch folder that has gone, where nobody holds them."""
+    """Remove the claims on a deleted scratch folder, unless a process here holds them."""
     for claim in _claims(root, folder.partition(".")[0]):
         if claim.folder == folder and not (claim.process is not None and claim.process.here and not claim.free):
             claim.file.unlink(missing_ok=True)

@@ -41,18 +41,18 @@ class StageCache:
     """Results of stages under one root; any number of processes may share it.
 
     Args:
-        root: the folder; made when something is first written.
-        provenance: what the manifests should say about where results come from (versions, threads, machine
-            kind); a function is asked once, when something is first about to be computed, so that a run that
-            finds everything here need not load what it takes to answer.
-        remember: whether digests of files are noted in the cache; a dry run, which writes nothing, says no.
-        lock: ``auto``, ``file``, ``soft`` or ``none`` (:mod:`deftx.cache.locks`); None asks ``DEFTX_LOCK``.
+        root: The cache's folder; created at the first write.
+        provenance: What manifests say about the origin of results (versions, threads, kind of machine). A function is
+            called once, before the first computation, so that a run that computes nothing does not load what the
+            answer takes.
+        remember: Whether the cache keeps digests of files; a dry run, which writes nothing, passes False.
+        lock: ``auto``, ``file``, ``soft`` or ``none`` (:mod:`deftx.cache.locks`); None reads ``DEFTX_LOCK``.
 
     Raises:
-        DeftxError: there is no such lock.
+        DeftxError: There is no such lock.
 
     Attributes:
-        events: one :class:`Event` for each request, in order.
+        events: One :class:`Event` for each request, in order.
     """
 
     def __init__(
@@ -74,25 +74,25 @@ class StageCache:
 
     @property
     def hits(self) -> int:
-        """How many requests were answered from the cache."""
+        """Number of requests answered from the cache."""
         return sum(event.outcome == "cached" for event in self.events)
 
     @property
     def computed(self) -> int:
-        """How many requests computed their stage."""
+        """Number of requests that computed their stage."""
         return sum(event.outcome == "computed" for event in self.events)
 
     @functools.cached_property
     def provenance(self) -> dict[str, Any]:
-        """What manifests say about where results come from."""
+        """What manifests say about the origin of results."""
         return dict(self._provenance() if callable(self._provenance) else self._provenance)
 
     def find(self, stage: Stage) -> Entry | None:
         """Return the stage's result after verifying manifest and checksums, or None.
 
-        A damaged entry is moved to ``damaged/`` with a warning, and None is returned; so is one that was made from a
-        result which has other bits by now. Files of an entry are hashed once per process as long as their size and
-        times stay the same.
+        Moves a damaged entry to ``damaged/`` with a warning and returns None; treats an entry alike that was made from
+        a result which now has other bits. Hashes the files of an entry once per process while their size and times
+        stay the same.
 
         Raises:
             DeftxError: the entry cannot be read, cannot be set aside, or was written by a newer format.
@@ -123,7 +123,7 @@ class StageCache:
         return entry
 
     def peek(self, stage: Stage) -> Entry | None:
-        """Return the stage's result by its manifest alone, files not verified; None where there is no sound one."""
+        """Return the stage's result after reading only its manifest; None if there is no sound one."""
         try:
             entry = load(self.folder(stage))
         except DamageError:
@@ -131,7 +131,7 @@ class StageCache:
         return entry if entry.key == stage.key and self._outdated(entry) is None else None
 
     def _outdated(self, entry: Entry) -> str | None:
-        """Why an entry must not be used although it is intact: something it was made from has other bits by now."""
+        """Say why an intact entry must not be used: a result it was made from now has other bits."""
         for ancestor in entry.ancestors:
             try:
                 now = load(self.root / ancestor.kind / ancestor.key[:16])
@@ -142,10 +142,10 @@ class StageCache:
         return None
 
     def agree(self, inputs: Mapping[str, Entry]) -> bool:
-        """Whether results may be read together; if not, the older of two that contradict each other is set aside.
+        """Tell whether results may be read together; if not, set the older of two contradicting ones aside.
 
-        Two results contradict each other when they were made from different bits of a third one, which has been pruned
-        since then.
+        Two results contradict each other if they were made from different bits of a third one that has been pruned
+        since.
         """
         seen: dict[str, tuple[str, Entry]] = {}
         for entry in inputs.values():
@@ -169,7 +169,7 @@ class StageCache:
         return None
 
     def entries(self) -> Iterator[Entry]:
-        """Yield the published results by kind and key, checksums not verified, unreadable ones logged."""
+        """Yield the published results by kind and key without verifying checksums; log unreadable ones."""
         for folder in entry_folders(self.root):
             try:
                 entry = load(folder)
@@ -194,13 +194,13 @@ class StageCache:
         """Return the stage's verified result, computing and publishing it when there is none.
 
         Args:
-            stage: what is wanted.
-            compute: writes the result into ``workspace.out``; a pure function of the stage.
-            provenance: for the manifest, in place of the cache's own.
+            stage: The stage.
+            compute: Writes the result into ``workspace.out``; a pure function of the stage.
+            provenance: Replaces the cache's own in the manifest.
 
         Raises:
-            DeftxError: the cache cannot be written (space, permission) or read; nothing half-written stays.
-            Exception: whatever ``compute`` raises; ``workspace.scratch`` stays for the next attempt.
+            DeftxError: The cache cannot be written (space, permission) or read; nothing half-written stays.
+            Exception: Whatever ``compute`` raises; ``workspace.scratch`` stays for the next attempt.
         """
         started = time.perf_counter()
         around, self._inner_seconds = self._inner_seconds, 0.0
@@ -229,7 +229,7 @@ class StageCache:
     # ---------------------------------------------------------------------------------------------- computing
 
     def folder(self, stage: Stage) -> Path:
-        """Where the stage's result is, or will be."""
+        """Return the folder of the stage's result, whether it exists or not."""
         return self.root / stage.kind / stage.key[:16]
 
     def _turn(self, stage: Stage) -> contextlib.AbstractContextManager[Turn[Entry]]:
@@ -245,7 +245,7 @@ class StageCache:
     def _compute(
         self, stage: Stage, compute: Callable[[Workspace], None], provenance: Mapping[str, Any], taken: Turn[Entry]
     ) -> Entry | None:
-        """Compute and publish; None when another process took over from us, whose result is to be waited for."""
+        """Compute and publish; return None if another process took over, whose result is then to be waited for."""
         folder = self.folder(stage)
         out = atomic.temporary_name(folder)
         scratch: Scratch | None = None
@@ -327,7 +327,7 @@ class StageCache:
         raise DeftxError(f"cannot publish {stage}: {folder} is damaged again and again; check the disk")
 
     def _explain(self, error: BaseException) -> DeftxError | None:
-        """Return the user's view of an error that is the disk's fault, None for any other."""
+        """Return the user's view of an error that the disk caused, None for any other."""
         if isinstance(error, DeftxError) or not isinstance(error, Exception):
             return None
         reason = None
@@ -349,7 +349,7 @@ class StageCache:
 
 
 def _ancestry(inputs: Mapping[str, Entry]) -> dict[str, Any]:
-    """What a manifest says of the results behind it; equal provenances, which are the rule, stand there once."""
+    """Return what a manifest says about its ancestors; equal provenances, which are the rule, appear once."""
     known: dict[str, Ancestor] = {}
     for entry in inputs.values():
         known |= {item.key: item for item in entry.lineage}
@@ -362,7 +362,7 @@ def _ancestry(inputs: Mapping[str, Entry]) -> dict[str, Any]:
 
 
 def _contains(name: Any, root: Path) -> bool:
-    """Whether the path is one of the root's parents (the root itself could not be made)."""
+    """Tell whether the path is one of the root's parents, so that the root could not be made."""
     return isinstance(name, str) and root.is_relative_to(Path(name).absolute())
 
 

@@ -1,4 +1,4 @@
-"""Reading an entry back: its manifest's form, every file's size and sha256, and setting aside what is damaged."""
+"""Reads entries back: checks the manifest and every file's size and sha256, and sets damaged entries aside."""
 
 from __future__ import annotations
 
@@ -29,33 +29,33 @@ class DamageError(Exception):
     """An entry cannot be used; the text is the reason.
 
     Attributes:
-        what: What that makes of it: it is not what its manifest says.
+        what: One word for the entry's state.
     """
 
     what = "damaged"
 
 
 class OutdatedError(DamageError):
-    """An entry is intact, but what it was made from has other bits by now."""
+    """An entry is intact, but one of the results it was made from now has other bits."""
 
     what = "outdated"
 
 
 def entry_folders(root: Path) -> Iterator[Path]:
-    """Yield the folders of published results by kind and key; none of them is read."""
+    """Yield the folders of published results by kind and key, without reading them."""
     for kind in sorted(root.iterdir()) if root.is_dir() else []:
         if kind.name in RESERVED or kind.name.startswith(".") or not kind.is_dir():
             continue
-        # By the form of their names: of a folder that is no cache nothing is read, moved or pruned.
+        # Only names in the form of keys: nothing is read, moved or pruned in a folder that is no cache.
         yield from (path for path in sorted(kind.iterdir()) if _KEY.fullmatch(path.name) and path.is_dir())
 
 
 def load(folder: Path) -> Entry:
-    """Read an entry's manifest; its files are not looked at.
+    """Read an entry's manifest, but none of its files.
 
     Raises:
-        DamageError: the manifest is missing or has not the form of one.
-        DeftxError: it cannot be read, or was written by a newer format.
+        DamageError: The manifest is missing or malformed.
+        DeftxError: It cannot be read, or has a newer format.
     """
     path = folder / MANIFEST
     try:
@@ -85,7 +85,7 @@ def load(folder: Path) -> Entry:
 
 
 class Verifier:
-    """Checks entries; a file that did not change since is hashed once per process."""
+    """Checks entries; hashes an unchanged file once per process."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[int, ...], str] = {}
@@ -94,8 +94,8 @@ class Verifier:
         """Compare every file with the manifest.
 
         Raises:
-            DamageError: a file is missing, or has another size or sha256.
-            DeftxError: a file may not be read.
+            DamageError: A file is missing, or has another size or sha256.
+            DeftxError: A file may not be read.
         """
         for name, record in entry.manifest["files"].items():
             path, now = entry.path / name, time.time_ns()
@@ -116,7 +116,7 @@ class Verifier:
 
 
 def identity(folder: Path) -> tuple[int, int, int] | None:
-    """What tells an entry's folder from another that takes its place later; None when there is none."""
+    """Return what tells an entry's folder from a later one of the same name; None if there is no folder."""
     try:
         stat = os.lstat(folder)
     except OSError:
@@ -127,16 +127,16 @@ def identity(folder: Path) -> tuple[int, int, int] | None:
 def set_aside(
     root: Path, folder: Path, reason: str | DamageError, judged: tuple[int, int, int] | None = None
 ) -> Path | None:
-    """Move an entry that cannot be used to ``damaged/`` with a warning; None when it has gone meanwhile.
+    """Move an unusable entry to ``damaged/`` with a warning; return its new folder, or None if it was gone.
 
     Args:
-        root: the cache's folder.
-        folder: the entry.
-        reason: why; a text means that it is damaged.
-        judged: its :func:`identity` when that was found; another entry in its place is left there.
+        root: The cache's folder.
+        folder: The entry.
+        reason: Why it is unusable; a text means that it is damaged.
+        judged: Its :func:`identity` when it was checked; another entry in its place stays there.
 
     Raises:
-        DeftxError: it cannot be moved.
+        DeftxError: It cannot be moved.
     """
     what = reason.what if isinstance(reason, DamageError) else DamageError.what
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
