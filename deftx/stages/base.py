@@ -15,7 +15,7 @@ from deftx.data.places import combined_fingerprint
 from deftx.data.settings import CorpusSettings, DataSettings
 from deftx.errors import DeftxError
 from deftx.knobs import refuse
-from deftx.stages.node import Given, InputFolder, Loggers, Node, node, stage_seed
+from deftx.stages.node import Given, InputFolder, Loggers, Node, check_all, contents, node, stage_seed
 from deftx.stages.settings import StudySettings
 from deftx.training.model_folder import (
     MODEL_FILES,
@@ -233,8 +233,7 @@ def _pretrained_here(
             code: build_corpus(source, protected_texts(study.pretrain_languages[code], data), cleaning, seed)
             for code, source in sources.items()
         }
-        for item in given.values():
-            item.check()
+        check_all(given)
         train = [line for code, text in texts.items() if code in languages for line in text.train]
         valid = [line for code, text in texts.items() if code in languages for line in text.valid]
         seen = [line for text in texts.values() for line in text.train]
@@ -272,7 +271,7 @@ def _pretrained_here(
         },
         compute,
         needs=family,
-        content={name: item.fingerprint for name, item in given.items()},
+        content=contents(given),
         # A base model is given, like a download: it does not move with the study's seed.
         seed=study.model.seed,
         label="base " + "+".join(study.model.languages or sources),

@@ -168,35 +168,35 @@ class Evaluator:
 
 def cells_of(
     targets: Sequence[str],
-    main: str,
-    tasks: Mapping[str, SFT],
-    languages: Mapping[tuple[str, str], SFT],
-    *,
-    without_language: SFT | None,
-    source_sft: SFT | None,
+    methods: Sequence[str],
     controls: Sequence[str],
+    source: str,
+    sfts: Mapping[tuple[str, str, str], SFT],
 ) -> list[Cell]:
     """All cells of a study, controls first, in the order they are shown.
 
     Args:
         targets: Target languages.
-        main: The main method; controls use its task SFT.
-        tasks: φ_T by method.
-        languages: φ_L by (language, method); a missing one is a target without text.
-        without_language: φ_T trained without any language SFT.
-        source_sft: φ_S.
+        methods: The main method, whose SFTs the controls compose, then the others.
         controls: Conditions beside the composed model.
+        source: The source language, of whose SFT a control is made.
+        sfts: The SFTs by role, language and method, as :func:`deftx.stages.graph.trained` lists them; a missing
+            language SFT is that of a target without text.
     """
+    main = methods[0]
+    tasks = {method: sfts["task", "", method] for method in methods}
+    alone, source_sft = sfts.get(("task_alone", "", main)), sfts.get(("source", source, ""))
     cells: list[Cell] = []
     for language in targets:
-        if "no_language_sft" in controls and without_language is not None:
-            cells.append(Cell(language, "no_language_sft", without_language, None))
+        if "no_language_sft" in controls and alone is not None:
+            cells.append(Cell(language, "no_language_sft", alone, None))
         if "source_sft" in controls and source_sft is not None:
             cells.append(Cell(language, "source_sft", tasks[main], source_sft))
-        if "other_language_sft" in controls:
-            for other in targets:
-                sft = languages.get((other, main))
-                if other != language and sft is not None:
-                    cells.append(Cell(language, "other_language_sft", tasks[main], sft, variant=other))
-        cells += [Cell(language, method, task, languages.get((language, method))) for method, task in tasks.items()]
+        for other in targets if "other_language_sft" in controls else ():
+            sft = sfts.get(("language", other, main))
+            if other != language and sft is not None:
+                cells.append(Cell(language, "other_language_sft", tasks[main], sft, variant=other))
+        cells += [
+            Cell(language, method, task, sfts.get(("language", language, method))) for method, task in tasks.items()
+        ]
     return cells

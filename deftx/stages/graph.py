@@ -15,6 +15,7 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from deftx.cache import Stage, StageCache
@@ -218,12 +219,35 @@ def graph(
     cache = cache or StageCache(study.cache_root)
     inputs = inputs_of(study, cache, needs)
     base = inputs.base
-    found = StudyGraph(study, base, inputs, parts=[Part("base", nodes=list(base.needs.values()))])
-    found.measures = {code: measures(code, inputs.texts[code], base) for code in study.targets if code in inputs.texts}
-    tokens = cache.root / "scratch" / "tokens"
-    full_phases: dict[str, Part] = {}
+    sfts, parts = _sfts_of(study, inputs, needs, cache.root / "scratch" / "tokens")
+    all_sfts, length = list(sfts.values()), study.task_sft.training.max_length
+    cells: list[Cell] = []
+    if given is not None:
+        all_sfts, length = [given.task, *given.languages.values()], given.max_length
+        condition = "source_language_only" if given.task.on else "no_language_sft"
+        composed = {code: given.languages[code] for code in study.targets if code in given.languages}
+        cells = [Cell(code, "composed", given.task, sft) for code, sft in composed.items()]
+        cells += [Cell(code, condition, given.task, None) for code in study.targets]
+    elif needs.tests:
+        cells = cells_of(list(study.targets), study.methods, study.controls, study.source.code, sfts)
+    evaluator = Evaluator(study, base, inputs.tests, length)
+    return StudyGraph(
+        study,
+        base,
+        inputs,
+        measures={code: measures(code, inputs.texts[code], base) for code in study.targets if code in inputs.texts},
+        sfts=all_sfts,
+        cells=[(cell, evaluator.node(cell)) for cell in cells],
+        parts=parts,
+    )
 
-    known = {**study.sources, **study.targets}
+
+def _sfts_of(
+    study: StudySettings, inputs: Inputs, needs: Needs, tokens: Path
+) -> tuple[dict[tuple[str, str, str], SFT], list[Part]]:
+    """The SFTs that a command trains, by what :func:`trained` says of each, and the parts of the study."""
+    base = inputs.base
+    parts = {"base": Part("base", nodes=list(base.needs.values()))}
     settings = {"source": study.source_sft, "language": study.language_sft}
     sfts: dict[tuple[str, str, str], SFT] = {}
     on: dict[str, SFT] = {}
@@ -232,7 +256,7 @@ def graph(
             continue  # a target without text
         objective: Objective
         if code:
-            objective = LanguageObjective(study, base, known[code], inputs.texts[code], tokens)
+            objective = LanguageObjective(study, base, study.languages[code], inputs.texts[code], tokens)
         else:
             objective = TaskObjective(study, base, inputs.rows, on if role == "task" else {})
         how = settings.get(role, study.task_sft)
@@ -243,34 +267,9 @@ def graph(
         if role == "source":
             on[code] = nodes.sft
         whose = _whose(role, code)
-        if whose not in full_phases:
-            full_phases[whose] = Part("full", whose)
-            found.parts.append(full_phases[whose])
-        full_phases[whose].add(nodes.shared)
-        found.parts.append(Part("sft", whose, method, [nodes.select, nodes.final]))
-    found.sfts += sfts.values()
-    cells: list[Cell] = []
-    length = study.task_sft.training.max_length
-    if given is not None:
-        task, length = given.task, given.max_length
-        found.sfts += [task, *given.languages.values()]
-        condition = "source_language_only" if task.on else "no_language_sft"
-        composed = {code: given.languages[code] for code in study.targets if code in given.languages}
-        cells = [Cell(code, "composed", task, sft) for code, sft in composed.items()]
-        cells += [Cell(code, condition, task, None) for code in study.targets]
-    elif needs.tests:
-        cells = cells_of(
-            list(study.targets),
-            study.methods[0],
-            {method: sft for (role, _, method), sft in sfts.items() if role == "task"},
-            {(code, method): sft for (role, code, method), sft in sfts.items() if role == "language"},
-            without_language=sfts.get(("task_alone", "", study.methods[0])),
-            source_sft=on.get(study.source.code),
-            controls=study.controls,
-        )
-    evaluator = Evaluator(study, base, inputs.tests, length)
-    found.cells = [(cell, evaluator.node(cell)) for cell in cells]
-    return found
+        for part in (Part("full", whose, nodes=nodes.shared), Part("sft", whose, method, [nodes.select, nodes.final])):
+            parts.setdefault(part.name, part).add(part.nodes)
+    return sfts, list(parts.values())
 
 
 # ------------------------------------------------------------------------------------------------------- looking

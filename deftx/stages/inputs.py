@@ -21,14 +21,13 @@ from deftx.data.settings import DataSettings, LanguageSettings
 from deftx.data.synthetic import family_data, generate_family
 from deftx.errors import DeftxError
 from deftx.stages.base import Base, base_of
-from deftx.stages.node import Given, Loggers, Node, node, stage_seed
+from deftx.stages.node import Given, Loggers, Node, check_all, contents, node, stage_seed
 from deftx.stages.settings import StudySettings
 from deftx.tracking import DataRead
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from deftx.data.tasks import TrainPlaces
 
 FAMILY_FOLDER = "family"
 REPORT = "report.json"
@@ -135,11 +134,9 @@ def inputs_of(study: StudySettings, cache: StageCache, needs: Needs) -> Inputs:
     Raises:
         DeftxError: Something is not there.
     """
-    from deftx.data.tasks import evaluation_place, load_test, own_test_places, protected_places, train_places
-
     data, family = study.data, {}
     if study.generated if needs.base else study.pretrains_on_family:
-        made = node(
+        generated = node(
             "family",
             1,
             asdict(study.synthetic),
@@ -147,178 +144,168 @@ def inputs_of(study: StudySettings, cache: StageCache, needs: Needs) -> Inputs:
             seed=study.synthetic.seed,
             label="family",
         )
-        family = {"family": made}
-        data = family_data(data, study.synthetic, cache.folder(made.stage) / FAMILY_FOLDER, made.key)
-    found = Inputs(family, base_of(study, data, family, cache))
-    if not needs.base:
-        return found
-
-    def tell(what: str, code: str, origin: Origin) -> None:
-        found.read.append(DataRead(what=what, language=code, **origin.description(cache.fingerprint)))
-
-    languages = {**study.sources, **study.targets}
-    if needs.tests:
-        for code, language in study.targets.items():
-            place = evaluation_place(study.task, language, data, study.split)
-            found.tests[code] = TestRows(
-                _of_family(family, place),
-                Given.of(f"the {study.split} set of {code}", partial(place.fingerprint, cache.fingerprint)),
-                partial(load_test, study.task, language, data, study.split),
-            )
-            tell("test", code, place)
-    own = own_test_places(study.task, list(languages.values()), data)
-    if needs.task:
-        for code, language in study.sources.items():
-            places = train_places(study.train, language, data)
-            found.rows[code] = _rows(study, language, data, family, cache, places, own)
-            tell("train", code, places.train)
-            if places.valid is not None:
-                tell("valid", code, places.valid)
-    sources = study.sources if needs.task and study.source_sft is not None else {}
-    for code, language in {**sources, **(study.targets if needs.lang else {})}.items():
-        try:
-            source = resolve_text(language, data)
-        except MissingTextError as error:
-            if study.missing_text != "skip" or code in sources:
-                raise
-            found.skipped[code] = str(error)
-            continue
-        protected = [*protected_places(language, data), *([own[code]] if code in own else [])]
-        found.texts[code] = _text(study, language, data, family, cache, source, protected)
-        tell("text", code, source)
-    return found
+        family = {"family": generated}
+        data = family_data(data, study.synthetic, cache.folder(generated.stage) / FAMILY_FOLDER, generated.key)
+    inputs = Inputs(family, base_of(study, data, family, cache))
+    if needs.base:
+        _Reader(study, cache, data, inputs).read(needs)
+    return inputs
 
 
-def _protected(places: Sequence[Place], cache: StageCache) -> Given:
-    """Evaluation rows that are kept out of what is trained on."""
-    return Given.of("a file of evaluation rows", partial(combined_fingerprint, places, cache.fingerprint))
+@dataclass(frozen=True)
+class _Reader:
+    """Finds text and rows, and makes their nodes.
 
-
-def _of_family(family: Mapping[str, Node], *origins: Origin | None) -> Mapping[str, Node]:
-    """The family's node, where it makes some of what is read."""
-    return family if any(origin is not None and origin.generated for origin in origins) else {}
-
-
-def _text(
-    study: StudySettings,
-    language: LanguageSettings,
-    data: DataSettings,
-    family: Mapping[str, Node],
-    cache: StageCache,
-    source: TextSource,
-    protected: Sequence[Place],
-) -> Node:
-    """Unlabelled text of one language: cleaned, without evaluation sentences, split by the seed.
-
-    Args:
+    Attributes:
         study: Resolved settings.
-        language: The language.
+        cache: Remembers digests of files.
         data: Where the data sets are.
-        family: The generated family's node, where there is one.
-        cache: Remembers digests of files.
-        source: The text.
-        protected: Evaluation rows whose sentences are kept out.
+        inputs: What was found, to be added to.
     """
 
-    given = {
-        "text": Given.of(f"text of {language.code}", partial(source.fingerprint, cache.fingerprint)),
-        "protected": _protected(protected, cache),
-    }
+    study: StudySettings
+    cache: StageCache
+    data: DataSettings
+    inputs: Inputs
 
-    def compute(work: Workspace, loggers: Loggers) -> None:
-        from deftx.data.tasks import own_test_rows, protected_texts, sentences
+    def read(self, needs: Needs) -> None:
+        """Add everything that a command reads."""
+        from deftx.data.tasks import evaluation_place, own_test_places, protected_places, train_places
 
-        texts = protected_texts(language, data)
-        for rows in own_test_rows(study.task, [language], data).values():
-            texts += sentences(rows)
-        built = build_corpus(source, texts, study.corpus, seed=stage_seed(study.seed, "corpus", language.code))
-        for item in given.values():
-            item.check()
-        for split, lines in (("train", built.train), ("valid", built.valid)):
-            (work.out / f"{split}.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        write_json(work.out / REPORT, built.report)
+        study, data, inputs = self.study, self.data, self.inputs
+        if needs.tests:
+            for code, language in study.targets.items():
+                place = evaluation_place(study.task, language, data, study.split)
+                inputs.tests[code] = self._tests(language, place)
+                self._tell("test", code, place)
+        own = own_test_places(study.task, [*study.languages.values()], data)
+        if needs.task:
+            for code, language in study.sources.items():
+                places = train_places(study.train, language, data)
+                # By role: the same two files as train and valid are other data than as valid and train.
+                roles = {"train": places.train} | ({"valid": places.valid} if places.valid is not None else {})
+                inputs.rows[code] = self._rows(language, roles, [*places.protected, *own.values()])
+                for role, place in roles.items():
+                    self._tell(role, code, place)
+        sources = study.sources if needs.task and study.source_sft is not None else {}
+        for code, language in {**sources, **(study.targets if needs.lang else {})}.items():
+            try:
+                source = resolve_text(language, data)
+            except MissingTextError as error:
+                if study.missing_text != "skip" or code in sources:
+                    raise
+                inputs.skipped[code] = str(error)
+                continue
+            protected = [*protected_places(language, data), *([own[code]] if code in own else [])]
+            inputs.texts[code] = self._text(language, source, protected)
+            self._tell("text", code, source)
 
-    return node(
-        "corpus",
-        2,
-        {"corpus": asdict(study.corpus), "language": language.code},
-        compute,
-        needs=_of_family(family, source, *protected),
-        content={name: item.fingerprint for name, item in given.items()},
-        seed=study.seed,
-        label=f"text {language.code}",
-        product=("train.txt", "valid.txt"),
-    )
+    def _tell(self, what: str, code: str, origin: Origin) -> None:
+        self.inputs.read.append(DataRead(what=what, language=code, **origin.description(self.cache.fingerprint)))
 
+    def _given(self, what: str, origin: Origin) -> Given:
+        return Given.of(what, partial(origin.fingerprint, self.cache.fingerprint))
 
-def _rows(
-    study: StudySettings,
-    source: LanguageSettings,
-    data: DataSettings,
-    family: Mapping[str, Node],
-    cache: StageCache,
-    places: TrainPlaces,
-    own: Mapping[str, Place],
-) -> Node:
-    """Labelled rows of a source language, without leaks into any evaluation set, split into train and validation.
+    def _protected(self, places: Sequence[Place]) -> Given:
+        """Evaluation rows that are kept out of what is trained on."""
+        again = partial(combined_fingerprint, places, self.cache.fingerprint)
+        return Given.of("a file of evaluation rows", again)
 
-    Args:
-        study: Resolved settings.
-        source: The source language.
-        data: Thresholds and shares.
-        family: The generated family's node, where there is one.
-        cache: Remembers digests of files.
-        places: Where the rows are, and the evaluation rows that must not be among them.
-        own: Further such rows by language, in files of the user's own.
-    """
+    def _needs(self, *origins: Origin) -> Mapping[str, Node]:
+        """The family's node, where it makes some of what is read."""
+        return self.inputs.family if any(origin.generated for origin in origins) else {}
 
-    # By role: the same two files as train and valid are other data than as valid and train.
-    places_given = {"train": places.train} | ({"valid": places.valid} if places.valid is not None else {})
-    protected = [*places.protected, *own.values()]
-    given = {
-        role: Given.of(f"{study.train} ({role}) of {source.code}", partial(place.fingerprint, cache.fingerprint))
-        for role, place in places_given.items()
-    }
-    given["protected"] = _protected(protected, cache)
-    filters = study.data.result_settings()
-    if places.valid is not None:
-        del filters["valid_fraction"]  # nothing is held out
+    def _tests(self, language: LanguageSettings, place: Place) -> TestRows:
+        from deftx.data.tasks import load_test
 
-    def compute(work: Workspace, loggers: Loggers) -> None:
-        from deftx.data.tasks import fingerprint_rows, load_train, own_test_rows
+        study = self.study
+        return TestRows(
+            self._needs(place),
+            self._given(f"the {study.split} set of {language.code}", place),
+            partial(load_test, study.task, language, self.data, study.split),
+        )
 
-        languages = {**study.sources, **study.targets}
-        tests = own_test_rows(study.task, list(languages.values()), data)
-        also = [tests[code] for code in sorted(tests)]
-        rows = load_train(study.train, source, data, stage_seed(study.seed, "task", source.code), also)
-        for item in given.values():
-            item.check()
-        if rows.train["label"].nunique() == 1:
-            raise DeftxError(
-                f"{study.train} ({source.code}): all {len(rows.train)} training rows have one label; a classifier "
-                "needs rows of two"
-            )
-        rows.train.to_parquet(work.out / "train.parquet")
-        rows.valid.to_parquet(work.out / "valid.parquet")
-        write_json(work.out / CONTENT, {"train": fingerprint_rows(rows.train), "valid": fingerprint_rows(rows.valid)})
-        write_json(work.out / REPORT, rows.report)
+    def _text(self, language: LanguageSettings, source: TextSource, protected: Sequence[Place]) -> Node:
+        """Unlabelled text of one language: cleaned, without evaluation sentences, split by the seed.
 
-    return node(
-        "task",
-        2,
-        {
-            "train": study.train,
-            "language": source.code,
-            "data": {**filters, "labels": list(study.task_spec.labels)},
-        },
-        compute,
-        needs=_of_family(family, *places_given.values(), *protected),
-        content={name: item.fingerprint for name, item in given.items()},
-        seed=study.seed,
-        label=f"rows {study.train} {source.code}",
-        # Not the files: their bytes hold versions of libraries.
-        product=(CONTENT,),
-    )
+        Reads nothing but what was given, or the generated family. Writes ``train.txt`` and ``valid.txt`` (UTF-8, a
+        sentence on each line) and ``report.json`` (how many lines were read, dropped and why, and kept).
+        """
+        study, data = self.study, self.data
+        given = {"text": self._given(f"text of {language.code}", source), "protected": self._protected(protected)}
+
+        def compute(work: Workspace, loggers: Loggers) -> None:
+            from deftx.data.tasks import own_test_rows, protected_texts, sentences
+
+            texts = protected_texts(language, data)
+            for rows in own_test_rows(study.task, [language], data).values():
+                texts += sentences(rows)
+            built = build_corpus(source, texts, study.corpus, seed=stage_seed(study.seed, "corpus", language.code))
+            check_all(given)
+            for split, lines in (("train", built.train), ("valid", built.valid)):
+                (work.out / f"{split}.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+            write_json(work.out / REPORT, built.report)
+
+        return node(
+            "corpus",
+            2,
+            {"corpus": asdict(study.corpus), "language": language.code},
+            compute,
+            needs=self._needs(source, *protected),
+            content=contents(given),
+            seed=study.seed,
+            label=f"text {language.code}",
+            product=("train.txt", "valid.txt"),
+        )
+
+    def _rows(self, source: LanguageSettings, roles: Mapping[str, Place], protected: Sequence[Place]) -> Node:
+        """Labelled rows of a source language, without leaks into any evaluation set, split into train and validation.
+
+        Reads nothing but what was given, or the generated family. Writes ``train.parquet`` and ``valid.parquet``
+        (columns ``id``, ``text``, ``text_pair``, ``label``, see :func:`read_rows`), ``content.json`` (a SHA-256 of the
+        rows of each) and ``report.json`` (how many rows were read, dropped and why, and kept).
+        """
+        study, data = self.study, self.data
+        given = {role: self._given(f"{study.train} ({role}) of {source.code}", roles[role]) for role in roles}
+        given["protected"] = self._protected(protected)
+        filters = study.data.result_settings()
+        if "valid" in roles:
+            del filters["valid_fraction"]  # nothing is held out
+
+        def compute(work: Workspace, loggers: Loggers) -> None:
+            from deftx.data.tasks import fingerprint_rows, load_train, own_test_rows
+
+            tests = own_test_rows(study.task, [*study.languages.values()], data)
+            also = [tests[code] for code in sorted(tests)]
+            rows = load_train(study.train, source, data, stage_seed(study.seed, "task", source.code), also)
+            check_all(given)
+            if rows.train["label"].nunique() == 1:
+                raise DeftxError(
+                    f"{study.train} ({source.code}): all {len(rows.train)} training rows have one label; a classifier "
+                    "needs rows of two"
+                )
+            splits = {"train": rows.train, "valid": rows.valid}
+            for split, frame in splits.items():
+                frame.to_parquet(work.out / f"{split}.parquet")
+            write_json(work.out / CONTENT, {split: fingerprint_rows(frame) for split, frame in splits.items()})
+            write_json(work.out / REPORT, rows.report)
+
+        return node(
+            "task",
+            2,
+            {
+                "train": study.train,
+                "language": source.code,
+                "data": {**filters, "labels": list(study.task_spec.labels)},
+            },
+            compute,
+            needs=self._needs(*roles.values(), *protected),
+            content=contents(given),
+            seed=study.seed,
+            label=f"rows {study.train} {source.code}",
+            # Not the files: their bytes hold versions of libraries.
+            product=(CONTENT,),
+        )
 
 
 def measures(language: str, text: Node, base: Base) -> Node:

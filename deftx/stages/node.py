@@ -54,6 +54,17 @@ class Given:
             )
 
 
+def contents(given: Mapping[str, Given]) -> dict[str, str]:
+    """Fingerprints by name, as they enter a key."""
+    return {name: item.fingerprint for name, item in given.items()}
+
+
+def check_all(given: Mapping[str, Given]) -> None:
+    """Call :meth:`Given.check` on each, after what they stand for was read."""
+    for item in given.values():
+        item.check()
+
+
 @dataclass(frozen=True, eq=False)
 class Node:
     """One result of a study.

@@ -171,6 +171,11 @@ class StudySettings:
         return {self.source.code: self.source, **self.more_sources}
 
     @property
+    def languages(self) -> dict[str, LanguageSettings]:
+        """All source and target languages by code."""
+        return {**self.sources, **self.targets}
+
+    @property
     def generated(self) -> bool:
         """Whether text and rows are the generated family's."""
         from deftx.data.labelled import TASKS

@@ -156,19 +156,14 @@ def sft(kind: str, name: str) -> SFT:
 
 
 def test_cells_compose_what_their_condition_says() -> None:
-    task = {method: sft("task", f"task {method}") for method in ("deftx", "ltsft")}
-    language = {(code, m): sft("language", f"{code} {m}") for code in ("ace", "ban", "min") for m in task}
-    del language["min", "deftx"], language["min", "ltsft"]  # a target without text
-    alone, source = sft("task", "task on θ⁰"), sft("language", "ind")
-    cells = cells_of(
-        ["ace", "ban", "min"],
-        "deftx",
-        task,
-        language,
-        without_language=alone,
-        source_sft=source,
-        controls=("no_language_sft", "source_sft", "other_language_sft"),
-    )
+    methods = ("deftx", "ltsft")
+    sfts = {("task", "", method): sft("task", f"task {method}") for method in methods}
+    # The target min has no text.
+    sfts |= {("language", code, m): sft("language", f"{code} {m}") for code in ("ace", "ban") for m in methods}
+    sfts["task_alone", "", "deftx"] = sft("task", "task on θ⁰")
+    sfts["source", "ind", ""] = sft("language", "ind")
+    controls = ("no_language_sft", "source_sft", "other_language_sft")
+    cells = cells_of(["ace", "ban", "min"], methods, controls, "ind", sfts)
     found = {
         (cell.language, cell.condition, cell.variant): (
             cell.task.name,
@@ -195,8 +190,8 @@ def test_cells_compose_what_their_condition_says() -> None:
         ("ban", "ltsft", ""): ("task ltsft", "ban ltsft"),
         ("min", "ltsft", ""): ("task ltsft", None),
     }
-    assert cells_of(["ace"], "deftx", task, language, without_language=None, source_sft=None, controls=()) == [
-        cell for cell in cells if cell.language == "ace" and cell.condition in task
+    assert cells_of(["ace"], methods, (), "ind", sfts) == [
+        cell for cell in cells if cell.language == "ace" and cell.condition in methods
     ]
 
 
