@@ -25,20 +25,20 @@ demo: setup  ## pretrain a tiny encoder, train language and task SFTs, print the
 test: setup  ## run the test suite (offline, under five minutes)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-soak: setup  ## the tests that take minutes (a study killed again and again, several devices)
-	$(BIN)/python -m pytest -n 2 -m soak
+soak: setup  ## run the tests that take minutes (kills, several devices, the wheel in an empty environment)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m soak
 
-lint: setup  ## ruff: style and format
+lint: setup  ## check style and format with ruff
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-type: setup  ## mypy: strict on deftx.core
+type: setup  ## check types with mypy, strictly in deftx.core
 	$(BIN)/mypy
 
-bench: setup  ## each step beside a plain implementation, on a small model (under five minutes)
+bench: setup  ## time each step beside a plain implementation, on a small model (under five minutes)
 	$(BIN)/python -m benchmarks
 
-bench-base: setup  ## the same at the size of XLM-R base (hours on two cores, 24 GB)
+bench-base: setup  ## do the same at the size of XLM-R base (hours on two cores, 24 GB)
 	$(BIN)/python -m benchmarks --shape base
 
 clean:  ## remove .venv and tool caches; runs and the stage cache are kept
