@@ -24,7 +24,8 @@ ROOMS = {
     "core": set(),
     "data": set(),
     "cache": set(),
-    "tracking": set(),
+    "plots": set(),
+    "tracking": {"plots"},
     "training": {"core"},
     "methods": {"training", "core"},
     "stages": {"methods", "training", "data", "core", "cache", "tracking"},
@@ -34,7 +35,7 @@ ROOMS = {
     "jobs": {"config", "stages", "tracking"},
     "sweeps": {"jobs", "launch", "stages", "cache", "config", "tracking"},
     "help": {"config"},
-    "report": {"tracking"},
+    "report": {"plots", "tracking"},
     "dashboard": {"tracking"},
     "cli": {"stages", "config", "help", "cache", "tracking", "jobs", "launch", "sweeps", "report", "dashboard"},
 }

@@ -13,9 +13,9 @@ from fabricate import write_run
 from scipy.stats import spearmanr
 
 from deftx import tracking
+from deftx.plots.style import Drawn
 from deftx.report.collect import collect
 from deftx.report.plots import facts, layers
-from deftx.report.plots.style import Drawn
 from deftx.report.sections import make_sections
 from deftx.report.summary import Options, Summary, summarise
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deftx.report.plots.style import Drawn, house_style, save
+from deftx.plots.style import Drawn, house_style, save
 
 if TYPE_CHECKING:
     from deftx.report.summary import Summary

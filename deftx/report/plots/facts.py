@@ -9,11 +9,11 @@ import numpy as np
 import numpy.typing as npt
 
 from deftx.methods.table import METHODS
+from deftx.plots.style import COLOURS, MARKERS, Drawn, legend, look, panels, titled
 from deftx.report.collect import Run
 from deftx.report.knobs import canonical, number
 from deftx.report.plots.layers import facts_of
-from deftx.report.plots.scores import knob_of
-from deftx.report.plots.style import COLOURS, MARKERS, Drawn, legend, look, look_of, panels, titled
+from deftx.report.plots.scores import knob_of, look_of
 from deftx.report.sections import MEAN, Column
 from deftx.report.summary import Summary
 from deftx.tracking import CONDITIONS

@@ -8,21 +8,23 @@ import numpy as np
 import numpy.typing as npt
 
 from deftx.errors import DeftxError
+from deftx.plots import inside
+from deftx.plots.inside import KINDS, layer_names
+from deftx.plots.style import Drawn, legend, look, panels
 from deftx.report.collect import Run, read_diagnostics
 from deftx.report.knobs import ordered_values, shown_value
-from deftx.report.plots.style import DASHES, MARKERS, Drawn, heat_map, legend, look, panels, shades, titled
 from deftx.report.sections import MEAN, Column
 from deftx.report.summary import Summary
 from deftx.tracking import DIAGNOSTICS, SFTFacts
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
 _COLUMNS = (
     *("what", "key", "other_key", "layer", "module", "size", "selected", "density", "rank", "energy"),
     *("overlap", "sign_conflicts"),
 )
-KINDS = {"language": "language SFTs", "task": "task SFTs"}
 MOST_LINES = 7
 
 
@@ -95,7 +97,7 @@ def _by_layer(summary: Summary, what: str, label: str, sentence: str) -> Drawn |
             part = frame[(frame["kind"] == kind) & (frame["policy"] == policy)].groupby("layer")[what].mean()
             part = part.reindex(layers)
             axis.plot(range(len(layers)), part.to_numpy(), label=f"rank={policy}", **look(order))
-        axis.set_xticks(range(len(layers)), _layer_names(layers))
+        axis.set_xticks(range(len(layers)), layer_names(layers))
         axis.set_title(KINDS[kind])
         axis.set_xlabel("layer (emb.: outside of the layers)" if -1 in layers else "layer")
     if what == "energy":
@@ -116,10 +118,6 @@ def _spread_out(values: list[str]) -> list[str]:
     return [values[round(number * (len(values) - 1) / (MOST_LINES - 1))] for number in range(MOST_LINES)]
 
 
-def _layer_names(layers: list[int]) -> list[str]:
-    return ["emb." if layer < 0 else str(layer) for layer in layers]
-
-
 def spectra(summary: Summary) -> Drawn | str:
     """Singular values of the full phase's weight changes; they do not depend on rank or density."""
     for run in summary.section.runs:
@@ -127,67 +125,32 @@ def spectra(summary: Summary) -> Drawn | str:
             frame = read_diagnostics(run, ("what", "key", "layer", "module", "singular_values"))
         except DeftxError:
             continue
-        if "singular_values" not in frame:
-            continue
-        frame = frame[(frame["what"] == "sft") & frame["singular_values"].notna()]
-        frame = frame[[len(values) > 1 for values in frame["singular_values"]]]
-        if len(frame):
-            return _spectra(frame, run)
+        if "singular_values" in frame and (figure := _spectra(frame[frame["what"] == "sft"], run)) is not None:
+            return Drawn(
+                figure,
+                "Singular values of the full phase's weight change, relative to the largest: medians over each "
+                f"layer's matrices (seed {run.record.seed}); they do not depend on rank or density.",
+            )
     return "no run holds singular values (nothing was denoised, or no diagnostics)"
 
 
-def _spectra(frame: pd.DataFrame, run: Run) -> Drawn:
-    targets = [str(code) for code in run.record.settings.get("language") or []]
+def _spectra(frame: pd.DataFrame, run: Run) -> Figure | None:
+    """One language SFT of a target, one of the source, one task SFT: the others look alike and would crowd the page."""
+    targets = {str(code) for code in run.record.settings.get("language") or []}
     known = {sft.key: sft for sft in run.record.sfts}
-    # One language SFT of a target, one of the source, one task SFT: the others look alike and would crowd the page.
+    denoised = frame.loc[frame["singular_values"].notna(), "key"]
     picked: dict[tuple[str, bool], SFTFacts] = {}
-    for sft in (known[key] for key in dict.fromkeys(frame["key"]) if key in known):
-        picked.setdefault((sft.kind, sft.kind == "language" and not set(targets).isdisjoint(sft.languages)), sft)
-    layers = sorted(frame["layer"].unique())
-    colours = dict(zip(layers, shades(len(layers)), strict=True))
-    made, axes = panels(len(picked), height=3.2, most=3, sharey=True)
-    for axis, sft in zip(axes, picked.values(), strict=True):
-        mine = frame[frame["key"] == sft.key]
-        for order, layer in enumerate(layers):
-            values = [np.asarray(item, dtype=float) for item in mine.loc[mine["layer"] == layer, "singular_values"]]
-            values = [item / item[0] for item in values if len(item) and item[0] > 0]
-            if not values:
-                continue
-            length = max(map(len, values))
-            padded = np.full((len(values), length), np.nan)
-            for place, item in enumerate(values):
-                padded[place, : len(item)] = item
-            # Beyond the shortest matrix the median is of fewer, and would jump.
-            median = np.nanmedian(padded[:, : min(map(len, values))], axis=0)
-            axis.plot(
-                np.arange(1, len(median) + 1),
-                np.maximum(median, 1e-6),
-                color=colours[layer],
-                linestyle=DASHES[order % len(DASHES)],
-                marker=MARKERS[order % len(MARKERS)],
-                markevery=(order % 5, max(1, len(median) // 6)),
-                markersize=4,
-                linewidth=1.2,
-                label="emb." if layer < 0 else f"layer {layer}",
+    for sft in (known[key] for key in dict.fromkeys(denoised) if key in known):
+        picked.setdefault((sft.kind, sft.kind == "language" and not targets.isdisjoint(sft.languages)), sft)
+    return inside.spectra(
+        [
+            (
+                f"language {'+'.join(sft.languages)} SFT" if sft.kind == "language" else "task SFT",
+                frame[frame["key"] == sft.key],
             )
-        axis.set_xscale("log", base=2)
-        axis.set_yscale("log")
-        axis.xaxis.set_major_formatter(_whole())
-        axis.set_title(f"language {'+'.join(sft.languages)} SFT" if sft.kind == "language" else "task SFT")
-        axis.set_xlabel("index of the singular value")
-    axes[0].set_ylabel("σᵢ / σ₁")
-    legend(made, axes[0], 7)
-    return Drawn(
-        made,
-        f"Singular values of the full phase's weight change, relative to the largest: medians over each "
-        f"layer's matrices (seed {run.record.seed}); they do not depend on rank or density.",
+            for sft in picked.values()
+        ]
     )
-
-
-def _whole() -> Any:
-    from matplotlib.ticker import FuncFormatter
-
-    return FuncFormatter(lambda value, _: f"{value:g}")
 
 
 def mask_density(summary: Summary) -> Drawn | str:
@@ -197,32 +160,18 @@ def mask_density(summary: Summary) -> Drawn | str:
         return missing[0] if missing else "no diagnostics"
     frame = frame[(frame["what"] == "sft") & frame["density"].notna()]
     chosen = [best for condition in summary.section.methods if (best := _best(summary, condition)) is not None]
-    parts = [(column, frame[_composed_in(column, frame, summary)]) for column in chosen]
-    drawn = []
-    for kind in KINDS:
-        for column, rows in parts:
-            part = rows[rows["kind"] == kind]
-            if len(part):
-                sums = part.groupby(["module", "layer"])[["selected", "size"]].sum()
-                drawn.append((kind, f"{KINDS[kind]}, {column.label}", (sums["selected"] / sums["size"]).unstack()))
-    if not drawn:
+    composed = [(column, frame[_composed_in(column, frame, summary)]) for column in chosen]
+    parts = [
+        (kind, f"{title}, {column.label}", rows[rows["kind"] == kind])
+        for kind, title in KINDS.items()
+        for column, rows in composed
+    ]
+    parts = [part for part in parts if len(part[2])]
+    if not parts:
         return "the diagnostics hold no masks of the methods' SFTs"
-    modules = sorted({str(module) for _, _, table in drawn for module in table.index}, key=_in_order)
-    made, axes = panels(len(drawn), height=1.1 + 0.22 * len(modules), most=2)
-    for axis, (kind, title, table) in zip(axes, drawn, strict=True):
-        own = table.reindex([module for module in modules if module in table.index])
-        layers = [int(layer) for layer in own.columns]
-        names = [_module(name) for name in own.index]
-        same = [100 * other.to_numpy() for its, _, other in drawn if its == kind]
-        limits = (min(float(np.nanmin(item)) for item in same), max(float(np.nanmax(item)) for item in same))
-        heat_map(axis, 100 * own.to_numpy(), names, _layer_names(layers), label="selected (%)", limits=limits)
-        axis.tick_params(axis="y", labelsize=8)
-        axis.tick_params(axis="x", labelsize=7)
-        titled(axis, title)
-        axis.set_xlabel("layer")
     which = " (of several settings the one that scores highest)" if _several(summary) else ""
     return Drawn(
-        made,
+        inside.mask_density(parts),
         f"Share of each module's coordinates that the mask selects, by layer{which}: sums over composed "
         "SFTs and seeds; white: the layer has no such module.",
     )
@@ -238,21 +187,6 @@ def _composed_in(column: Column, frame: pd.DataFrame, summary: Summary) -> npt.N
         for key in run.record.composed(column.condition)
     }
     return np.array([pair in keys for pair in zip(frame["run"], frame["key"], strict=True)], dtype=bool)
-
-
-_ORDER = ("embeddings", "attention.self", "attention.output", "intermediate", "output")
-
-
-def _in_order(module: str) -> tuple[int, str]:
-    """Modules in the order a text passes them."""
-    place = next((order for order, start in enumerate(_ORDER) if module.startswith(start)), len(_ORDER))
-    return place, module
-
-
-def _module(name: str) -> str:
-    return (
-        name.replace("attention.self.", "att.").replace("attention.output.", "att.out.").replace("embeddings.", "emb. ")
-    )
 
 
 def _best(summary: Summary, condition: str) -> Column | None:

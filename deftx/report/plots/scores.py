@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from deftx.methods.table import METHODS
+from deftx.plots.style import REFERENCE, WIDTH, Drawn, figure, heat_map, legend, look, panels, titled
 from deftx.report.knobs import canonical, knob_text, number, ordered_values, shown_value
-from deftx.report.plots.style import REFERENCE, WIDTH, Drawn, figure, heat_map, legend, look, look_of, panels, titled
 from deftx.report.sections import MEAN, Column
 from deftx.report.summary import Score, Summary
 from deftx.tracking import CONDITIONS
@@ -19,6 +20,16 @@ if TYPE_CHECKING:
 
 MOST_ROWS = 40
 MOST_SERIES = 7
+
+
+def look_of(condition: str) -> dict[str, Any]:
+    """The look of a condition, the same in every plot: DeFT-X blue discs, LT-SFT black squares, others of their own."""
+    if condition == BASELINE:
+        return {"color": REFERENCE, "marker": "s", "linestyle": (0, (4, 2)), "markerfacecolor": "white"}
+    first, *more = [name for name in METHODS if name not in ("deftx", BASELINE)]
+    known = ["deftx", first, "no_language_sft", "source_sft", "other_language_sft", "composed", "source_language_only"]
+    known += more
+    return look(known.index(condition) if condition in known else len(known))
 
 
 def overview(summary: Summary) -> Drawn | str:

@@ -11,9 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deftx.methods.table import METHODS
-from deftx.tracking.names import BASELINE
-
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -48,16 +45,6 @@ class Drawn:
 
     figure: Figure
     caption: str
-
-
-def look_of(condition: str) -> dict[str, Any]:
-    """The look of a condition, the same in every plot: DeFT-X blue discs, LT-SFT black squares, others of their own."""
-    if condition == BASELINE:
-        return {"color": REFERENCE, "marker": "s", "linestyle": (0, (4, 2)), "markerfacecolor": "white"}
-    first, *more = [name for name in METHODS if name not in ("deftx", BASELINE)]
-    known = ["deftx", first, "no_language_sft", "source_sft", "other_language_sft", "composed", "source_language_only"]
-    known += more
-    return look(known.index(condition) if condition in known else len(known))
 
 
 @contextmanager

@@ -1,0 +1,1 @@
+"""How plots look, and those that W&B and the report share."""
