@@ -3,7 +3,8 @@
 Ours loads the model once, composes it with φ_T, and for each language adds φ_L, tokenises once, predicts batches of
 rows of like length padded to their longest, and removes φ_L. Plain loads the model afresh for each language, adds both
 SFTs with ``index_add_``, and predicts the rows in their order, padded to the longest input the model was trained with.
-Both read the same folder, the SFTs come from memory, batches hold as many rows, logits are compared.
+Both read the same folder, the SFTs come from memory (on a GPU from its own), batches hold as many rows, logits are
+compared.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import shapes
+from benchmarks import device, shapes
 from benchmarks.harness import Row, Run, timed_row
 from benchmarks.shapes import Shape
 from benchmarks.sweep import sentences
@@ -65,7 +66,7 @@ class Study:
 
     def ours(self, languages: int | None = None) -> list[Tensor]:
         """Logits of each language: one model that walks from composition to composition."""
-        model, _ = load_classifier(self.folder, labels=LABELS, seed=0)
+        model = self._classifier()
         tokenizer = load_tokenizer(self.folder)
         parameters = {name: parameter.data for name, parameter in base_parameters(model).items()}
         composition = Composition(parameters, base_fingerprint=base_fingerprint_of(model))
@@ -85,7 +86,7 @@ class Study:
         return [self._plain_one(tokenizer, sft, rows) for sft, rows in pairs]
 
     def _plain_one(self, tokenizer: Any, sft: SparseDelta, rows: Sequence[str]) -> Tensor:
-        model, _ = load_classifier(self.folder, labels=LABELS, seed=0)  # the same head from the same seed
+        model = self._classifier()  # the same head from the same seed
         model.eval()
         logits = []
         with torch.inference_mode():
@@ -96,8 +97,11 @@ class Study:
             for first in range(0, len(rows), BATCH):
                 part = list(rows[first : first + BATCH])
                 batch = tokenizer(part, truncation=True, max_length=LONGEST, padding="max_length", return_tensors="pt")
-                logits.append(model(**batch).logits)
-        return torch.cat(logits)
+                logits.append(model(**device.put(dict(batch))).logits)
+        return torch.cat(logits).cpu()
+
+    def _classifier(self) -> Any:
+        return device.put(load_classifier(self.folder, labels=LABELS, seed=0)[0])
 
 
 def _scaled(delta: SparseDelta, factor: float) -> SparseDelta:
@@ -110,8 +114,13 @@ def measure(run: Run) -> list[Row]:
     run.say("writing a model and SFTs")
     with tempfile.TemporaryDirectory() as root:
         study = Study(Path(root), run.shape)
-        times = run.alternate("evaluation", {"ours": study.ours, "plain": study.plain})
-        pairs = zip(study.ours(), study.plain(), strict=True)
+        logits: dict[str, list[Tensor]] = {}
+        sides = {
+            "ours": lambda: logits.update(ours=study.ours()),
+            "plain": lambda: logits.update(plain=study.plain()),
+        }
+        times = run.alternate("evaluation", sides)
+        pairs = zip(logits["ours"], logits["plain"], strict=True)
         distance = max(float((a - b).abs().max()) for a, b in pairs)
     return [
         timed_row(

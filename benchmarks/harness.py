@@ -1,10 +1,10 @@
-"""What the benchmarks share: sides timed in turn, peak memory of a fresh process, rows, goals and the table.
+"""What the benchmarks share: sides timed in turn, peak memory of each side, rows, goals and the table.
 
 Two sides of a pair run alternately in one process (ours, plain, ours, plain, ...), so that a machine that slows down
 slows both; a warm-up of each does not count and the median of the rest does. Peak memory needs a fresh process for each
 side, because an allocator gives back little of what another side needed: :func:`peak_memory` starts one, its
 :func:`one_side` answers with a line of JSON. It reads ``VmHWM``, not ``ru_maxrss``: the latter of a child starts at the
-memory of the process that started it.
+memory of the process that started it. A GPU needs no fresh process: torch counts what is allocated there.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +30,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import device
 from benchmarks.shapes import SHAPES, Shape
 from deftx import memory
 
@@ -93,7 +95,8 @@ class Row:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON."""
-        goals = [{"goal": goal.text(self.unit), "reached": goal.reached(self.ours, self.plain)} for goal in self.goals]
+        judged = self.goals if device.current().is_default else ()
+        goals = [{"goal": goal.text(self.unit), "reached": goal.reached(self.ours, self.plain)} for goal in judged]
         return {**asdict(self), "ratio": self.ratio, "goals": goals}
 
 
@@ -125,6 +128,10 @@ class Run:
 
     def peak_memory(self, module: str, side: str, option: str = "", repeats: int = 1) -> dict[str, Any]:
         """As :func:`peak_memory`, shown."""
+        if device.current().kind == "cuda":
+            self.say(f"{module} {option}: peak memory of {side}")
+            prepare = import_module(f"benchmarks.{module}").prepare
+            return device_memory(lambda: prepare(self.shape, side, option), repeats)
         self.say(f"{module} {option}: peak memory of {side}, in a fresh process")
         return peak_memory(module, side, self.shape, threads=self.threads, option=option, repeats=repeats)
 
@@ -150,8 +157,10 @@ def alternate(
             say(f"{name}, {f'{turn} of {repeats}' if turn else 'warm-up'}")
             if between is not None:
                 between()
+            device.wait()
             started = time.perf_counter()
             result = function()
+            device.wait()
             seconds = time.perf_counter() - started
             del result  # not while the other side runs
             if turn:
@@ -165,7 +174,25 @@ def timed_row(name: str, times: Mapping[str, Sequence[float]], **options: Any) -
     return Row(name, statistics.median(times["ours"]), statistics.median(times["plain"]), facts=facts, **options)
 
 
-# Peak memory, one process a side.
+# Peak memory: of the device, or of one process a side.
+
+
+def device_memory(prepare: Callable[[], Callable[[], object]], repeats: int = 1) -> dict[str, Any]:
+    """Measure one side on the GPU, in this process.
+
+    Args:
+        prepare: Builds the inputs there and returns what is measured.
+        repeats: Timed calls after one warm-up.
+
+    Returns:
+        As :func:`peak_memory`, in bytes allocated on the GPU beyond what this process held there.
+    """
+    held = device.settle()
+    function = prepare()
+    before = device.settle()
+    times = alternate({"": function}, repeats)[""]
+    peak = device.high_water()
+    return {"peak": peak - held, "extra": peak - before, "seconds": statistics.median(times)}
 
 
 def peak_memory(
@@ -190,6 +217,7 @@ def peak_memory(
     """
     command = [sys.executable, "-m", f"benchmarks.{module}", "--side", side, "--shape", json.dumps(asdict(shape))]
     command += ["--threads", str(threads), "--repeats", str(repeats), *(["--option", option] if option else [])]
+    command += ["--precision", device.current().precision]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         why = (
@@ -213,9 +241,11 @@ def one_side(prepare: Callable[[Shape, str, str], Callable[[], object]]) -> None
     parser.add_argument("--option", default="", help="which of the module's pairs")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--precision", choices=device.PRECISIONS, default=device.PRECISIONS[0])
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    device.use("cpu", arguments.precision)
     function = prepare(arguments.shape, arguments.side, arguments.option)
     before = settle()
     times = []
@@ -281,6 +311,7 @@ def machine(threads: int) -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "system": platform.platform(),
+        **device.facts(),
     }
 
 
@@ -313,16 +344,24 @@ def cells(row: Row, judged: bool) -> tuple[str, ...]:
 
 
 def _title(run: Run) -> str:
-    return f"shape {run.shape.name}, {run.threads} threads, medians of {run.repeats} after a warm-up"
+    where = f"{device.facts().get('gpu', '')} {device.current().precision}".strip()
+    computing = "" if device.current().is_default else f", {where}"
+    return f"shape {run.shape.name}{computing}, {run.threads} threads, medians of {run.repeats} after a warm-up"
+
+
+def _columns() -> tuple[str, ...]:
+    """Return what the table shows; targets and figures from elsewhere are those of a CPU in float32."""
+    return COLUMNS if device.current().is_default else COLUMNS[:4]
 
 
 def show(run: Run, rows: Sequence[Row], console: Console) -> None:
     """Print the table, and the notes below it."""
     table = Table(title=_title(run))
-    for place, column in enumerate(COLUMNS):
-        table.add_column(column, justify="right" if place in (1, 2, 3) else "left")
+    columns = _columns()
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number in (1, 2, 3) else "left")
     for row in rows:
-        table.add_row(*cells(row, run.shape.judged))
+        table.add_row(*cells(row, run.shape.judged)[: len(columns)])
     console.print(table)
     for row in rows:
         if row.note:
@@ -331,15 +370,16 @@ def show(run: Run, rows: Sequence[Row], console: Console) -> None:
 
 def markdown(run: Run, rows: Sequence[Row]) -> str:
     """The table and the notes as Markdown, with the machine above them."""
-    facts = machine(run.threads)
+    facts, columns = machine(run.threads), _columns()
+    cuda = f", CUDA {facts['cuda']}" if "cuda" in facts else ""
     lines = [
-        f"{facts['cpu']}, {facts['cores']} cores ({facts['capability']}), torch {facts['torch']}; {_title(run)}.",
+        f"{facts['cpu']}, {facts['cores']} cores ({facts['capability']}), torch {facts['torch']}{cuda}; {_title(run)}.",
         "",
-        "| " + " | ".join(COLUMNS) + " |",
-        "|---|---:|---:|---:|---|---|---|",
+        "| " + " | ".join(columns) + " |",
+        "|" + "|".join(["---", *["---:"] * 3, *["---"] * 3][: len(columns)]) + "|",
     ]
-    lines += [
-        "| " + " | ".join(text.replace("|", "\\|") for text in cells(row, run.shape.judged)) + " |" for row in rows
-    ]
+    for row in rows:
+        texts = cells(row, run.shape.judged)[: len(columns)]
+        lines.append("| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |")
     lines += ["", *(f"- {row.name}: {row.note}" for row in rows if row.note)]
     return "\n".join(lines) + "\n"

@@ -1,9 +1,9 @@
 """The optimizer step of the sparse phase, clipping included: SparseAdamW beside dense AdamW with a mask.
 
 Ours gathers the selected gradients first, as backward's hook does. Plain multiplies the gradients with the mask, clips
-with ``clip_grad_norm_`` and steps ``torch.optim.AdamW``, once as it comes (a loop on the CPU) and once with
-``fused=True``. All sides update the same parameters from the same gradients; the limit halves from call to call, so
-that every one of them really clips.
+with ``clip_grad_norm_`` and steps ``torch.optim.AdamW``, once as it comes (a loop on a CPU, ``foreach`` on a GPU) and
+once with ``fused=True``. All sides update the same parameters from the same gradients; the limit halves from call to
+call, so that every one of them really clips.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def measure(run: Run) -> list[Row]:
             times,
             goals=(Goal("speedup", 8),),
             quoted=quoted,
-            note="ours gathers, plain masks; both clip, the AdamW of plain is a loop",
+            note="ours gathers, plain masks; both clip, the AdamW of plain is as it comes",
             facts={"k": k, "maskable": shapes.entries(dict(parameters))},
         )
         fused = timed_row(

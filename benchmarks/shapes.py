@@ -1,7 +1,8 @@
 """Sizes of the benchmarks, and what is made of a size: a model with random weights, a batch, a weight change, a mask.
 
 ``base`` and ``large`` are XLM-R's (Conneau et al. 2020), ``mini`` a BERT that takes seconds, ``tiny`` one for tests.
-Everything is made from the configuration and a seed; nothing is downloaded.
+Everything is made from the configuration and a seed, on the CPU, then put on the benchmarks' device; nothing is
+downloaded.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks import device
 from deftx.core.delta import SparseDelta
 from deftx.core.selection import select_topk
 from deftx.training.encoder import quiet_transformers
@@ -108,7 +110,7 @@ def masked_lm(shape: Shape, seed: int = 0) -> Any:
     for name, parameter in model.named_parameters():
         if "LayerNorm" in name:
             parameter.requires_grad_(False)
-    return model
+    return device.put(model)
 
 
 def masked_batch(shape: Shape, seed: int = 0) -> Batch:
@@ -119,13 +121,14 @@ def masked_batch(shape: Shape, seed: int = 0) -> Batch:
     chosen[0, 0] = True
     positions = chosen.flatten().nonzero().flatten()
     inputs = torch.where(chosen, torch.full_like(tokens, 4), tokens)
-    return {
+    batch: Batch = {
         "input_ids": inputs,
         "positions": positions,
         "targets": tokens.flatten()[positions],
         "normalizer": torch.tensor(float(positions.numel())),
         "tokens": tokens.numel(),
     }
+    return dict(device.put(batch))
 
 
 def change(shape: Shape, seed: int = 0, *, embedding_rows: float = 1.0) -> dict[str, Tensor]:
@@ -146,7 +149,7 @@ def change(shape: Shape, seed: int = 0, *, embedding_rows: float = 1.0) -> dict[
 def changed(size: tuple[int, ...], generator: torch.Generator, share: float = 1.0) -> Tensor:
     """One tensor of :func:`change`: 1e-4 · (Σ u_i v_iᵀ / i + noise) for a matrix, noise for a vector."""
     if len(size) != 2:
-        return torch.randn(size, generator=generator) * 1e-4
+        return device.put(torch.randn(size, generator=generator) * 1e-4)  # type: ignore[no-any-return]
     m, n = size
     inner = min(64, m, n)
     falling = 1 / torch.arange(1, inner + 1)
@@ -154,13 +157,13 @@ def changed(size: tuple[int, ...], generator: torch.Generator, share: float = 1.
     made.add_(torch.randn(m, n, generator=generator)).mul_(1e-4)
     if share < 1:
         made[torch.rand(m, generator=generator) >= share] = 0
-    return made
+    return device.put(made)  # type: ignore[no-any-return]
 
 
 def noise(sizes: dict[str, tuple[int, ...]], seed: int, scale: float = 0.02) -> dict[str, Tensor]:
     """Normal numbers by name, float32."""
     generator = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(size, generator=generator).mul_(scale) for name, size in sizes.items()}
+    return {name: device.put(torch.randn(size, generator=generator).mul_(scale)) for name, size in sizes.items()}
 
 
 def mask(shape: Shape, k: int, seed: int = 0) -> dict[str, Tensor]:
@@ -175,7 +178,7 @@ def sparse_delta(shape: Shape, k: int, seed: int, base_fingerprint: str = "0" * 
     generator = torch.Generator().manual_seed(seed + 1)
     values = {name: torch.randn(index.numel(), generator=generator) * 1e-4 for name, index in indices.items()}
     facts = {"base_fingerprint": base_fingerprint, "kind": "language", "languages": ["qaa"]}
-    return SparseDelta(indices, values, {name: sizes[name] for name in indices}, metadata=facts)
+    return SparseDelta(indices, device.put(values), {name: sizes[name] for name in indices}, metadata=facts)
 
 
 def entries(tensors: dict[str, Tensor]) -> int:
@@ -187,7 +190,7 @@ def dense(delta: SparseDelta) -> dict[str, Tensor]:
     """A sparse fine-tuning as dense differences, as one subtracts two state dicts."""
     found = {}
     for name, size in delta.shapes.items():
-        flat = torch.zeros(math.prod(size))
+        flat = torch.zeros(math.prod(size), device=delta.values[name].device)
         flat[delta.indices[name]] = delta.values[name]
         found[name] = flat.view(size)
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from benchmarks import (
     compose,
     denoise,
+    device,
     evaluate,
     growth,
     harness,
@@ -25,7 +27,7 @@ from benchmarks import (
     shapes,
     sweep,
 )
-from benchmarks.__main__ import MODULES, ROWS, main
+from benchmarks.__main__ import MODULES, ON_DEVICE, ROWS, main
 from deftx.training.modules import MaskedLM
 
 TINY = shapes.SHAPES["tiny"]
@@ -229,3 +231,89 @@ def test_the_command_measures_and_writes(
     assert files["markdown"].read_text().count("\n| ") == 7
     assert set(ROWS) | {"growth", "options"} == set(MODULES)
     assert all((harness.ROOT / "benchmarks" / f"{name}.py").is_file() for name in MODULES)
+
+
+@pytest.fixture
+def elsewhere() -> Iterator[None]:
+    """Give the process back its device."""
+    yield
+    device.use()
+
+
+def test_a_precision_is_that_of_both_sides_and_of_forward_passes(elsewhere: None) -> None:
+    model, batch = shapes.masked_lm(TINY), mlm_step.labelled(shapes.masked_batch(TINY))
+    sides = {}
+    for precision in device.PRECISIONS:
+        device.use("cpu", precision)
+        sides[precision] = {side: float(make(copy.deepcopy(model))(batch)) for side, make in mlm_step.SIDES.items()}
+    for losses in sides.values():
+        assert losses["ours"] == pytest.approx(losses["plain"], rel=2e-3)
+    assert all(sides["32-true"][side] != sides["bf16-mixed"][side] for side in mlm_step.SIDES)
+    assert "bf16-mixed" in harness.markdown(harness.Run(TINY, 1), [harness.Row("x", 2.0, 5.0)])
+    assert "target" not in harness.markdown(harness.Run(TINY, 1), [harness.Row("x", 2.0, 5.0)])
+
+
+def test_a_device_that_is_not_here_and_what_has_no_side_there_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--device", "cuda"])
+    with pytest.raises(SystemExit, match="torch sees no CUDA device"):
+        main()
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--device", "cuda", "--only", "compose", "sweep"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "sweep: measured on a CPU in 32-true alone" in capsys.readouterr().err
+    assert device.current().is_default
+
+
+def test_an_interrupted_run_shows_what_it_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def measure(run: harness.Run) -> Iterator[harness.Row]:
+        yield harness.Row("the first of two", 1.0, 2.0)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(denoise, "measure", measure)
+    file = tmp_path / "out.json"
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--only", "denoise", "compose", "--json", str(file)])
+    main()
+    assert "the first of two" in capsys.readouterr().out
+    assert [row["name"] for row in json.loads(file.read_text())["rows"]] == ["the first of two"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", device.PRECISIONS)
+def test_the_command_measures_on_a_gpu(
+    precision: str, elsewhere: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "out.json"
+    command = ["benchmarks", "--shape", "tiny", "--repeats", "1", "--device", "cuda", "--precision", precision]
+    monkeypatch.setattr(sys, "argv", [*command, "--json", str(file)])
+    main()
+    content = json.loads(file.read_text())
+    rows = {row["name"]: row for row in content["rows"]}
+    assert content["machine"]["gpu"]
+    assert set(content["seconds"]) == set(ON_DEVICE)
+    assert rows["top 300 of 14,976"]["facts"]["exact"]
+    assert rows["top 300 of 14,976"]["facts"]["equal"]
+    assert rows["denoise 12 encoder matrices, r = 4"]["facts"]["exact"]
+    assert rows["switch the language SFT"]["facts"]["largest_difference"] < 1e-7
+    assert rows["evaluate 12 languages × 10 rows"]["facts"]["largest_difference"] < 1e-5
+    assert all(row["ours"] > 0 and row["plain"] > 0 for name, row in rows.items() if "memory" in name)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("phase", mlm_step.PHASES)
+def test_both_sides_lose_as_much_on_a_gpu_as_on_a_cpu(phase: str, elsewhere: None) -> None:
+    def losses() -> dict[str, float]:
+        selection = shapes.mask(TINY, TINY.k) if phase == "sparse" else None
+        batch = mlm_step.labelled(shapes.masked_batch(TINY))
+        steps = {side: make(shapes.masked_lm(TINY), selection) for side, make in mlm_step.SIDES.items()}
+        return {f"{side}, step {n}": float(step(batch)) for side, step in steps.items() for n in range(3)}
+
+    expected = losses()
+    device.use("cuda")
+    assert losses() == pytest.approx(expected, rel=1e-3)
