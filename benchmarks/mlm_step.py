@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -133,16 +133,16 @@ def times(run: Run) -> dict[str, dict[str, list[float]]]:
     return dict(run.memo["mlm_step"])
 
 
-def measure(run: Run) -> list[Row]:
+def measure(run: Run) -> Iterator[Row]:
     """Seconds and peak memory of both phases."""
-    found, rows = times(run), []
+    found = times(run)
     tokens = run.shape.batch * run.shape.length
     goals = {"full": ((Goal("speedup", 2.3),), (Goal("share", 0.65),)), "sparse": ((), ())}
     quoted = {"full": ("21.9 s → 9.4 to 11.4 s", "14.7 GiB → 9.3 GiB"), "sparse": ("", "")}
     for phase in PHASES:
         speed = {side: tokens / statistics.median(seconds) for side, seconds in found[phase].items()}
         note = f"{speed['ours']:.0f} and {speed['plain']:.0f} tokens/s, {run.shape.batch} × {run.shape.length}"
-        row = timed_row(
+        yield timed_row(
             f"MLM step, {phase} phase",
             found[phase],
             goals=goals[phase][0],
@@ -151,7 +151,7 @@ def measure(run: Run) -> list[Row]:
             facts={"tokens_per_second": speed},
         )
         peaks = {side: run.peak_memory("mlm_step", side, phase) for side in SIDES}
-        memory = Row(
+        yield Row(
             f"MLM step, {phase} phase: peak memory",
             peaks["ours"]["peak"],
             peaks["plain"]["peak"],
@@ -162,8 +162,6 @@ def measure(run: Run) -> list[Row]:
             f"{peaks['plain']['extra'] / 2**20:.0f} MiB more than what was there before them",
             facts=peaks,
         )
-        rows += [row, memory]
-    return rows
 
 
 if __name__ == "__main__":
