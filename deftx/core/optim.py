@@ -13,8 +13,8 @@ Hutter 2019, arXiv 1711.05101, algorithm 2.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, overload
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from deftx.errors import DeftxError
 
 _BLOCK = 1 << 17  # coordinates at a time: the temporaries stay in a CPU's cache
 _BLOCK_CUDA = 1 << 26
+_AT_ONCE = {"cuda": _BLOCK_CUDA}  # coordinates of many tensors: launching kernels one by one takes longest
+
+Item = TypeVar("Item")
 
 
 class SparseAdamW(torch.optim.Optimizer):
@@ -104,18 +107,8 @@ class SparseAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for parameter in group["params"]:
-                gathered = self._gradients.values.get(parameter) if self._gradients is not None else None
-                gradient = gathered if gathered is not None else parameter.grad
-                if gradient is None:
-                    continue
-                index = self.selections.get(parameter)
-                if index is None:
-                    self._update(group, parameter, gradient, None, gathered=False)
-                elif index.numel():
-                    if index.device != parameter.device:  # the model was moved after the optimizer was made
-                        index = self.selections[parameter] = index.to(parameter.device)
-                    self._update(group, parameter, gradient, index, gathered=gathered is not None)
+            for pieces in _together(self._pieces(group), lambda piece: (piece.value, piece.step)):
+                _update(group, pieces)
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -146,30 +139,57 @@ class SparseAdamW(torch.optim.Optimizer):
                     digest.update(index.cpu().numpy().data)
         return digest.hexdigest()[:16]
 
-    def _update(
-        self, group: dict[str, Any], parameter: Tensor, gradient: Tensor, index: Tensor | None, *, gathered: bool
-    ) -> None:
-        if gradient.is_sparse:
-            raise ValueError("sparse gradients need SelectedGradients, or sparse=False for embeddings")
-        beta1, beta2 = group["betas"]
-        rate, decay, eps = float(group["lr"]), group["weight_decay"], group["eps"]
-        state = self.state[parameter]
-        if not state:
-            like = parameter if index is None else parameter.view(-1)[: index.numel()]
-            state["step"] = torch.tensor(0.0)
-            state["exp_avg"] = torch.zeros_like(like, memory_format=torch.preserve_format)
-            state["exp_avg_sq"] = torch.zeros_like(like, memory_format=torch.preserve_format)
-        state["step"] += 1
-        step = state["step"].item()  # on the host, as in torch.optim.AdamW: no synchronization
-        step_size = rate / (1 - beta1**step)
-        scale = (1 - beta2**step) ** 0.5
-        for value, grad, mean, square, write in _pieces(parameter, gradient, state, index, gathered=gathered):
-            if decay != 0:
-                value.mul_(1 - rate * decay)
-            mean.lerp_(grad, 1 - beta1)
-            square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-            value.addcdiv_(mean, square.sqrt().div_(scale).add_(eps), value=-step_size)
-            write(value)
+    def _pieces(self, group: Mapping[str, Any]) -> Iterator[_Piece]:
+        """What one step updates of a group's parameters, block by block."""
+        for parameter in group["params"]:
+            gathered = self._gradients.values.get(parameter) if self._gradients is not None else None
+            gradient = gathered if gathered is not None else parameter.grad
+            index = self.selections.get(parameter)
+            if gradient is None or (index is not None and not index.numel()):
+                continue
+            if gradient.is_sparse:
+                raise ValueError("sparse gradients need SelectedGradients, or sparse=False for embeddings")
+            if index is not None and index.device != parameter.device:  # the model moved after this optimizer was made
+                index = self.selections[parameter] = index.to(parameter.device)
+            state = self.state[parameter]
+            if not state:
+                like = parameter if index is None else parameter.view(-1)[: index.numel()]
+                state["step"] = torch.tensor(0.0)
+                state["exp_avg"] = torch.zeros_like(like, memory_format=torch.preserve_format)
+                state["exp_avg_sq"] = torch.zeros_like(like, memory_format=torch.preserve_format)
+            state["step"] += 1
+            yield from _pieces_of(parameter, gradient, state, index, gathered=gathered is not None)
+
+
+class _Piece(NamedTuple):
+    """Values that one step updates, of shape (n,) unless a parameter's memory layout forbids it."""
+
+    value: Tensor
+    gradient: Tensor
+    mean: Tensor
+    square: Tensor
+    step: float  # on the host, as in torch.optim.AdamW: no synchronization
+    write: Callable[[Tensor], object]
+
+
+def _update(group: Mapping[str, Any], pieces: Sequence[_Piece]) -> None:
+    """AdamW's sequence of operations on pieces that are at the same step."""
+    beta1, beta2 = group["betas"]
+    rate, decay, step = float(group["lr"]), group["weight_decay"], pieces[0].step
+    values, gradients, means, squares = (
+        list(tensors) for tensors in zip(*(piece[:4] for piece in pieces), strict=True)
+    )
+    if decay != 0:
+        torch._foreach_mul_(values, 1 - rate * decay)
+    torch._foreach_lerp_(means, gradients, 1 - beta1)
+    torch._foreach_mul_(squares, beta2)
+    torch._foreach_addcmul_(squares, gradients, gradients, value=1 - beta2)
+    roots = torch._foreach_sqrt(squares)
+    torch._foreach_div_(roots, (1 - beta2**step) ** 0.5)
+    torch._foreach_add_(roots, group["eps"])
+    torch._foreach_addcdiv_(values, means, roots, value=-rate / (1 - beta1**step))
+    for piece in pieces:
+        piece.write(piece.value)
 
 
 class SelectedGradients:
@@ -253,10 +273,15 @@ def trained_norm(
     Returns:
         float64 scalar on the device of the first gradient; nothing waits for that device.
     """
-    norms = [
-        torch.linalg.vector_norm(piece, dtype=torch.float64)
+    pieces = (
+        piece
         for gradient, index in _trained_gradients(params, selections, gradients)
         for piece in _gathered(gradient, index)
+    )
+    norms = [
+        norm
+        for batch in _together(pieces, lambda piece: (piece, None))
+        for norm in torch._foreach_norm(batch, 2, dtype=torch.float64)
     ]
     if not norms:
         return torch.zeros((), dtype=torch.float64)
@@ -284,11 +309,14 @@ def clip_trained(
         coefficient = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
         if not coefficient.is_cuda and float(coefficient) == 1.0:
             return norm  # times 1 changes no bit; on a GPU, asking would wait for it
-        for gradient, index in _trained_gradients(params, selections, gradients):
-            factor = coefficient.to(gradient.device, gradient.dtype)
+        trained = list(_trained_gradients(params, selections, gradients))
+        whole = (gradient for gradient, index in trained if index is None)
+        for batch in _together(whole, lambda gradient: (gradient, gradient.dtype)):
+            torch._foreach_mul_(batch, coefficient.to(batch[0].device, batch[0].dtype))
+        for gradient, index in trained:
             if index is None:
-                gradient.mul_(factor)
                 continue
+            factor = coefficient.to(gradient.device, gradient.dtype)
             flat = gradient.view(-1) if gradient.is_contiguous() else gradient
             for part in _parts(index.numel(), gradient.is_cuda):
                 where = index[part]
@@ -316,27 +344,53 @@ def _parts(count: int, is_cuda: bool) -> Iterator[slice]:
         yield slice(start, min(start + size, count))
 
 
-def _pieces(
-    parameter: Tensor, gradient: Tensor, state: dict[str, Any], index: Tensor | None, *, gathered: bool
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Callable[[Tensor], object]]]:
+def _together(items: Iterable[Item], of: Callable[[Item], tuple[Tensor, object]]) -> Iterator[list[Item]]:
+    """Batch what is computed at once: one item, or many where ``_AT_ONCE`` says so.
+
+    Args:
+        items: what is computed, each on one device.
+        of: a tensor of an item, which tells device and size, and what else all items of a batch must share.
+    """
+    batch: list[Item] = []
+    shared: object = None
+    size = 0
+    for item in items:
+        tensor, kind = of(item)
+        most = _AT_ONCE.get(tensor.device.type)
+        if most is None:
+            yield [item]
+            continue
+        if batch and ((tensor.device, kind) != shared or size + tensor.numel() > most):
+            yield batch
+            batch, size = [], 0
+        batch.append(item)
+        shared, size = (tensor.device, kind), size + tensor.numel()
+    if batch:
+        yield batch
+
+
+def _pieces_of(
+    parameter: Tensor, gradient: Tensor, state: Mapping[str, Any], index: Tensor | None, *, gathered: bool
+) -> Iterator[_Piece]:
     """Value, gradient, both moments, and how to write the value back: block by block."""
-    mean, square = state["exp_avg"], state["exp_avg_sq"]
+    mean, square, step = state["exp_avg"], state["exp_avg_sq"], state["step"].item()
     if index is None and not (parameter.is_contiguous() and gradient.is_contiguous()):
-        yield parameter, gradient, mean, square, lambda value: None
+        yield _Piece(parameter, gradient, mean, square, step, lambda value: None)
         return
     values, grads = parameter.view(-1), gradient.reshape(-1)
     if index is None:
         mean, square = mean.view(-1), square.view(-1)
         for part in _parts(values.numel(), parameter.is_cuda):
-            yield values[part], grads[part], mean[part], square[part], lambda value: None
+            yield _Piece(values[part], grads[part], mean[part], square[part], step, lambda value: None)
         return
     for part in _parts(index.numel(), parameter.is_cuda):
         where = index[part]
-        yield (
+        yield _Piece(
             values.index_select(0, where),
             grads[part] if gathered else grads.index_select(0, where),
             mean[part],
             square[part],
+            step,
             lambda value, where=where: values.index_copy_(0, where, value),  # type: ignore[misc]
         )
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from deftx.core import optim
 from deftx.core.optim import SelectedGradients, SparseAdamW, clip_trained, trained_norm
 from deftx.errors import DeftxError
 
@@ -211,6 +212,36 @@ def test_blocks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
             optimizer.step()
         results.append(torch.cat([bits(part), bits(whole)]))
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("most", [1, 400, 1 << 20])
+def test_tensors_that_are_computed_at_once_have_the_bits_of_each_by_itself(
+    monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    """As on a GPU; one parameter has no gradient at first, so that it is at another step, and one is float64."""
+
+    def train() -> list[Tensor]:
+        net = Net()
+        net.head.double()
+        selections = net_selections(net)
+        gradients = SelectedGradients({net.embed.weight: selections[net.embed.weight]})
+        optimizer = SparseAdamW(net.parameters(), selections=selections, gradients=gradients, **SETTINGS)  # type: ignore[arg-type]
+        for step in range(6):
+            generator = torch.Generator().manual_seed(step)
+            for parameter in net.parameters():
+                parameter.grad = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+            gradients.gather(net.embed.weight)
+            if step < 2:
+                net.hidden.weight.grad = None
+            norm = clip_trained(net.parameters(), selections, 0.5, gradients)
+            optimizer.step()
+            optimizer.zero_grad()
+        return [norm, *(parameter.detach() for parameter in net.parameters())]
+
+    alone = train()
+    monkeypatch.setitem(optim._AT_ONCE, "cpu", most)
+    for mine, theirs in zip(train(), alone, strict=True):
+        assert torch.equal(mine, theirs)
 
 
 def test_head_with_another_memory_layout() -> None:
