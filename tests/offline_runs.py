@@ -23,7 +23,7 @@ def records(run_dir: Path) -> list[Any]:
 
 
 def decoded(path: Path) -> list[Any]:
-    """Decode a transaction log: LevelDB's log format behind a header of seven bytes."""
+    """Decode the whole records of a transaction log: LevelDB's log format behind a header of seven bytes."""
     from wandb.proto import wandb_internal_pb2
 
     data, place, whole, found = path.read_bytes(), 7, b"", []
@@ -33,6 +33,8 @@ def decoded(path: Path) -> list[Any]:
             place += 32768 - place % 32768
             continue
         _, size, kind = struct.unpack("<IHB", data[place : place + 7])
+        if place + 7 + size > len(data):  # it is being written
+            break
         whole += data[place + 7 : place + 7 + size]
         place += 7 + size
         if kind in (1, 4):

@@ -208,7 +208,9 @@ def test_a_dead_holder_of_this_host_is_noticed_at_once(tmp_path: Path, marks: Pa
     assert scratches(tmp_path / "root") == []
 
 
-@pytest.mark.parametrize(("mode", "exchange"), [("auto", True), ("soft", True), ("soft", False)])
+@pytest.mark.parametrize(
+    ("mode", "exchange"), [("auto", True), ("soft", True), pytest.param("soft", False, marks=pytest.mark.soak)]
+)
 def test_a_dead_holder_of_another_host_is_noticed_when_its_lease_is_not_renewed(
     tmp_path: Path, marks: Path, start: object, monkeypatch: pytest.MonkeyPatch, mode: str, exchange: bool
 ) -> None:

@@ -97,7 +97,10 @@ def outcome(composer: Any, overrides: list[str]) -> Any:
     return OmegaConf.to_container(config), OmegaConf.to_yaml(config), OmegaConf.is_struct(config)
 
 
-@pytest.mark.parametrize("name", JOBS)
+SLOW = ("groups among values", "additions and deletions", "texts")  # seconds each
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.soak] * (name in SLOW)) for name in JOBS])
 def test_a_job_is_what_hydra_composes(name: str) -> None:
     with hydra_session():
         shared = Composer("run")

@@ -18,6 +18,8 @@ from small_study import small_for
 
 from deftx.training.encoder import load_masked_lm, maskable_parameters
 
+pytestmark = [pytest.mark.soak, pytest.mark.xdist_group("methods")]
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 ENTRIES = {
     "SCORED: dict[str, Scored] = {\n": '    "weights": Scored(lambda it: it.base(), ("base",)),\n',

@@ -367,6 +367,7 @@ def test_curves_are_written(deftx: Command, tmp_path: Path) -> None:
         assert frame["val/loss"].notna().any()
 
 
+@pytest.mark.soak
 def test_an_interrupted_run_says_so_and_goes_on_later(tmp_path: Path) -> None:
     places = [f"paths.cache={tmp_path / 'cache'}", f"paths.output={tmp_path / 'out'}"]
     command = [sys.executable, "-m", "deftx", "run", *SMALL, *places, *FEW]

@@ -23,7 +23,7 @@ from deftx.training.encoder import load_classifier, load_masked_lm, load_tokeniz
 from deftx.training.fit import fit_phase
 from deftx.training.modules import MaskedLM, SequenceClassifier
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.soak
 
 
 @pytest.fixture
@@ -86,10 +86,10 @@ def run(folder, settings, trainer, tmp_path):
 @pytest.mark.parametrize(
     ("family", "objective", "phase", "accumulate"),
     [
-        pytest.param("bert", "language", "full", 1, marks=pytest.mark.soak),
-        pytest.param("bert", "task", "sparse", 1, marks=pytest.mark.soak),
+        ("bert", "language", "full", 1),
+        ("bert", "task", "sparse", 1),
         ("xlm-roberta", "language", "sparse", 2),
-        pytest.param("xlm-roberta", "task", "full", 2, marks=pytest.mark.soak),
+        ("xlm-roberta", "task", "full", 2),
     ],
 )
 def test_two_processes_train_what_one_does(run, objective, phase, accumulate):
@@ -113,7 +113,6 @@ def test_two_processes_train_what_one_does(run, objective, phase, accumulate):
         assert two == pytest.approx(one, rel=1e-4)
 
 
-@pytest.mark.soak
 def test_a_mistake_in_a_process_is_told_by_its_message(run):
     """One message, no traceback of another process, and none of the processes stays."""
     with pytest.raises(DeftxError, match=r"two devices: .*not finite.* at step 2 of 5") as found:
@@ -122,14 +121,12 @@ def test_a_mistake_in_a_process_is_told_by_its_message(run):
     assert not multiprocessing.active_children()
 
 
-@pytest.mark.soak
 def test_a_process_that_dies_ends_the_others(monkeypatch):
     with pytest.raises(DeftxError, match=r"ace: the process of device 1 of 2 died"):
         launch(_die, 1, 2, on_gpu=False, label="ace")
     assert not multiprocessing.active_children()
 
 
-@pytest.mark.soak
 def test_asked_to_end_while_others_train():
     before = signal.getsignal(signal.SIGTERM)
     threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()

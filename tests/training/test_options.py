@@ -73,6 +73,7 @@ def check_close(fast, slow):
         assert float((fast.head[name] - tensor).abs().max()) <= moved, name
 
 
+@pytest.mark.soak
 def test_a_captured_encoder_changes_no_bit(folders, settings, trainer, tmp_path, monkeypatch):
     """The graphs that ``torch.compile`` captures, run by torch itself instead of by compiled code."""
     asked, compiler = [], torch.compile
