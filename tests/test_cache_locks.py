@@ -208,9 +208,8 @@ def test_a_dead_holder_of_this_host_is_noticed_at_once(tmp_path: Path, marks: Pa
     assert scratches(tmp_path / "root") == []
 
 
-@pytest.mark.parametrize(
-    ("mode", "exchange"), [("auto", True), ("soft", True), pytest.param("soft", False, marks=pytest.mark.soak)]
-)
+@pytest.mark.soak
+@pytest.mark.parametrize(("mode", "exchange"), [("auto", True), ("soft", True), ("soft", False)])
 def test_a_dead_holder_of_another_host_is_noticed_when_its_lease_is_not_renewed(
     tmp_path: Path, marks: Path, start: object, monkeypatch: pytest.MonkeyPatch, mode: str, exchange: bool
 ) -> None:
@@ -240,6 +239,7 @@ def test_a_dead_holder_of_another_host_is_noticed_when_its_lease_is_not_renewed(
     assert scratches(cache.root) == []
 
 
+@pytest.mark.soak
 def test_a_renewed_lease_of_another_host_is_respected(
     tmp_path: Path, marks: Path, start: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -252,6 +252,7 @@ def test_a_renewed_lease_of_another_host_is_respected(
     assert cache.events[0].waited > 2
 
 
+@pytest.mark.soak
 def test_a_holder_that_was_thought_dead_and_comes_back_disturbs_nothing(
     tmp_path: Path, marks: Path, start: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:

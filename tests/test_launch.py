@@ -76,6 +76,7 @@ def test_a_task_whose_process_dies_is_lost_alone(tmp_path: Path) -> None:
     assert began.count("e") <= 2, "only what was under way in a broken pool runs again"
 
 
+@pytest.mark.soak
 @pytest.mark.slow
 def test_submitit_tells_of_each_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))

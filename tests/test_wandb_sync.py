@@ -35,6 +35,7 @@ def server(tmp_path: Path) -> Iterator[tuple[str, Path]]:
     process.wait()
 
 
+@pytest.mark.soak
 @pytest.mark.slow
 def test_offline_runs_can_be_synced_with_their_lineage(
     quiet_home: Path, tmp_path: Path, server: tuple[str, Path]

@@ -86,6 +86,7 @@ def test_a_sweep_ends_with_its_scores_side_by_side(grid: tuple[Outcome, Path]) -
     assert "0 failed" in last
 
 
+@pytest.mark.soak
 def test_parts_that_share_a_node_but_nothing_that_trains_do_not_wait_for_each_other(
     deftx: Command, tmp_path: Path
 ) -> None:
@@ -223,6 +224,7 @@ def test_a_part_the_study_has_not_is_named(deftx: Command) -> None:
     assert "only='full:language:qbb' is no part of this study; did you mean 'full:language:qba'" in outcome.err
 
 
+@pytest.mark.soak
 def test_each_component_can_be_left_out(deftx: Command, tmp_path: Path, shared_cache: Path) -> None:
     outcome = deftx("run", "experiment=component_ablation", "language=qba")
     assert outcome.status == 0, outcome.err
@@ -283,6 +285,7 @@ def _full_of(cache: Path, sft: Path) -> dict[str, torch.Tensor]:
     return load_file(cache / "full" / manifest["inputs"]["full"][:16] / "full.safetensors")
 
 
+@pytest.mark.soak
 def test_a_search_reads_no_target_label(deftx: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     evaluated: list[str] = []
     real = Evaluator._compute

@@ -166,6 +166,7 @@ class TestAFit(RestartEqualsOneShot):
         assert self.clock.seen.count("training_step") < 5 * case["accumulate"]
 
 
+@pytest.mark.soak
 class TestAFitAtEachOfItsMoments(TestAFit):
     """Killed once, at any moment; its validation gets worse, so that the best weights are not the newest."""
 
