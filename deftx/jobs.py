@@ -1,6 +1,6 @@
 """What each command does once its configuration has passed, and how that ended; the same here, in a worker, on a node.
 
-A job never raises: its mistakes and failures are its :class:`End`, so that they reach the summary of a sweep and stop
+A job never raises: its mistakes and failures are its :class:`JobEnd`, so that they reach the summary of a sweep and stop
 no other job.
 """
 
@@ -27,7 +27,7 @@ LOG = "job.log"
 
 
 @dataclass(frozen=True)
-class End:
+class JobEnd:
     """How a job ended.
 
     Attributes:
@@ -69,11 +69,11 @@ class Task:
 class Job(Protocol):
     """What a command does with its settings, on the kind of device that was planned."""
 
-    def __call__(self, config: RunConfig, device: str = "") -> End:
+    def __call__(self, config: RunConfig, device: str = "") -> JobEnd:
         """Run it."""
 
 
-def work(task: Task) -> End:
+def work(task: Task) -> JobEnd:
     """Run one job of a sweep."""
     with contextlib.ExitStack() as stack:
         if task.logged:
@@ -86,38 +86,38 @@ def work(task: Task) -> End:
         return _launched(task)
 
 
-def _launched(task: Task) -> End:
+def _launched(task: Task) -> JobEnd:
     from deftx.config import run_job
 
     job = partial(JOBS[task.command], device=task.device)
     try:
         return run_job(task.command, job, task.overrides, config_dir=task.config_dir, folder=task.folder)
     except DeftxError as error:
-        return End(error=str(error))
+        return JobEnd(error=str(error))
 
 
-def _job(name: str, body: Callable[[StudySettings, RunConfig], End | None]) -> Job:
+def _job(name: str, body: Callable[[StudySettings, RunConfig], JobEnd | None]) -> Job:
     """Wrap what a command does so that whatever stops it becomes its message."""
 
-    def run(config: RunConfig, device: str = "") -> End:
+    def run(config: RunConfig, device: str = "") -> JobEnd:
         from deftx.config import study_settings
 
         logging.captureWarnings(True)
         started = time.perf_counter()
         try:
-            end = body(replace(study_settings(config, name), device=device), config) or End()
+            end = body(replace(study_settings(config, name), device=device), config) or JobEnd()
         except DeftxError as error:
-            end = End(error=str(error))
+            end = JobEnd(error=str(error))
         except Exception as error:
             # Not a mistake of the user's: the traceback is in result.json and in the job's log.
             log.exception("the job failed")
-            end = End(error=f"{type(error).__name__}: {error}".strip().splitlines()[0])
+            end = JobEnd(error=f"{type(error).__name__}: {error}".strip().splitlines()[0])
         return replace(end, seconds=round(time.perf_counter() - started, 3))
 
     return run
 
 
-def _run(study: StudySettings, _: RunConfig) -> End:
+def _run(study: StudySettings, _: RunConfig) -> JobEnd:
     from deftx.config import run_directory
     from deftx.stages.study import run_parts, run_study
     from deftx.tracking import mean_scores
@@ -127,7 +127,7 @@ def _run(study: StudySettings, _: RunConfig) -> End:
     for sft in record.sfts:
         if (score := sft.metrics.get("best_score")) is not None:
             judged.setdefault(sft.kind, []).append(score)
-    return End(scores=mean_scores(record), sfts=judged)
+    return JobEnd(scores=mean_scores(record), sfts=judged)
 
 
 def _sft(study: StudySettings, config: RunConfig) -> None:
@@ -137,12 +137,12 @@ def _sft(study: StudySettings, config: RunConfig) -> None:
     run_sft(study, str(config.kind), Path(config.out).expanduser() if config.out else None, run_directory())
 
 
-def _eval(study: StudySettings, config: RunConfig) -> End:
+def _eval(study: StudySettings, config: RunConfig) -> JobEnd:
     from deftx.config import run_directory
     from deftx.stages.study import run_eval
     from deftx.tracking import mean_scores
 
-    return End(scores=mean_scores(run_eval(study, str(config.task_sft), config.language_sft, run_directory())))
+    return JobEnd(scores=mean_scores(run_eval(study, str(config.task_sft), config.language_sft, run_directory())))
 
 
 def _pretrain(study: StudySettings, config: RunConfig) -> None:

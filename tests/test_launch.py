@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from deftx.errors import DeftxError
-from deftx.launch import LauncherSettings, Lost, check, run_all
+from deftx.launch import LauncherSettings, TaskFailure, check, run_all
 from deftx.launch.processes import _claim, visible_gpus
 
 BASIC = LauncherSettings()
@@ -67,7 +67,7 @@ def test_a_task_whose_process_dies_is_lost_alone(tmp_path: Path) -> None:
     tasks = [{"name": name, "log": str(log)} for name in "abcde"]
     tasks[1]["do"], tasks[3]["do"] = "die", "raise"
     found = answers(JOBLIB, trouble, tasks, tmp_path)
-    assert {number for number, answer in found.items() if isinstance(answer, Lost)} == {1, 3}
+    assert {number for number, answer in found.items() if isinstance(answer, TaskFailure)} == {1, 3}
     assert "process died" in found[1]
     assert found[3] == "ValueError: no such luck"
     assert [found[number][0] for number in (0, 2, 4)] == ["a", "c", "e"]
@@ -83,8 +83,8 @@ def test_submitit_tells_of_each_job(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     tasks: list[dict[str, Any]] = [{"name": "a"}, {"name": "b", "do": "die"}, {"name": "c", "do": "raise"}]
     found = answers(LOCAL, trouble, tasks, tmp_path)
     assert found[0].startswith("a")
-    assert isinstance(found[1], Lost)
-    assert isinstance(found[2], Lost)
+    assert isinstance(found[1], TaskFailure)
+    assert isinstance(found[2], TaskFailure)
     assert "no such luck" in found[2]
     assert all(str(tmp_path) in found[number] for number in (1, 2)), "where its log is"
 
@@ -95,7 +95,7 @@ def test_a_task_that_raises_ends_alone(settings: LauncherSettings, tmp_path: Pat
     if settings is JOBLIB:
         tasks.append({"name": "d", "do": "stop"})  # what a fit makes of a SIGTERM to its process
     found = answers(settings, trouble, tasks, tmp_path)
-    assert {number for number, answer in found.items() if not isinstance(answer, Lost)} == {0, 2}
+    assert {number for number, answer in found.items() if not isinstance(answer, TaskFailure)} == {0, 2}
     assert found[1] == "ValueError: no such luck"
     assert settings is BASIC or "told to stop" in found[3]
 

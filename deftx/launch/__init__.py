@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from deftx.errors import DeftxError
-from deftx.launch.batch import Batch, Lost, lost_to
+from deftx.launch.batch import TaskBatch, TaskFailure, failure_of
 from deftx.launch.settings import LauncherSettings
 
 __all__ = ["LauncherSettings", "Lost", "check", "run_all"]
@@ -54,7 +54,7 @@ def run_all(
     settings: LauncherSettings,
     work: Callable[[T], R],
     tasks: Sequence[T],
-    ended: Callable[[int, R | Lost], None],
+    ended: Callable[[int, R | TaskFailure], None],
     folder: Path,
     began: Callable[[int], None] = lambda number: None,
 ) -> None:
@@ -76,18 +76,18 @@ def run_all(
     if not tasks:
         return
     check(settings)
-    batch = Batch(work, tasks, ended, began, folder)
+    batch = TaskBatch(work, tasks, ended, began, folder)
     if settings.name in _ELSEWHERE:
         importlib.import_module(f"deftx.launch.{_ELSEWHERE[settings.name][0]}").run_all(settings, batch)
     else:
         _one_by_one(batch)
 
 
-def _one_by_one(batch: Batch) -> None:
+def _one_by_one(batch: TaskBatch) -> None:
     for number, task in enumerate(batch.tasks):
         batch.began(number)
         try:
             answer = batch.work(task)
         except Exception as error:  # noqa: BLE001 - whatever it is, it is this task's end
-            answer = lost_to(error)
+            answer = failure_of(error)
         batch.ended(number, answer)

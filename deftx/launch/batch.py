@@ -8,20 +8,20 @@ from pathlib import Path
 from typing import Any
 
 
-class Lost(str):
+class TaskFailure(str):
     """Why a task has no answer."""
 
     __slots__ = ()
 
 
 @dataclass(frozen=True)
-class Batch:
+class TaskBatch:
     """Tasks to run.
 
     Attributes:
         work: A module-level function; exceptions it raises make its task a lost one.
         tasks: Its arguments, picklable.
-        ended: To call with a task's number and its answer, or a :class:`Lost`, as each one ends.
+        ended: To call with a task's number and its answer, or a :class:`TaskFailure`, as each one ends.
         began: To call with a task's number as it is given to what runs it (a process, a cluster's queue).
         folder: For the launcher's own files (a cluster's logs).
     """
@@ -33,6 +33,6 @@ class Batch:
     folder: Path
 
 
-def lost_to(error: BaseException) -> Lost:
+def failure_of(error: BaseException) -> TaskFailure:
     """The end of a task that raised."""
-    return Lost(f"{type(error).__name__}: {error}")
+    return TaskFailure(f"{type(error).__name__}: {error}")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from deftx.errors import DeftxError
-from deftx.launch.batch import Batch, Lost
+from deftx.launch.batch import TaskBatch, TaskFailure
 from deftx.launch.settings import LauncherSettings
 
 _LOOK_SECONDS = {"slurm": 5.0, "local": 0.5}
@@ -39,7 +39,7 @@ class Requeued:
         return DelayedSubmission(Requeued(self.work), task)
 
 
-def run_all(settings: LauncherSettings, batch: Batch) -> None:
+def run_all(settings: LauncherSettings, batch: TaskBatch) -> None:
     """See :func:`deftx.launch.run_all`."""
     executor = _executor(settings, batch.folder / "submitit")
     # SLURM holds an array to its limit itself; the executor of this machine would start everything at once.
@@ -154,7 +154,7 @@ def _answer(job: Any) -> Any:
         reason = _last_line(job.stderr()) or "it ended without a message (killed, or out of memory?)"
     except Exception as error:  # noqa: BLE001 - an answer about one job must not end the others
         reason = _last_line(str(error)) or type(error).__name__
-    return Lost(f"{job.state.lower()}: {reason}; its log: {job.paths.stderr}")
+    return TaskFailure(f"{job.state.lower()}: {reason}; its log: {job.paths.stderr}")
 
 
 def _last_line(text: str | None) -> str:

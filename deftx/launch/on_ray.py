@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from deftx.errors import DeftxError
-from deftx.launch.batch import Batch, Lost
+from deftx.launch.batch import TaskBatch, TaskFailure
 from deftx.launch.settings import LauncherSettings
 
 
-def run_all(settings: LauncherSettings, batch: Batch) -> None:
+def run_all(settings: LauncherSettings, batch: TaskBatch) -> None:
     """See :func:`deftx.launch.run_all`."""
     import ray
 
@@ -32,7 +32,7 @@ def run_all(settings: LauncherSettings, batch: Batch) -> None:
                     answer = ray.get(reference)
                 except Exception as error:  # noqa: BLE001 - whatever it is, it is this task's end
                     lines = str(error).strip().splitlines() or ["no message"]
-                    answer = Lost(f"{type(error).__name__}: {lines[-1]}")
+                    answer = TaskFailure(f"{type(error).__name__}: {lines[-1]}")
                 batch.ended(number, answer)
     finally:
         for reference in running:

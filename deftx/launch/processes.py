@@ -20,7 +20,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from deftx.launch.batch import Batch, Lost, lost_to
+from deftx.launch.batch import TaskBatch, TaskFailure, failure_of
 from deftx.launch.settings import LauncherSettings
 
 _LOOK_SECONDS = 2.0
@@ -28,7 +28,7 @@ _TOGETHER = 2  # how often a task may be under way when a pool breaks before it 
 _claims: list[FileLock] = []  # in a worker: what it holds until it ends
 
 
-def run_all(settings: LauncherSettings, batch: Batch) -> None:
+def run_all(settings: LauncherSettings, batch: TaskBatch) -> None:
     """See :func:`deftx.launch.run_all`."""
     workers = min(settings.workers or 1, len(batch.tasks))
     waiting, broken = list(range(len(batch.tasks))), Counter[int]()
@@ -36,13 +36,13 @@ def run_all(settings: LauncherSettings, batch: Batch) -> None:
         alone = [number for number in waiting if broken[number] >= _TOGETHER][:1]
         done, died = _one_pool(1 if alone else workers, batch, alone or waiting)
         if alone and died:
-            batch.ended(alone[0], Lost("its process died three times (killed, or out of memory?)"))
+            batch.ended(alone[0], TaskFailure("its process died three times (killed, or out of memory?)"))
             done = alone
         waiting = [number for number in waiting if number not in done]
         broken.update(died)
 
 
-def _one_pool(workers: int, batch: Batch, numbers: Sequence[int]) -> tuple[list[int], list[int]]:
+def _one_pool(workers: int, batch: TaskBatch, numbers: Sequence[int]) -> tuple[list[int], list[int]]:
     """Run tasks in one pool until all ended or the pool breaks; returns those that ended, and those lost with it."""
     from joblib.externals.loky.process_executor import BrokenProcessPool, ProcessPoolExecutor
 
@@ -66,7 +66,7 @@ def _one_pool(workers: int, batch: Batch, numbers: Sequence[int]) -> tuple[list[
                         lost.append(number)
                         continue
                     except Exception as error:  # noqa: BLE001 - whatever it is, it is this task's end
-                        answer = lost_to(error)
+                        answer = failure_of(error)
                     done.append(number)
                     batch.ended(number, answer)
         except BrokenProcessPool:  # it broke between two tasks
@@ -83,7 +83,7 @@ def _answer(work: Callable[[Any], Any], task: Any) -> Any:
     try:
         return work(task)
     except (KeyboardInterrupt, SystemExit) as stop:
-        return Lost(f"its process was told to stop ({type(stop).__name__})")
+        return TaskFailure(f"its process was told to stop ({type(stop).__name__})")
 
 
 def visible_gpus() -> list[str]:

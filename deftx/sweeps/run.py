@@ -13,8 +13,8 @@ from pathlib import Path
 from deftx import atomic
 from deftx.cache import Entry, StageCache
 from deftx.errors import DeftxError
-from deftx.jobs import End, Task, work
-from deftx.launch import LauncherSettings, Lost, run_all
+from deftx.jobs import JobEnd, Task, work
+from deftx.launch import LauncherSettings, TaskFailure, run_all
 from deftx.search import OBJECTIVES, SearchSettings, knob_and_value
 from deftx.signals import terminated_as_interrupted
 from deftx.stages.settings import StudySettings
@@ -123,7 +123,7 @@ def run_search(sweep: Sweep, settings: SearchSettings) -> int:
         judged = [f"sft:language:{code}" for code in study.targets]
     record = SweepRecord(study.name, sweep.command, [])
 
-    def run(proposals: Sequence[Sequence[str]]) -> list[End | Lost]:
+    def run(proposals: Sequence[Sequence[str]]) -> list[JobEnd | TaskFailure]:
         trials = [
             _job(number, [*common, *texts, f"only=[{','.join(judged)}]"], texts, f"trials/{number}")
             for number, texts in enumerate(proposals, len(record.stages))
@@ -273,23 +273,23 @@ def _run_jobs(sweep: Sweep, record: SweepRecord) -> None:
 
 def _launch(
     sweep: Sweep, record: SweepRecord, jobs: Sequence[SweepJob], tasks: Sequence[Task], *, quiet: bool = False
-) -> list[End | Lost]:
+) -> list[JobEnd | TaskFailure]:
     """Run jobs where the launcher puts them; ``sweep.json`` says so as each begins and ends.
 
     Returns:
         How each job ended, in their order.
     """
     write_sweep(sweep.folder, record)
-    ends: dict[int, End | Lost] = {}
+    ends: dict[int, JobEnd | TaskFailure] = {}
 
     def began(number: int) -> None:
         jobs[number].status = "running"
         _note(sweep, record)
 
-    def ended(number: int, end: End | Lost) -> None:
+    def ended(number: int, end: JobEnd | TaskFailure) -> None:
         ends[number] = end
         job = jobs[number]
-        if isinstance(end, Lost):
+        if isinstance(end, TaskFailure):
             job.status, job.error = "failed", str(end)
         else:
             job.status, job.error, job.seconds = ("failed" if end.error else "done"), end.error, end.seconds

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deftx.errors import DeftxError
-from deftx.jobs import End
-from deftx.launch import Lost
+from deftx.jobs import JobEnd
+from deftx.launch import TaskFailure
 from deftx.search import OBJECTIVES, SearchSettings, override
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 def search(
     settings: SearchSettings,
     folder: Path,
-    run: Callable[[Sequence[Sequence[str]]], Sequence[End | Lost]],
+    run: Callable[[Sequence[Sequence[str]]], Sequence[JobEnd | TaskFailure]],
     *,
     at_once: int = 1,
 ) -> list[str]:
@@ -62,8 +62,8 @@ def search(
         asked = [study.ask() for _ in range(min(at_once, settings.trials - len(study.trials)))]
         proposals = [_propose(trial, settings.space) for trial in asked]
         for trial, proposal, end in zip(asked, proposals, run(proposals), strict=True):
-            reason = str(end) if isinstance(end, Lost) else end.error
-            value = None if isinstance(end, Lost) or reason else _value(end, kind)
+            reason = str(end) if isinstance(end, TaskFailure) else end.error
+            value = None if isinstance(end, TaskFailure) or reason else _value(end, kind)
             if value is None:
                 reasons.append(reason or "no SFT was judged")
                 study.tell(trial, state=optuna.trial.TrialState.FAIL)
@@ -95,7 +95,7 @@ def _propose(trial: optuna.Trial, space: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _value(end: End, kind: str) -> float | None:
+def _value(end: JobEnd, kind: str) -> float | None:
     """Mean score of the judged SFTs; φ_S under a task SFT, of the other kind, is not."""
     values = end.sfts.get(kind)
     return math.fsum(values) / len(values) if values else None

@@ -24,7 +24,7 @@ from deftx.signals import terminated_as_interrupted
 TIMEOUT = timedelta(minutes=30)  # how long a device waits for the others
 
 
-def launch(function: Callable[[Any], object], job: Any, devices: int, *, on_gpu: bool, label: str) -> None:
+def run_on_devices(function: Callable[[Any], object], job: Any, devices: int, *, on_gpu: bool, label: str) -> None:
     """Call ``function(job)`` in ``devices`` processes that form one group, and wait for all of them.
 
     Args:

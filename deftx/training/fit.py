@@ -34,7 +34,7 @@ from deftx.knobs import refuse
 from deftx.memory import peak_memory
 from deftx.training.callback import SparseFineTuning
 from deftx.training.checkpoint import Checkpoints, read_best, read_outcome
-from deftx.training.devices import launch
+from deftx.training.devices import run_on_devices
 from deftx.training.modules import Encoder
 from deftx.training.profile import StepProfile, medians
 from deftx.training.record import Progress, Record
@@ -203,7 +203,7 @@ def _run_on_devices(job: _Job, loggers: Sequence[Any]) -> dict[str, Any]:
         raise DeftxError(
             f"{job.label}: {job.data_module.valid_examples} validation examples for {devices} devices; each needs one"
         )
-    launch(_run, job, devices, on_gpu=accelerator == "cuda", label=job.label)
+    run_on_devices(_run, job, devices, on_gpu=accelerator == "cuda", label=job.label)
     outcome = read_outcome(job.scratch, job.label)
     if job.callback is not None:
         job.callback.snapshot(job.module)

@@ -18,7 +18,7 @@ from tiny_models import LABELS, make_lines, make_rows
 from deftx.data.module import TextDataModule
 from deftx.errors import DeftxError
 from deftx.training.callback import SparseFineTuning
-from deftx.training.devices import launch
+from deftx.training.devices import run_on_devices
 from deftx.training.encoder import load_classifier, load_masked_lm, load_tokenizer
 from deftx.training.fit import fit_phase
 from deftx.training.modules import MaskedLM, SequenceClassifier
@@ -123,7 +123,7 @@ def test_a_mistake_in_a_process_is_told_by_its_message(run):
 
 def test_a_process_that_dies_ends_the_others(monkeypatch):
     with pytest.raises(DeftxError, match=r"ace: the process of device 1 of 2 died"):
-        launch(_die, 1, 2, on_gpu=False, label="ace")
+        run_on_devices(_die, 1, 2, on_gpu=False, label="ace")
     assert not multiprocessing.active_children()
 
 
@@ -131,7 +131,7 @@ def test_asked_to_end_while_others_train():
     before = signal.getsignal(signal.SIGTERM)
     threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
     with pytest.raises(KeyboardInterrupt):
-        launch(time.sleep, 600, 2, on_gpu=False, label="ace")
+        run_on_devices(time.sleep, 600, 2, on_gpu=False, label="ace")
     assert signal.getsignal(signal.SIGTERM) == before
     assert not multiprocessing.active_children()
 
