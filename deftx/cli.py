@@ -21,7 +21,7 @@ from deftx.errors import DeftxError, did_you_mean
 if TYPE_CHECKING:
     import argparse
 
-    from deftx.config import Command, Job
+    from deftx.config import CheckedCommand, CheckedJob
 
 COMMANDS = {
     "run": "everything a study needs, stage by stage, from the cache where it can; -m sweeps",
@@ -176,12 +176,12 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return known, [f"++{text}" if text.startswith(opened) else text for text in texts]
 
 
-def _device(job: Job, multirun: bool) -> str:
+def _device(job: CheckedJob, multirun: bool) -> str:
     """The kind of device that a job trains on, where its launcher takes it elsewhere; a single run runs here."""
     return job.config.launcher.device(job.config.trainer.accelerator) if multirun else ""
 
 
-def _job_problems(name: str, known: dict[str, list[str]], job: Job, multirun: bool) -> list[str]:
+def _job_problems(name: str, known: dict[str, list[str]], job: CheckedJob, multirun: bool) -> list[str]:
     """What is wrong with the folders and files that a job names; ``known`` is what other jobs found in equal ones."""
     from deftx.config import written_folders
     from deftx.stages.preflight import given_problems, preflight
@@ -206,7 +206,7 @@ def _single(name: str, overrides: Sequence[str], config_dir: str | None) -> int:
     return 1 if end.error else 0
 
 
-def _sweep(name: str, command: Command, known: argparse.Namespace) -> int:
+def _sweep(name: str, command: CheckedCommand, known: argparse.Namespace) -> int:
     """Run a sweep or a search, or say what a sweep or a single run would compute."""
     from deftx.launch import check
     from deftx.sweeps.run import Sweep, dry_run, run_search, run_sweep

@@ -66,7 +66,7 @@ class Task:
     logged: bool = False
 
 
-class Job(Protocol):
+class JobFunction(Protocol):
     """What a command does with its settings, on the kind of device that was planned."""
 
     def __call__(self, config: RunConfig, device: str = "") -> JobEnd:
@@ -96,7 +96,7 @@ def _launched(task: Task) -> JobEnd:
         return JobEnd(error=str(error))
 
 
-def _job(name: str, body: Callable[[StudySettings, RunConfig], JobEnd | None]) -> Job:
+def _job(name: str, body: Callable[[StudySettings, RunConfig], JobEnd | None]) -> JobFunction:
     """Wrap what a command does so that whatever stops it becomes its message."""
 
     def run(config: RunConfig, device: str = "") -> JobEnd:
@@ -151,6 +151,6 @@ def _pretrain(study: StudySettings, config: RunConfig) -> None:
     run_pretrain(study, config.text, Path(str(config.out)).expanduser())
 
 
-JOBS: dict[str, Job] = {
+JOBS: dict[str, JobFunction] = {
     name: _job(name, body) for name, body in {"run": _run, "sft": _sft, "eval": _eval, "pretrain": _pretrain}.items()
 }

@@ -4,7 +4,7 @@
 ``check`` looks at all jobs of a command before any starts, ``resolve`` turns composed settings into those of a study.
 """
 
-from deftx.config.check import Command, Job, check_command, check_search, first_configuration
+from deftx.config.check import CheckedCommand, CheckedJob, check_command, check_search, first_configuration
 from deftx.config.resolve import resolve_command, study_settings, written_folders
 from deftx.config.session import (
     conf_dir,

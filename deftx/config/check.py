@@ -37,7 +37,7 @@ _OF_SWEEPS = ("hydra.sweep", "hydra.mode")
 
 
 @dataclass(frozen=True)
-class Job:
+class CheckedJob:
     """A job that passed.
 
     Attributes:
@@ -52,7 +52,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Command:
+class CheckedCommand:
     """A command that passed: what Hydra is asked to run.
 
     Attributes:
@@ -62,17 +62,17 @@ class Command:
     """
 
     multirun: bool
-    jobs: list[Job]
+    jobs: list[CheckedJob]
     folder: str = ""
 
 
-JobCheck = Callable[[Job, bool], list[str]]
+JobCheck = Callable[[CheckedJob, bool], list[str]]
 """Gives what else is wrong with a job whose values are right, and is told whether it is one of a sweep."""
 
 
 def check_command(
     name: str, overrides: Sequence[str], *, multirun: bool, look: JobCheck = lambda job, multirun: []
-) -> Command:
+) -> CheckedCommand:
     """Compose, resolve and check every job of a command, or say everything that is wrong with it.
 
     Call it inside :func:`deftx.config.session.hydra_session`.
@@ -87,7 +87,7 @@ def check_command(
         DeftxError: One message with every problem: unknown groups, options and keys, values of the wrong type or out of
             their range, a sweep without ``-m``, and whatever ``look`` finds.
     """
-    passed: list[Job] = []
+    passed: list[CheckedJob] = []
 
     def check(config: DictConfig, overrides: list[str], multirun: bool) -> list[str]:
         settings = typed(config)
@@ -95,11 +95,11 @@ def check_command(
         study, more = resolve_command(name, settings)
         if study is None or found:
             return found + more
-        passed.append(Job(overrides, settings, study))
+        passed.append(CheckedJob(overrides, settings, study))
         return look(passed[-1], multirun)
 
     multirun, folder = _each_job(name, overrides, multirun, check)
-    return Command(multirun, passed, folder)
+    return CheckedCommand(multirun, passed, folder)
 
 
 def first_configuration(name: str, overrides: Sequence[str], *, multirun: bool) -> DictConfig:
@@ -118,7 +118,7 @@ def first_configuration(name: str, overrides: Sequence[str], *, multirun: bool) 
     return found[0]
 
 
-def check_search(name: str, overrides: Sequence[str], command: Command, look: JobCheck) -> None:
+def check_search(name: str, overrides: Sequence[str], command: CheckedCommand, look: JobCheck) -> None:
     """Check every value that a search may propose, before its first trial.
 
     Args:
