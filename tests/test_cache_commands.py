@@ -15,7 +15,7 @@ import deftx.cache.maintenance
 import deftx.cache.processes
 from deftx.cache import Entry, Stage, StageCache, Workspace
 from deftx.cache.commands import parse_age, parse_size
-from deftx.cache.locks import turn
+from deftx.cache.locks import lock_stage
 from deftx.cache.maintenance import Filter, last_used, prunable, remove, residues
 from deftx.cache.processes import in_use
 from deftx.cache.scratch import claim_scratch
@@ -257,7 +257,7 @@ def test_prune_takes_what_is_meant_and_a_dry_run_says_the_same(
 
 def test_prune_leaves_what_a_process_uses_or_computes(cache_command: object, root: Path) -> None:
     StageCache(root).find(FULL)
-    with turn(root, f"select-{SELECT.key[:16]}", "x", "auto", published=lambda: None, explain=lambda _: None):
+    with lock_stage(root, f"select-{SELECT.key[:16]}", "x", "auto", published=lambda: None, explain=lambda _: None):
         answer = cache_command("prune", "--older-than", "0d")
     assert kinds(root) == ["full", "select"]
     assert f"[{FULL.key[:16]}]  process {os.getpid()} uses it" in answer.out

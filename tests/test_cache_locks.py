@@ -17,7 +17,7 @@ import pytest
 
 import deftx.cache.locks
 from deftx.cache import Entry, Stage, StageCache, Workspace
-from deftx.cache.locks import is_locked, lock_mode, turn
+from deftx.cache.locks import is_locked, lock_mode, lock_stage
 from deftx.cache.scratch import claim_in_force, claim_scratch
 from deftx.errors import DeftxError
 from deftx.processes import Process, host_id
@@ -175,7 +175,7 @@ def test_one_computes_and_the_others_wait_and_say_for_whom(
 
 
 def test_a_waiter_sees_what_was_published_though_the_lock_is_never_let_go(tmp_path: Path) -> None:
-    with turn(tmp_path, NAME, "held", "auto", published=lambda: None, explain=lambda _: None) as held:
+    with lock_stage(tmp_path, NAME, "held", "auto", published=lambda: None, explain=lambda _: None) as held:
         assert held.locked
         assert held.leased
         got: list[Entry] = []
@@ -372,6 +372,6 @@ def test_the_lock_is_chosen_by_argument_then_environment(monkeypatch: pytest.Mon
 @pytest.mark.parametrize("mode", ["auto", "file", "soft"])
 def test_a_running_stage_is_seen_as_locked(tmp_path: Path, mode: str) -> None:
     assert not is_locked(tmp_path, NAME)
-    with turn(tmp_path, NAME, "held", mode, published=lambda: None, explain=lambda _: None):
+    with lock_stage(tmp_path, NAME, "held", mode, published=lambda: None, explain=lambda _: None):
         assert is_locked(tmp_path, NAME)
     assert not is_locked(tmp_path, NAME)

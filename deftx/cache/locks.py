@@ -50,7 +50,7 @@ def lock_mode(given: str | None = None) -> str:
     return mode
 
 
-class Turn(Generic[T]):
+class StageLock(Generic[T]):
     """This process's turn at a stage.
 
     Attributes:
@@ -68,7 +68,7 @@ class Turn(Generic[T]):
 
 
 @contextlib.contextmanager
-def turn(
+def lock_stage(
     root: Path,
     name: str,
     label: str,
@@ -76,7 +76,7 @@ def turn(
     *,
     published: Callable[[], T | None],
     explain: Callable[[BaseException], DeftxError | None],
-) -> Iterator[Turn[T]]:
+) -> Iterator[StageLock[T]]:
     """Wait until no other process computes a stage, or until its result is published.
 
     Args:
@@ -87,7 +87,7 @@ def turn(
         published: Returns the result once it exists; called while waiting.
         explain: Returns the user's view of an error that going without a lock cannot solve (a full disk).
     """
-    taken: Turn[T] = Turn()
+    taken: StageLock[T] = StageLock()
     started = time.perf_counter()
     with contextlib.ExitStack() as stack:
         for lock in _locks(root, name, mode):

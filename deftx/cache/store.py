@@ -20,7 +20,7 @@ from deftx import atomic
 from deftx.cache.entry import FORMAT_VERSION, MANIFEST, Ancestor, Entry, Event, Workspace, product_digest
 from deftx.cache.files import file_sha256, fingerprint_files
 from deftx.cache.keys import Stage, loose
-from deftx.cache.locks import Turn, lock_mode, turn
+from deftx.cache.locks import StageLock, lock_mode, lock_stage
 from deftx.cache.processes import note_use
 from deftx.cache.scratch import Scratch, claim_scratch
 from deftx.cache.verify import DamageError, OutdatedError, Verifier, entry_folders, identity, load, set_aside
@@ -232,8 +232,8 @@ class StageCache:
         """Return the folder of the stage's result, whether it exists or not."""
         return self.root / stage.kind / stage.key[:16]
 
-    def _turn(self, stage: Stage) -> contextlib.AbstractContextManager[Turn[Entry]]:
-        return turn(
+    def _turn(self, stage: Stage) -> contextlib.AbstractContextManager[StageLock[Entry]]:
+        return lock_stage(
             self.root,
             f"{stage.kind}-{stage.key[:16]}",
             str(stage),
@@ -243,7 +243,7 @@ class StageCache:
         )
 
     def _compute(
-        self, stage: Stage, compute: Callable[[Workspace], None], provenance: Mapping[str, Any], taken: Turn[Entry]
+        self, stage: Stage, compute: Callable[[Workspace], None], provenance: Mapping[str, Any], taken: StageLock[Entry]
     ) -> Entry | None:
         """Compute and publish; return None if another process took over, whose result is then to be waited for."""
         folder = self.folder(stage)

@@ -18,8 +18,8 @@ from deftx.config.session import (
 )
 
 __all__ = [
-    "Command",
-    "Job",
+    "CheckedCommand",
+    "CheckedJob",
     "check_command",
     "check_search",
     "conf_dir",

@@ -19,7 +19,7 @@ from deftx.errors import DeftxError
 from deftx.launch.batch import TaskBatch, TaskFailure, failure_of
 from deftx.launch.settings import LauncherSettings
 
-__all__ = ["LauncherSettings", "Lost", "check", "run_all"]
+__all__ = ["LauncherSettings", "TaskFailure", "check", "run_all"]
 
 T = TypeVar("T")
 R = TypeVar("R")
