@@ -1,7 +1,7 @@
 """What each command does once its configuration has passed, and how that ended; the same here, in a worker, on a node.
 
-A job never raises: its mistakes and failures are its :class:`JobEnd`, so that they reach the summary of a sweep and stop
-no other job.
+A job never raises. Its mistakes and failures are its :class:`JobEnd`, so that they reach the summary of a sweep and
+stop no other job.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from deftx.units import time_text
 if TYPE_CHECKING:
     from filelock import BaseFileLock
 
-__all__ = ["LEASE_SECONDS", "MODES", "Turn", "is_locked", "lock_mode", "turn"]
+__all__ = ["LEASE_SECONDS", "MODES", "StageLock", "is_locked", "lock_mode", "lock_stage"]
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -51,17 +51,17 @@ def lock_mode(given: str | None = None) -> str:
 
 
 class StageLock(Generic[T]):
-    """This process's turn at a stage.
+    """What :func:`lock_stage` gives: the right to compute a stage, or its result.
 
     Attributes:
-        found: The result that another process published meanwhile; None if this process has to compute it.
+        published: The result that another process published meanwhile; None if this process has to compute it.
         locked: Whether this process holds a lock.
         leased: Whether it holds the lease, which other hosts see.
-        waited: Seconds until the turn came.
+        waited: Seconds until one or the other was there.
     """
 
     def __init__(self) -> None:
-        self.found: T | None = None
+        self.published: T | None = None
         self.locked = False
         self.leased = False
         self.waited = 0.0
@@ -87,26 +87,26 @@ def lock_stage(
         published: Returns the result once it exists; called while waiting.
         explain: Returns the user's view of an error that going without a lock cannot solve (a full disk).
     """
-    taken: StageLock[T] = StageLock()
+    lock: StageLock[T] = StageLock()
     started = time.perf_counter()
     with contextlib.ExitStack() as stack:
-        for lock in _locks(root, name, mode):
+        for file_lock in _locks(root, name, mode):
             try:
-                lock_path = Path(lock.lock_file)
+                lock_path = Path(file_lock.lock_file)
                 lock_path.parent.mkdir(parents=True, exist_ok=True)
-                taken.found = _wait(lock, root, name, label, published)
+                lock.published = _wait(file_lock, root, name, label, published)
             except (OSError, NotImplementedError) as error:
                 if problem := explain(error):
                     raise problem from error
-                log.debug("no %s for %s (%s); continuing without it", type(lock).__name__, label, error)
+                log.debug("no %s for %s (%s); continuing without it", type(file_lock).__name__, label, error)
                 continue
-            if taken.found is not None:
+            if lock.published is not None:
                 break
-            stack.callback(_let_go, lock)
-            taken.locked = True
-            taken.leased |= _is_lease(lock)
-        taken.waited = time.perf_counter() - started
-        yield taken
+            stack.callback(_let_go, file_lock)
+            lock.locked = True
+            lock.leased |= _is_lease(file_lock)
+        lock.waited = time.perf_counter() - started
+        yield lock
 
 
 def is_locked(root: Path, name: str) -> bool:

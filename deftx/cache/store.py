@@ -208,16 +208,16 @@ class StageCache:
         try:
             entry = self.find(stage)
             while entry is None:
-                with self._turn(stage) as taken:
-                    waited += taken.waited
-                    entry = taken.found or self.find(stage)
+                with self._locked(stage) as lock:
+                    waited += lock.waited
+                    entry = lock.published or self.find(stage)
                     if entry is None:
                         outcome = "computed"
                         if provenance is None:
                             asked = time.perf_counter()
                             provenance = self.provenance
                             self._inner_seconds += time.perf_counter() - asked  # not this stage's work
-                        entry = self._compute(stage, compute, provenance, taken)
+                        entry = self._compute(stage, compute, provenance, lock)
         finally:
             total = time.perf_counter() - started
             seconds = total - self._inner_seconds
@@ -232,7 +232,7 @@ class StageCache:
         """Return the folder of the stage's result, whether it exists or not."""
         return self.root / stage.kind / stage.key[:16]
 
-    def _turn(self, stage: Stage) -> contextlib.AbstractContextManager[StageLock[Entry]]:
+    def _locked(self, stage: Stage) -> contextlib.AbstractContextManager[StageLock[Entry]]:
         return lock_stage(
             self.root,
             f"{stage.kind}-{stage.key[:16]}",
@@ -243,7 +243,7 @@ class StageCache:
         )
 
     def _compute(
-        self, stage: Stage, compute: Callable[[Workspace], None], provenance: Mapping[str, Any], taken: StageLock[Entry]
+        self, stage: Stage, compute: Callable[[Workspace], None], provenance: Mapping[str, Any], lock: StageLock[Entry]
     ) -> Entry | None:
         """Compute and publish; return None if another process took over, whose result is then to be waited for."""
         folder = self.folder(stage)
@@ -253,7 +253,7 @@ class StageCache:
             folder.parent.mkdir(parents=True, exist_ok=True)
             atomic.remove_leftovers(folder)
             note_use(self.root, folder)
-            scratch = claim_scratch(self.root, stage, locked=taken.locked, leased=taken.leased)
+            scratch = claim_scratch(self.root, stage, locked=lock.locked, leased=lock.leased)
             out.mkdir()
             workspace = Workspace(out, scratch.path)
             started, inner = time.perf_counter(), self._inner_seconds
