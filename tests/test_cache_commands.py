@@ -16,7 +16,7 @@ import deftx.cache.processes
 from deftx.cache import Entry, Stage, StageCache, Workspace
 from deftx.cache.commands import parse_age, parse_size
 from deftx.cache.locks import lock_stage
-from deftx.cache.maintenance import Filter, last_used, prunable, remove, residues
+from deftx.cache.maintenance import Filter, last_used, leftovers_of, prunable, remove
 from deftx.cache.processes import in_use
 from deftx.cache.scratch import claim_scratch
 from deftx.cli import main
@@ -358,7 +358,7 @@ def test_a_leftover_belongs_to_the_process_in_its_name(root: Path, owner: str, a
         os.utime(record, (time.time() - 60 * minutes,) * 2)
     name = f"full-{FULL.key[:16]}.{owner}.00" if folder == "scratch" else f".{FULL.key[:16]}.{owner}.00.tmp"
     (root / folder / name).mkdir()
-    (residue,) = (item for item in residues(root) if item.path.name == name)
+    (residue,) = (item for item in leftovers_of(root) if item.path.name == name)
     assert (residue.running is not None) == alive
 
 
@@ -381,15 +381,15 @@ def test_prune_removes_leftovers_that_nobody_owns(cache_command: object, root: P
         os.utime(file, (time.time() - days * DAY,) * 2)
     damage(root, "full")
     cache_command("verify", "--set-aside")
-    assert len(residues(root)) == 8
+    assert len(leftovers_of(root)) == 8
 
     shown = cache_command("prune", "--leftovers", "--dry-run").out
-    assert len(residues(root)) == 8
+    assert len(leftovers_of(root)) == 8
     done = cache_command("prune", "--leftovers").out
     assert [line.split(":", 1)[1] for line in done.splitlines()[:-1]] == [
         line.split(":", 1)[1] for line in shown.splitlines()[:-1]
     ]
-    assert {(item.sort, item.running) for item in residues(root)} == {
+    assert {(item.sort, item.running) for item in leftovers_of(root)} == {
         ("damaged", None),
         ("checkpoints", this),
         ("temporary", this._replace(start=0)),

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from deftx.cache import Stage, StageCache, Workspace
-from deftx.cache.maintenance import residues
+from deftx.cache.maintenance import leftovers_of
 from deftx.errors import DeftxError
 
 STAGE = Stage("full", 1, {"a": 1}, label="ace")
@@ -221,5 +221,5 @@ def test_what_killed_processes_left_is_listed(tmp_path: Path) -> None:
     while not list(tmp_path.glob("full/.*/a.bin")):
         assert killed_at(number, tmp_path)
         number += 1
-    assert {item.sort for item in residues(tmp_path)} == {"temporary", "checkpoints"}
-    assert all(item.running is None for item in residues(tmp_path))
+    assert {item.sort for item in leftovers_of(tmp_path)} == {"temporary", "checkpoints"}
+    assert all(item.running is None for item in leftovers_of(tmp_path))

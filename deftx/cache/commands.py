@@ -20,14 +20,14 @@ from deftx.cache.entry import Entry
 from deftx.cache.maintenance import (
     DAY,
     Filter,
-    Residue,
+    Leftover,
     all_folders,
     check_all,
     find_entry,
     last_used,
+    leftovers_of,
     prunable,
     remove,
-    residues,
 )
 from deftx.cache.processes import in_use
 from deftx.cache.store import StageCache
@@ -206,7 +206,7 @@ def _ls(cache: StageCache, options: argparse.Namespace) -> int:
         console.print()
         console.print(_totals(entries))
     print(f"{len(entries)} entries in {cache.root}")
-    _print_residues(residues(cache.root))
+    _print_residues(leftovers_of(cache.root))
     return 0
 
 
@@ -255,7 +255,7 @@ def _created(entry: Entry) -> float:
         return last_used(entry)
 
 
-def _print_residues(leftovers: Sequence[Residue]) -> None:
+def _print_residues(leftovers: Sequence[Leftover]) -> None:
     for sort in ("damaged", "checkpoints", "temporary", "tokens"):
         group = [item for item in leftovers if item.sort == sort]
         if group:
@@ -339,7 +339,7 @@ def _verify(cache: StageCache, options: argparse.Namespace) -> int:
     print(f"{len(folders)} entries verified ({size_text(total)}), {len(damaged)} damaged")
     if damaged and not options.set_aside:
         print("next: deftx cache verify --set-aside, or just run again: a damaged entry is set aside and recomputed")
-    _print_residues(residues(cache.root))
+    _print_residues(leftovers_of(cache.root))
     return 1 if damaged else 0
 
 
@@ -377,13 +377,13 @@ def _prune(cache: StageCache, options: argparse.Namespace) -> int:
     return 0
 
 
-def _prunable_residues(cache: StageCache, options: argparse.Namespace, age: float | None) -> list[Residue]:
+def _prunable_residues(cache: StageCache, options: argparse.Namespace, age: float | None) -> list[Leftover]:
     sorts = {"damaged"} if options.damaged else set()
     sorts |= {"checkpoints", "temporary", "tokens"} if options.leftovers else set()
     now = time.time()
     return [
         item
-        for item in residues(cache.root)
+        for item in leftovers_of(cache.root)
         if item.sort in sorts
         and item.running is None
         # Tokenised text belongs to nobody: what is young may be in use.

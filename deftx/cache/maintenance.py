@@ -24,7 +24,7 @@ from deftx.cache.verify import DAMAGED, DamageError, Verifier, entry_folders, lo
 from deftx.errors import DeftxError, listed
 from deftx.processes import Process, marked
 
-__all__ = ["Filter", "Residue", "check_all", "find_entry", "last_used", "prunable", "remove", "residues"]
+__all__ = ["Filter", "Leftover", "check_all", "find_entry", "last_used", "leftovers_of", "prunable", "remove"]
 
 DAY = 86400.0
 _TOKENS = "tokens"
@@ -152,7 +152,7 @@ def remove(root: Path, entry: Entry) -> bool:
 
 
 @dataclass(frozen=True)
-class Residue:
+class Leftover:
     """Something in the cache that is no result.
 
     Attributes:
@@ -182,26 +182,26 @@ class Residue:
         return not os.path.lexists(self.path)
 
 
-def residues(root: Path) -> list[Residue]:
+def leftovers_of(root: Path) -> list[Leftover]:
     """List all that is no result: damaged entries, checkpoints, temporary folders, tokenised text."""
-    leftovers = [_residue(path, "damaged", None) for path in _children(root / DAMAGED)]
+    leftovers = [_leftover(path, "damaged", None) for path in _children(root / DAMAGED)]
     for path in _children(root / SCRATCH):
         if path.name == _TOKENS:
-            leftovers += [_residue(file, _TOKENS, None) for file in _children(path)]
+            leftovers += [_leftover(file, _TOKENS, None) for file in _children(path)]
         elif path.is_dir():
             owner = scratch_owner(root, path.name)
-            leftovers.append(_residue(path, "checkpoints", owner if owner and lives(root, owner) else None))
+            leftovers.append(_leftover(path, "checkpoints", owner if owner and lives(root, owner) else None))
     for kind in _children(root):
         if kind.name not in RESERVED and kind.is_dir():
             for path in _children(kind):
                 if path.name.startswith(".") and (name := marked(path.name)):
-                    leftovers.append(_residue(path, "temporary", name[1] if lives(root, name[1]) else None))
+                    leftovers.append(_leftover(path, "temporary", name[1] if lives(root, name[1]) else None))
     return leftovers
 
 
-def _residue(path: Path, sort: str, running: Process | None) -> Residue:
+def _leftover(path: Path, sort: str, running: Process | None) -> Leftover:
     size, changed = _measure(path)
-    return Residue(path, sort, size, changed, running)
+    return Leftover(path, sort, size, changed, running)
 
 
 def _children(folder: Path) -> list[Path]:
