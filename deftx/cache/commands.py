@@ -206,7 +206,7 @@ def _ls(cache: StageCache, options: argparse.Namespace) -> int:
         console.print()
         console.print(_totals(entries))
     print(f"{len(entries)} entries in {cache.root}")
-    _print_residues(leftovers_of(cache.root))
+    _print_leftovers(leftovers_of(cache.root))
     return 0
 
 
@@ -255,7 +255,7 @@ def _created(entry: Entry) -> float:
         return last_used(entry)
 
 
-def _print_residues(leftovers: Sequence[Leftover]) -> None:
+def _print_leftovers(leftovers: Sequence[Leftover]) -> None:
     for sort in ("damaged", "checkpoints", "temporary", "tokens"):
         group = [item for item in leftovers if item.sort == sort]
         if group:
@@ -339,7 +339,7 @@ def _verify(cache: StageCache, options: argparse.Namespace) -> int:
     print(f"{len(folders)} entries verified ({size_text(total)}), {len(damaged)} damaged")
     if damaged and not options.set_aside:
         print("next: deftx cache verify --set-aside, or just run again: a damaged entry is set aside and recomputed")
-    _print_residues(leftovers_of(cache.root))
+    _print_leftovers(leftovers_of(cache.root))
     return 1 if damaged else 0
 
 
@@ -355,7 +355,7 @@ def _prune(cache: StageCache, options: argparse.Namespace) -> int:
     # With --damaged or --leftovers alone, no result is meant; an age then is theirs.
     results = size is not None or bool(wanted.kinds) or not (options.damaged or options.leftovers)
     go, kept = prunable(cache.root, list(cache.entries()), wanted) if results else ([], [])
-    rest = _prunable_residues(cache, options, age)
+    rest = _prunable_leftovers(cache, options, age)
     gone, freed = 0, 0
     verb = "would go" if options.dry_run else "gone"
     for entry in sorted(go, key=lambda item: -item.size):
@@ -377,7 +377,7 @@ def _prune(cache: StageCache, options: argparse.Namespace) -> int:
     return 0
 
 
-def _prunable_residues(cache: StageCache, options: argparse.Namespace, age: float | None) -> list[Leftover]:
+def _prunable_leftovers(cache: StageCache, options: argparse.Namespace, age: float | None) -> list[Leftover]:
     sorts = {"damaged"} if options.damaged else set()
     sorts |= {"checkpoints", "temporary", "tokens"} if options.leftovers else set()
     now = time.time()

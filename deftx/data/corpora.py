@@ -22,7 +22,7 @@ from deftx.data.hub import HubRef, load_hub, require_hub_columns
 from deftx.data.leakage import LeakFilter, summarise
 from deftx.data.places import Origin
 from deftx.data.reading import expand, read_text
-from deftx.data.settings import CorpusSettings, DataSettings, Family, FamilyData, LanguageSettings
+from deftx.data.settings import CorpusSettings, DataSettings, FamilyData, GeneratedFamily, LanguageSettings
 from deftx.errors import DeftxError
 from deftx.knobs import refuse
 
@@ -197,7 +197,7 @@ def _distinct(groups: Iterable[Sequence[Path]]) -> tuple[Path, ...]:
     return tuple(dict.fromkeys(path for group in groups for path in group))
 
 
-def _of_family(pattern: str, family: Family | None) -> list[Path]:
+def _of_family(pattern: str, family: GeneratedFamily | None) -> list[Path]:
     """Files of the generated family that a name or glob means; they may still have to be made."""
     if family is None:
         return []

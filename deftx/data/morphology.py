@@ -23,7 +23,7 @@ _LONGEST_USUAL = 14.0  # letters a word on average; agglutinating languages with
 _UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
 
 
-def text_profile(lines: Sequence[str], count_pieces: Callable[[list[str]], int]) -> dict[str, Any]:
+def text_measures(lines: Sequence[str], count_pieces: Callable[[list[str]], int]) -> dict[str, Any]:
     """Measure a text.
 
     Args:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from deftx.data.hub import HubRef
-from deftx.data.settings import Family
+from deftx.data.settings import GeneratedFamily
 from deftx.errors import DeftxError
 
 Digest = Callable[[Sequence[Path]], str]
@@ -64,7 +64,7 @@ class Origin:
     hub: HubRef | None = None
     url: str = ""
     cache_dir: str | None = None
-    family: Family | None = None
+    family: GeneratedFamily | None = None
 
     @property
     def local_files(self) -> tuple[Path, ...]:

@@ -98,7 +98,7 @@ class DataSettings:
         return {"valid_fraction": self.valid_fraction, "leak_threshold": self.leak_threshold}
 
 
-class Family(NamedTuple):
+class GeneratedFamily(NamedTuple):
     """The generated family as files that a stage makes: they can be named before they are there.
 
     Attributes:
@@ -126,7 +126,7 @@ class FamilyData(DataSettings):
         family: The family.
     """
 
-    family: Family | None = None
+    family: GeneratedFamily | None = None
 
 
 @dataclass

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from deftx.data.settings import DataSettings, Family, FamilyData, SyntheticSettings
+from deftx.data.settings import DataSettings, FamilyData, GeneratedFamily, SyntheticSettings
 from deftx.errors import DeftxError
 from deftx.knobs import refuse
 
@@ -238,7 +238,7 @@ def family_data(data: DataSettings, settings: SyntheticSettings, root: Path, key
     """
     names = [f"unlabelled/{code}.txt" for code in settings.members]
     names += [f"sentiment/{code}/{part}.tsv" for code in settings.members for part in _parts(settings, code)]
-    return FamilyData(**{**vars(data), "root": str(root), "family": Family(key, root, tuple(names))})
+    return FamilyData(**{**vars(data), "root": str(root), "family": GeneratedFamily(key, root, tuple(names))})
 
 
 def generate_family(folder: Path, settings: SyntheticSettings) -> None:

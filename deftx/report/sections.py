@@ -58,7 +58,7 @@ class Items:
 
 
 @dataclass(frozen=True, eq=False)
-class Cell:
+class ScoreCell:
     """One score of one run.
 
     Attributes:
@@ -115,7 +115,7 @@ class Section:
     languages: list[str] = field(default_factory=list)
     classes: list[str] = field(default_factory=list)
     columns: list[Column] = field(default_factory=list)
-    cells: dict[tuple[Column, str, int], Cell] = field(default_factory=dict)
+    cells: dict[tuple[Column, str, int], ScoreCell] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     slug: str = ""
     title: str = ""
@@ -245,7 +245,7 @@ def _fill(section: Section) -> None:
                 section.languages.append(item.language)
             column = section.add_column(run, item.condition, settings)
             value = None if item.value is None or not np.isfinite(item.value) else float(item.value)
-            cell = Cell(value, item.n, run, items.get((item.language, item.condition)))
+            cell = ScoreCell(value, item.n, run, items.get((item.language, item.condition)))
             place = (column, item.language, run.record.seed or 0)
             before = section.cells.get(place)
             if before is None:
@@ -366,7 +366,7 @@ def _metric(items: Items, section: Section) -> float | None:
     return float(METRICS[section.metric](counts).mean())
 
 
-def _equal(first: Cell, second: Cell) -> bool:
+def _equal(first: ScoreCell, second: ScoreCell) -> bool:
     if (first.value is None) != (second.value is None):
         return False
     if first.value is not None and abs(first.value - (second.value or 0)) > 1e-6:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from deftx.report.bootstrap import METRICS, Doubles, Resampler, confusion, interval, shared_items
-from deftx.report.sections import MEAN, Cell, Column, Section
+from deftx.report.sections import MEAN, Column, ScoreCell, Section
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -185,7 +185,7 @@ def _resample(summary: Summary, resampler: Resampler) -> None:
     section = summary.section
     if section.metric not in METRICS:
         return
-    usable: dict[str, list[tuple[Column, int, Cell]]] = {}
+    usable: dict[str, list[tuple[Column, int, ScoreCell]]] = {}
     for (column, language, seed), cell in section.cells.items():
         if cell.items is not None and cell.value is not None:
             usable.setdefault(language, []).append((column, seed, cell))

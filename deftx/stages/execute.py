@@ -75,7 +75,7 @@ class Results:
 
 
 @dataclass
-class Progress:
+class StudyProgress:
     """How far a run has come, so that a failed one can say.
 
     Attributes:

@@ -315,7 +315,7 @@ def measures(language: str, text: Node, base: Base) -> Node:
     """
 
     def compute(work: Workspace, loggers: Loggers) -> None:
-        from deftx.data.morphology import text_profile
+        from deftx.data.morphology import text_measures
         from deftx.training.encoder import load_tokenizer
 
         tokenizer = load_tokenizer(base.found_in(work))
@@ -324,7 +324,7 @@ def measures(language: str, text: Node, base: Base) -> Node:
             encoded = tokenizer(words, add_special_tokens=False)["input_ids"] if words else []
             return sum(map(len, encoded))
 
-        write_json(work.out / MEASURES, text_profile(read_text(work.inputs["text"], "train"), count))
+        write_json(work.out / MEASURES, text_measures(read_text(work.inputs["text"], "train"), count))
 
     return node(
         "profile",

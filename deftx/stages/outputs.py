@@ -16,7 +16,7 @@ from deftx.core.folder import FACTS, TENSORS
 from deftx.errors import DeftxError
 from deftx.stages.diagnostics import diagnostics
 from deftx.stages.evaluate import Outcome
-from deftx.stages.execute import Progress, Results
+from deftx.stages.execute import Results, StudyProgress
 from deftx.stages.graph import StudyGraph
 from deftx.stages.inputs import MEASURES, REPORT, read_json
 from deftx.stages.learn import METRICS
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def keep(progress: Progress, run_dir: Path) -> None:
+def keep(progress: StudyProgress, run_dir: Path) -> None:
     """Publish what the run wrote, under the keys of what it evaluated; a cache that cannot be written loses nothing."""
     graph, results = progress.graph, progress.results
     if graph is None:
@@ -49,7 +49,7 @@ def keep(progress: Progress, run_dir: Path) -> None:
         log.warning("the finished run is not kept in the cache, a sweep will run it again: %s", error)
 
 
-def fill(record: tracking.RunRecord, progress: Progress) -> None:
+def fill(record: tracking.RunRecord, progress: StudyProgress) -> None:
     """Write into the record what the run came to so far, also when it is about to fail."""
     study, cache = progress.study, progress.results.cache
     if "torch" in sys.modules:
@@ -73,7 +73,7 @@ def fill(record: tracking.RunRecord, progress: Progress) -> None:
     record.notes = [*record.notes, *_remarks(record, progress)]
 
 
-def _fill_from_graph(record: tracking.RunRecord, progress: Progress, graph: StudyGraph) -> None:
+def _fill_from_graph(record: tracking.RunRecord, progress: StudyProgress, graph: StudyGraph) -> None:
     """SFTs and cells; what was read: where it was found, its fingerprints, what was dropped of it; measures of text."""
     from deftx.data.tasks import fingerprint_rows
 
@@ -135,7 +135,7 @@ def _cell_facts(outcome: Outcome, methods: Sequence[str], facts: Mapping[str, SF
     return CellFacts(cell.language, cell.condition, cell.variant, method, outcome.key, terms)
 
 
-def _remarks(record: tracking.RunRecord, progress: Progress) -> Iterator[Remark]:
+def _remarks(record: tracking.RunRecord, progress: StudyProgress) -> Iterator[Remark]:
     """What a reader should see beside the numbers."""
     study = progress.study
     if study.split != "test":
@@ -188,7 +188,7 @@ def scores(outcomes: Sequence[Outcome], targets: Sequence[str], metric: str, spl
     return found
 
 
-def write_tables(run_dir: Path, progress: Progress) -> pd.DataFrame | None:
+def write_tables(run_dir: Path, progress: StudyProgress) -> pd.DataFrame | None:
     """Write predictions and diagnostics, so far as there are any, and return the diagnostics."""
     import pandas as pd
 

@@ -18,7 +18,7 @@ from deftx import atomic, tracking
 from deftx.cache import StageCache
 from deftx.data.settings import LanguageSettings
 from deftx.errors import DeftxError
-from deftx.stages.execute import Progress, Results
+from deftx.stages.execute import Results, StudyProgress
 from deftx.stages.graph import GivenSFTs, graph
 from deftx.stages.inputs import NEEDS
 from deftx.stages.knobs import flat_knobs, given_knobs
@@ -44,7 +44,7 @@ def run_study(study: StudySettings, run_dir: Path) -> tracking.RunRecord:
         DeftxError: Something the user can mend; ``result.json`` then says ``failed`` and why.
     """
 
-    def body(progress: Progress) -> None:
+    def body(progress: StudyProgress) -> None:
         for sft in progress.open(NEEDS["run"]).sfts:
             progress.train(sft)
         progress.evaluate()
@@ -60,7 +60,7 @@ def run_parts(study: StudySettings, run_dir: Path) -> tracking.RunRecord:
         run_dir: Folder of this run.
     """
 
-    def body(progress: Progress) -> None:
+    def body(progress: StudyProgress) -> None:
         nodes = progress.open(NEEDS["run"])
         for name in study.only:
             if not (part := nodes.named(name)):
@@ -85,7 +85,7 @@ def run_sft(study: StudySettings, kind: str, out: Path | None, run_dir: Path) ->
     """
     destination = out or run_dir / "sfts"
 
-    def body(progress: Progress) -> None:
+    def body(progress: StudyProgress) -> None:
         nodes = progress.open(NEEDS[f"sft {kind}"])
         for sft in nodes.sfts:
             progress.train(sft)
@@ -117,7 +117,7 @@ def run_eval(study: StudySettings, task_sft: str, language_sfts: dict[str, str],
     languages = {code: sft for code, (sft, _) in given.items()}
     knobs = given_knobs(study, about, {code: said for code, (_, said) in given.items()})
 
-    def body(progress: Progress) -> None:
+    def body(progress: StudyProgress) -> None:
         nodes = progress.open(NEEDS["eval"], GivenSFTs(task, languages, int(about["training"]["max_length"])))
         progress.sfts += nodes.sfts
         progress.evaluate()
@@ -179,7 +179,7 @@ def _run(
     run_dir: Path,
     job: str,
     knobs: dict[str, Any],
-    body: Callable[[Progress], None],
+    body: Callable[[StudyProgress], None],
     *,
     kept: bool = False,
 ) -> tracking.RunRecord:
@@ -205,7 +205,7 @@ def _run(
         tags=[*study.methods, study.task, *study.targets],
     )
     with tracker, tracking.recording(run_dir, record):
-        progress = Progress(study, Results(cache, tracker.lightning_loggers))
+        progress = StudyProgress(study, Results(cache, tracker.lightning_loggers))
 
         def finish() -> None:
             fill(record, progress)

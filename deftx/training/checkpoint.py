@@ -31,7 +31,7 @@ from deftx import atomic
 from deftx.errors import DeftxError
 from deftx.training.modules import Encoder
 from deftx.training.profile import StepProfile
-from deftx.training.record import Record
+from deftx.training.record import FitRecord
 
 RESUME = "resume.ckpt"
 _FORMAT = 1
@@ -67,7 +67,7 @@ class Checkpoints(pl.Callback):
     def __init__(
         self,
         folder: Path,
-        record: Record,
+        record: FitRecord,
         *,
         minutes: float,
         every: int,

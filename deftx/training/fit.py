@@ -37,7 +37,7 @@ from deftx.training.checkpoint import Checkpoints, read_best, read_outcome
 from deftx.training.devices import run_on_devices
 from deftx.training.modules import Encoder
 from deftx.training.profile import StepProfile, medians
-from deftx.training.record import Progress, Record
+from deftx.training.record import FitRecord, ProgressBar
 from deftx.training.settings import TrainerSettings, TrainingSettings
 
 
@@ -207,7 +207,7 @@ def _run_on_devices(job: _Job, loggers: Sequence[Any]) -> dict[str, Any]:
     outcome = read_outcome(job.scratch, job.label)
     if job.callback is not None:
         job.callback.snapshot(job.module)
-    Record.replay(loggers, outcome["record"]["history"])
+    FitRecord.replay(loggers, outcome["record"]["history"])
     return outcome
 
 
@@ -216,7 +216,7 @@ def _run(job: _Job, loggers: Sequence[Any] = ()) -> dict[str, Any]:
     module, settings, trainer = job.module, job.settings, job.trainer
     accelerator = _accelerator(trainer)
     every = settings.eval_every or job.epoch
-    record = Record(settings, job.label, job.seed, job.steps, loggers)
+    record = FitRecord(settings, job.label, job.seed, job.steps, loggers)
     parts = StepProfile() if trainer.profile else None
     checkpoints = Checkpoints(
         job.scratch,
@@ -232,7 +232,7 @@ def _run(job: _Job, loggers: Sequence[Any] = ()) -> dict[str, Any]:
     if job.callback is not None:
         callbacks.insert(0, job.callback)
     if trainer.progress and sys.stderr.isatty() and not int(os.environ.get("LOCAL_RANK", 0)):
-        callbacks.append(Progress(job.label, job.steps, module.monitor))
+        callbacks.append(ProgressBar(job.label, job.steps, module.monitor))
     if parts is not None:
         callbacks.append(parts)
     callbacks.append(checkpoints)  # last: a state holds what the others noted

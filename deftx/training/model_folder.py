@@ -18,7 +18,7 @@ from deftx.training.settings import PretrainSettings
 
 
 @dataclass(frozen=True)
-class Family:
+class EncoderFamily:
     """What a study needs to know of an encoder family before a model is built, and ``config.json`` does not say.
 
     Everything else is found by the structure of the model (:mod:`~deftx.training.encoder`). ``Family()`` describes an
@@ -39,9 +39,9 @@ class Family:
     dropouts: tuple[str, ...] = ("hidden_dropout_prob", "attention_probs_dropout_prob")
 
 
-_ROBERTA = Family(embeddings=("word", "token_type", "position"), counts_behind_padding=True)
+_ROBERTA = EncoderFamily(embeddings=("word", "token_type", "position"), counts_behind_padding=True)
 FAMILIES = {
-    "bert": Family(embeddings=("word", "position", "token_type"), pooler=True),
+    "bert": EncoderFamily(embeddings=("word", "position", "token_type"), pooler=True),
     "roberta": _ROBERTA,
     "xlm-roberta": _ROBERTA,
     "camembert": _ROBERTA,
@@ -249,7 +249,7 @@ def config_of(model: Path | Mapping[str, Any]) -> Mapping[str, Any]:
 def longest_input(model: Path | Mapping[str, Any]) -> int:
     """Return how many tokens a model accepts at once, from its configuration alone (see :func:`config_of`).
 
-    Two of XLM-R's 514 positions are never used, see :class:`Family`.
+    Two of XLM-R's 514 positions are never used, see :class:`EncoderFamily`.
     """
     config = config_of(model)
     positions = int(config.get("max_position_embeddings", 512))

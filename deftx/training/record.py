@@ -17,7 +17,7 @@ from deftx.training.modules import Encoder
 from deftx.training.settings import TrainingSettings
 
 
-class Record(pl.Callback):
+class FitRecord(pl.Callback):
     """Seeds each batch, keeps the history, looks for NaN now and then, and asks for the last step's validation.
 
     Batches are numbered over the whole phase, whatever part of it this process runs.
@@ -146,7 +146,7 @@ class Record(pl.Callback):
         )
 
 
-class Progress(pl.Callback):
+class ProgressBar(pl.Callback):
     """A rich progress bar with the phase's label; reads nothing from the device but the validation score."""
 
     def __init__(self, label: str, steps: int, monitor: str) -> None:

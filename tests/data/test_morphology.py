@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from deftx.data.morphology import SAMPLE_WORDS, text_profile, words_of
+from deftx.data.morphology import SAMPLE_WORDS, text_measures, words_of
 
 
 def letters(words: list[str]) -> int:
@@ -25,7 +25,7 @@ def test_words_stand_between_spaces_without_punctuation(text: str, words: list[s
 
 
 def test_measures_are_those_counted_by_hand() -> None:
-    found = text_profile(["The cat saw the dog. It ran!", "the end"], letters)
+    found = text_measures(["The cat saw the dog. It ran!", "the end"], letters)
     # words: the cat saw the dog | it ran | the end
     assert found["words"] == 9
     assert found["sentences"] == 3
@@ -37,8 +37,8 @@ def test_measures_are_those_counted_by_hand() -> None:
 
 def test_the_ratio_is_over_a_sample_of_fixed_length() -> None:
     line = " ".join(f"w{number}" for number in range(100))
-    short = text_profile([line] * (SAMPLE_WORDS // 100), letters)
-    long = text_profile([line] * (SAMPLE_WORDS // 50), letters)
+    short = text_measures([line] * (SAMPLE_WORDS // 100), letters)
+    long = text_measures([line] * (SAMPLE_WORDS // 50), letters)
     assert short["words"] == long["words"] == SAMPLE_WORDS
     assert short["type_token_ratio"] == long["type_token_ratio"] == pytest.approx(100 / SAMPLE_WORDS)
     assert long["sentences"] == 2 * short["sentences"]
@@ -52,7 +52,7 @@ def test_the_ratio_is_over_a_sample_of_fixed_length() -> None:
     ],
 )
 def test_a_script_without_spaces_is_marked(line: str) -> None:
-    assert not text_profile([line] * 5, letters)["spaced"]
+    assert not text_measures([line] * 5, letters)["spaced"]
 
 
 @pytest.mark.parametrize(
@@ -63,10 +63,10 @@ def test_a_script_without_spaces_is_marked(line: str) -> None:
     ],
 )
 def test_sentences_end_in_other_scripts_too(line: str) -> None:
-    assert text_profile([line], letters)["sentences"] == 2
+    assert text_measures([line], letters)["sentences"] == 2
 
 
 def test_a_text_without_words_has_no_measures() -> None:
-    found = text_profile(["...", ""], letters)
+    found = text_measures(["...", ""], letters)
     assert found["fertility"] is found["type_token_ratio"] is found["words_per_sentence"] is None
     assert not found["spaced"]

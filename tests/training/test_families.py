@@ -26,7 +26,7 @@ from deftx.training.encoder import (
     maskable_parameters,
     norm_parameters,
 )
-from deftx.training.model_folder import FAMILIES, Family
+from deftx.training.model_folder import FAMILIES, EncoderFamily
 from deftx.training.modules import MaskedLM
 from deftx.training.settings import TrainerSettings, TrainingSettings
 from deftx.training.shapes import shapes_of
@@ -260,7 +260,7 @@ NORMS = {
 def accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     """One entry in the table of families is all that loading needs."""
     for family in OTHERS:
-        monkeypatch.setitem(FAMILIES, family, Family())
+        monkeypatch.setitem(FAMILIES, family, EncoderFamily())
 
 
 @pytest.mark.usefixtures("accepted")
