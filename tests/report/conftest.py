@@ -5,31 +5,12 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from fabricate import write_run, write_sweep
+from fabricate import Outcome, Report, write_run, write_sweep
 
 from deftx.cli import main
-
-
-@dataclass
-class Outcome:
-    """What ``deftx report`` left."""
-
-    status: int
-    out: str
-    err: str
-
-    @property
-    def words(self) -> str:
-        """Output on one line: the terminal's wrapping does not matter."""
-        return " ".join(self.out.split())
-
-
-Report = Callable[..., Outcome]
 
 
 @pytest.fixture

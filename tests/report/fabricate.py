@@ -1,9 +1,10 @@
-"""Result folders with known random predictions, as runs write them, without any training."""
+"""What the command left, and result folders with known random predictions, as runs write them, without any training."""
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,23 @@ from deftx import tracking
 LABELS = ("negative", "neutral", "positive")
 N = 60
 MODULES = ("attention.self.query", "attention.output.dense", "intermediate.dense", "output.dense")
+
+
+@dataclass
+class Outcome:
+    """What ``deftx report`` left."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def words(self) -> str:
+        """Output on one line: the terminal's wrapping does not matter."""
+        return " ".join(self.out.split())
+
+
+Report = Callable[..., Outcome]
 
 
 def macro_f1(gold: Sequence[int], predicted: Sequence[int]) -> float:

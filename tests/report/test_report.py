@@ -15,8 +15,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from conftest import Report
-from fabricate import N, write_run, write_sweep
+from fabricate import N, Report, write_run, write_sweep
 
 from deftx import tracking
 
