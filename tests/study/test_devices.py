@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from hydra import compose
-from small_study import FEW, SMALL, CheckedCommand
+from small_study import FEW, SMALL, Command
 
 from deftx.cache import StageCache
 from deftx.config import hydra_session, study_settings, typed
@@ -57,7 +57,7 @@ def test_a_plan_has_the_keys_of_its_workers(
 
 
 def test_a_login_node_without_gpu_plans_for_workers_with_one(
-    deftx: CheckedCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    deftx: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("sbatch", "srun", "squeue"):
         (tmp_path / "bin").mkdir(exist_ok=True)

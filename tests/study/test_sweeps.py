@@ -12,7 +12,7 @@ import pytest
 import torch
 from hydra import compose
 from safetensors.torch import load_file
-from small_study import FEW, GRID, SMALL, CheckedCommand, Outcome
+from small_study import FEW, GRID, SMALL, Command, Outcome
 
 from deftx.cache import StageCache
 from deftx.config import hydra_session, study_settings
@@ -36,7 +36,7 @@ def computed(runs: list[dict[str, Any]]) -> Counter[str]:
 
 
 def test_a_sweep_again_copies_what_was_finished(
-    deftx: CheckedCommand, grid: tuple[Outcome, Path], monkeypatch: pytest.MonkeyPatch
+    deftx: Command, grid: tuple[Outcome, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, cache = grid
     assert states(first.folder) == {"done": 2}
@@ -88,7 +88,7 @@ def test_a_sweep_ends_with_its_scores_side_by_side(grid: tuple[Outcome, Path]) -
 
 @pytest.mark.soak
 def test_parts_that_share_a_node_but_nothing_that_trains_do_not_wait_for_each_other(
-    deftx: CheckedCommand, tmp_path: Path
+    deftx: Command, tmp_path: Path
 ) -> None:
     # φ_T with φ_S and without have one random mask; neither needs the other.
     arguments = ("-m", "compare=[]", "controls=[no_language_sft]", "mask=random", "language=qba,qbb")
@@ -100,7 +100,7 @@ def test_parts_that_share_a_node_but_nothing_that_trains_do_not_wait_for_each_ot
     assert computed(stages)["select"] == 2, "φ_S's and the one that both task SFTs share"
 
 
-def test_a_failed_job_stops_no_other_and_alone_runs_again(deftx: CheckedCommand, tmp_path: Path) -> None:
+def test_a_failed_job_stops_no_other_and_alone_runs_again(deftx: Command, tmp_path: Path) -> None:
     rates = ("-m", *FEW, "lang.training.learning_rate=1e38,1e-3")
     first = deftx("run", *rates, cache=tmp_path / "c")
     assert first.status == 1
@@ -116,7 +116,7 @@ def test_a_failed_job_stops_no_other_and_alone_runs_again(deftx: CheckedCommand,
     assert states(again.folder) == {"failed": 1, "cached": 1}
 
 
-def test_a_shared_part_that_fails_fails_the_jobs_that_need_it(deftx: CheckedCommand, tmp_path: Path) -> None:
+def test_a_shared_part_that_fails_fails_the_jobs_that_need_it(deftx: Command, tmp_path: Path) -> None:
     # The language's full phase diverges; both ranks need it, so does the LT-SFT they share, and it is tried once.
     grid = ("-m", "language=qba", "controls=[]", "compare=[ltsft]", "lang.training.learning_rate=1e38", "rank=2,3")
     outcome = deftx("run", *grid, cache=tmp_path / "c")
@@ -129,7 +129,7 @@ def test_a_shared_part_that_fails_fails_the_jobs_that_need_it(deftx: CheckedComm
     assert not (outcome.folder / "0").exists()
 
 
-def test_a_dry_run_says_what_is_then_computed_and_writes_nothing(deftx: CheckedCommand, tmp_path: Path) -> None:
+def test_a_dry_run_says_what_is_then_computed_and_writes_nothing(deftx: Command, tmp_path: Path) -> None:
     cache = tmp_path / "c"
     empty = deftx("run", *GRID, "--dry-run", cache=cache)
     assert empty.status == 0, empty.err
@@ -149,7 +149,7 @@ def test_a_dry_run_says_what_is_then_computed_and_writes_nothing(deftx: CheckedC
     assert "this very run was finished before" in deftx("run", *FEW, "rank=3", "--dry-run", cache=cache).out
 
 
-def test_planned_keys_are_those_of_the_run(deftx: CheckedCommand, tmp_path: Path) -> None:
+def test_planned_keys_are_those_of_the_run(deftx: Command, tmp_path: Path) -> None:
     with hydra_session():
         study = study_settings(compose("run", overrides=[*SMALL, *FEW, f"paths.cache={tmp_path / 'c'}"]))
     cache = StageCache(tmp_path / "c")
@@ -168,7 +168,7 @@ def test_planned_keys_are_those_of_the_run(deftx: CheckedCommand, tmp_path: Path
     assert cache.peek(nodes.finished) is not None
 
 
-def test_a_sweeps_folder_is_never_shared(deftx: CheckedCommand, tmp_path: Path) -> None:
+def test_a_sweeps_folder_is_never_shared(deftx: Command, tmp_path: Path) -> None:
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "note.txt").write_text("mine")
     outcome = deftx("run", "-m", *FEW, "rank=2,3", f"hydra.sweep.dir={tmp_path / 'used'}")
@@ -201,7 +201,7 @@ def test_a_sweeps_folder_is_never_shared(deftx: CheckedCommand, tmp_path: Path) 
     ],
 )
 def test_a_wrong_value_stops_the_sweep_before_it_begins(
-    deftx: CheckedCommand, tmp_path: Path, arguments: list[str], expected: list[str]
+    deftx: Command, tmp_path: Path, arguments: list[str], expected: list[str]
 ) -> None:
     outcome = deftx("run", "-m", *FEW, *arguments, cache=tmp_path / "new")
     assert outcome.status == 1
@@ -212,20 +212,20 @@ def test_a_wrong_value_stops_the_sweep_before_it_begins(
     assert not (tmp_path / "new").exists()
 
 
-def test_equal_values_are_one_job(deftx: CheckedCommand) -> None:
+def test_equal_values_are_one_job(deftx: Command) -> None:
     outcome = deftx("run", "-m", *FEW, "rank=2,2", "--dry-run")
     assert outcome.status == 0, outcome.err
     assert "jobs:" not in outcome.out
 
 
-def test_a_part_the_study_has_not_is_named(deftx: CheckedCommand) -> None:
+def test_a_part_the_study_has_not_is_named(deftx: Command) -> None:
     outcome = deftx("run", *FEW, "only=[full:language:qbb]")
     assert outcome.status == 1
     assert "only='full:language:qbb' is no part of this study; did you mean 'full:language:qba'" in outcome.err
 
 
 @pytest.mark.soak
-def test_each_component_can_be_left_out(deftx: CheckedCommand, tmp_path: Path, shared_cache: Path) -> None:
+def test_each_component_can_be_left_out(deftx: Command, tmp_path: Path, shared_cache: Path) -> None:
     outcome = deftx("run", "experiment=component_ablation", "language=qba")
     assert outcome.status == 0, outcome.err
     by_knobs = {
@@ -286,7 +286,7 @@ def _full_of(cache: Path, sft: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.soak
-def test_a_search_reads_no_target_label(deftx: CheckedCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_search_reads_no_target_label(deftx: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     evaluated: list[str] = []
     real = Evaluator._compute
 
@@ -318,7 +318,7 @@ def test_a_search_reads_no_target_label(deftx: CheckedCommand, tmp_path: Path, m
     assert run["settings"]["density"] == pytest.approx(losses.loc[losses["value"].idxmin()]["params_density"])
 
 
-def test_a_part_with_nothing_to_make_is_said(deftx: CheckedCommand) -> None:
+def test_a_part_with_nothing_to_make_is_said(deftx: Command) -> None:
     outcome = deftx("run", *FEW, "method=random_mask", "only=[full:language:qba]")
     assert outcome.status == 0, outcome.err
     assert "only=full:language:qba: this study makes nothing of that name" in outcome.err
