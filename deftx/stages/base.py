@@ -10,7 +10,7 @@ from typing import Any
 
 from deftx.cache import StageCache, Workspace
 from deftx.data.corpora import build_corpus, resolve_text
-from deftx.data.hub import resolve_commit
+from deftx.data.hub import reason, resolve_commit
 from deftx.data.places import combined_fingerprint
 from deftx.data.settings import CorpusSettings, DataSettings
 from deftx.errors import DeftxError
@@ -36,14 +36,14 @@ class Base(InputFolder):
 
     Attributes:
         name: Short name or hub id.
-        key: Fingerprint of the files of a given one, key of the node that makes one here.
-        folder: Folder of a given one; None for one that is made here.
-        given: What is in that folder; None for one that is made here.
-        node: Makes it; None for a given one.
-        revision: Commit of one from the hub.
+        key: Fingerprint of the files of a given base, or key of the node that pretrains it here.
+        folder: Folder of a given base; None if it is pretrained here.
+        given: Content of that folder; None if it is pretrained here.
+        node: The node that pretrains it here; None for a given base.
+        revision: Commit of a base from the hub.
         drawing: Whether training it draws random numbers on the device: any dropout above 0.
-        task_shapes: Names and shapes of M of a classifier; what a pooler adds is not in a masked language model's.
-        language_shapes: The same of a masked language model.
+        task_shapes: Names and shapes of M of a classifier, which may have a pooler.
+        language_shapes: Names and shapes of M of a masked language model.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Base(InputFolder):
     inside = MODEL_FOLDER
 
     def shapes(self, kind: str) -> Mapping[str, tuple[int, ...]]:
-        """Names and shapes of M for a ``language`` or a ``task`` SFT, as the configuration says."""
+        """Names and shapes of M for a ``language`` or a ``task`` SFT, from the configuration."""
         return self.task_shapes if kind == "task" else self.language_shapes
 
     def random_numbers(self, study: StudySettings) -> dict[str, Any]:
@@ -69,20 +69,20 @@ class Base(InputFolder):
 
 
 def random_numbers(study: StudySettings, *, drawing: bool) -> dict[str, Any]:
-    """What decides the random numbers of training, as it enters a key.
+    """Return what decides the random numbers of training, as it enters a key.
 
     Dropout is drawn on the device, by each of several devices for its own part of a batch: the same seed gives other
     numbers on another kind of device, or on another number of them. Without dropout no device draws.
 
     Args:
-        study: Its trainer and device are read.
+        study: Resolved settings; trainer and device are read.
         drawing: Whether the encoder has any dropout.
     """
     return {"device": device_of(study), "devices": study.trainer.devices} if drawing else {}
 
 
 def device_of(study: StudySettings) -> str:
-    """The kind of device that trains, ``cpu`` or ``cuda``: what a sweep's launcher decided, else what is here."""
+    """The kind of device that trains, ``cpu`` or ``cuda``: the launcher's choice, else this machine's device."""
     return study.device or {"cpu": "cpu", "gpu": "cuda"}.get(study.trainer.accelerator) or device_here()
 
 
@@ -101,9 +101,9 @@ def check_device(study: StudySettings) -> None:
     """
     if not study.device:
         return
-    found = {"cpu": "cpu"}.get(study.trainer.accelerator) or device_here()
-    if found != study.device:
-        have = "has a GPU" if found == "cuda" else "has no GPU"
+    device = "cpu" if study.trainer.accelerator == "cpu" else device_here()
+    if device != study.device:
+        have = "has a GPU" if device == "cuda" else "has no GPU"
         instead = (
             "ask for one (launcher.gpus=1), or choose trainer=cpu"
             if study.device == "cuda"
@@ -115,7 +115,7 @@ def check_device(study: StudySettings) -> None:
 
 
 def resolve_model(model: ModelSettings, *, weights: bool = True) -> tuple[Path, str | None]:
-    """The folder of a pretrained model, and its commit; a hub id is downloaded (or found in the hub's own cache).
+    """Return the folder of a pretrained model and its commit; downloads a hub id that the hub's cache lacks.
 
     Args:
         model: Where the model is.
@@ -130,26 +130,25 @@ def resolve_model(model: ModelSettings, *, weights: bool = True) -> tuple[Path, 
         raise DeftxError("no model: set model.path=FOLDER or model.hub=ID")
     from huggingface_hub import snapshot_download
 
-    # What is fingerprinted and what is read are then one commit, whatever is pushed meanwhile.
+    # So that one commit is fingerprinted and read, whatever is pushed meanwhile.
     commit = resolve_commit(model.hub, model.revision, "model")
     patterns = list(MODEL_FILES) if weights else ["config.json"]
     try:
         return Path(snapshot_download(model.hub, revision=commit, allow_patterns=patterns)), commit
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DeftxError(
-            f"model {model.hub!r} could not be downloaded from the hub ({reason}); download it where there is a "
+            f"model {model.hub!r} could not be downloaded from the hub ({reason(error)}); download it where there is a "
             "network and set model.path=FOLDER, or work offline with model=tiny"
         ) from error
 
 
 def model_key(folder: Path, cache: StageCache) -> str:
-    """Fingerprint of everything in a model folder that changes a result: configuration, weights, tokenizer."""
+    """Fingerprint the files of a model folder that change a result: configuration, weights, tokenizer."""
     return cache.fingerprint(model_files(folder), root=folder)
 
 
 def described(model: ModelSettings) -> Path | dict[str, Any]:
-    """The model's folder; of an encoder that is pretrained here, what its ``config.json`` will say.
+    """Return the model's folder, or the future ``config.json`` of an encoder that is pretrained here.
 
     Raises:
         DeftxError: There is no such model, its folder lacks a file, or ``model.pretrain`` is out of range.
@@ -164,22 +163,22 @@ def described(model: ModelSettings) -> Path | dict[str, Any]:
 
 
 def base_of(study: StudySettings, data: DataSettings, family: Mapping[str, Node], cache: StageCache) -> Base:
-    """θ⁰: the pretrained model the study names, or a small one pretrained here.
+    """Return θ⁰: the pretrained model the study names, or a small one pretrained here.
 
     Args:
         study: Resolved settings.
-        data: Where text for pretraining is.
-        family: The node of the generated family by its input name, where the text is the family's.
+        data: Locations of the text for pretraining.
+        family: The node of the generated family by its input name, if the text is the family's.
         cache: Remembers digests of files.
 
     Raises:
-        DeftxError: The model, or the text to pretrain one on, is not there.
+        DeftxError: The model, or the text to pretrain it on, is missing.
     """
     model = study.model
     if model.pretrained_here is not None:
-        about = _about(described(model))
-        made = _pretrained_here(study, model.pretrained_here, data, family, cache)
-        return Base(model.name, made.key, None, None, made, None, **about)
+        facts = _about(described(model))
+        pretrain = _pretrained_here(study, model.pretrained_here, data, family, cache)
+        return Base(model.name, pretrain.key, None, None, pretrain, None, **facts)
     folder, commit = resolve_model(model)
     check_model_folder(folder)
     given = Given.of(f"the model in {folder}", partial(model_key, folder, cache))
@@ -188,7 +187,7 @@ def base_of(study: StudySettings, data: DataSettings, family: Mapping[str, Node]
 
 
 def _about(description: Path | Mapping[str, Any]) -> dict[str, Any]:
-    """What the configuration says of an encoder."""
+    """Facts of :class:`Base` that an encoder's configuration gives."""
     return {
         "drawing": draws_random_numbers(description),
         "task_shapes": shapes_of(description, kind="task"),
@@ -272,9 +271,9 @@ def _pretrained_here(
         compute,
         needs=family,
         content=contents(given),
-        # A base model is given, like a download: it does not move with the study's seed.
+        # Like a downloaded base, it does not depend on the study's seed.
         seed=study.model.seed,
         label="base " + "+".join(study.model.languages or sources),
-        # Its other files name versions of libraries; what they hold of the model, the settings say.
+        # The other files name versions of libraries; the settings decide the rest of them.
         product=(f"{MODEL_FOLDER}/model.safetensors", f"{MODEL_FOLDER}/tokenizer.json"),
     )

@@ -1,6 +1,6 @@
 """Where an SFT's coordinates lie, what denoising kept, and how two SFTs of a composition meet, as one table.
 
-SFTs are read as numpy arrays: every run ends here, and one that found everything in the cache loads no torch for it.
+SFTs are read as numpy arrays, so that a run whose results are all cached does not import torch.
 Overlaps are those of :func:`deftx.core.composition.compare`.
 """
 
@@ -27,10 +27,10 @@ Coordinates = dict[str, tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]]
 
 
 def diagnostics(folders: Mapping[SFT, Path], composed: Sequence[tuple[SFT, SFT]], base: Path) -> pd.DataFrame:
-    """One row for each parameter of each SFT, and for each parameter of each composed pair.
+    """Build one row for each parameter of each SFT, and for each parameter of each composed pair.
 
     Args:
-        folders: SFTs of the run, and where they lie.
+        folders: Folders of the run's SFTs.
         composed: φ_T and φ_L of the evaluated cells; each distinct pair gives overlap rows.
         base: Folder of the base model, for the parameters in which nothing was selected.
 
@@ -46,16 +46,16 @@ def diagnostics(folders: Mapping[SFT, Path], composed: Sequence[tuple[SFT, SFT]]
     rows: list[dict[str, Any]] = []
     for sft, folder in folders.items():
         denoised = _denoising(folder)
-        item = loaded[sft.key]
+        coordinates = loaded[sft.key]
         for name in sorted(shapes[sft.kind]):
             size = math.prod(shapes[sft.kind][name])
-            selected = len(item[name][0]) if name in item else 0
+            selected = len(coordinates[name][0]) if name in coordinates else 0
             rows.append(
                 {
                     "what": "sft",
                     "sft": sft.name,
                     "key": sft.key,
-                    **_place(name),
+                    **_location(name),
                     "size": size,
                     "selected": selected,
                     "density": selected / size,
@@ -65,7 +65,7 @@ def diagnostics(folders: Mapping[SFT, Path], composed: Sequence[tuple[SFT, SFT]]
     for task, language in sorted(set(composed), key=lambda pair: (pair[0].name, pair[1].name)):
         about = {"sft": task.name, "other": language.name, "key": task.key, "other_key": language.key}
         for name, counts in _overlaps(loaded[task.key], loaded[language.key]).items():
-            rows.append({"what": "pair", **about, **_place(name), **counts})
+            rows.append({"what": "pair", **about, **_location(name), **counts})
     columns = [
         "what",
         "sft",
@@ -88,16 +88,16 @@ def diagnostics(folders: Mapping[SFT, Path], composed: Sequence[tuple[SFT, SFT]]
 def _coordinates(folder: Path) -> Coordinates:
     """Indices (int64, sorted) and values (float32) of an SFT by parameter, verified as ``SparseDelta.load`` does."""
     facts = read_facts(folder)
-    found = dict(deserialize((folder / TENSORS).read_bytes()))  # type: ignore[no-untyped-call]
+    tensors = dict(deserialize((folder / TENSORS).read_bytes()))  # type: ignore[no-untyped-call]
 
     def array(name: str) -> npt.NDArray[Any]:
-        kind, data = found[name]["dtype"], found[name]["data"]
+        kind, data = tensors[name]["dtype"], tensors[name]["data"]
         if kind == "BF16":  # numpy has none: the upper half of a float32
             return (np.frombuffer(data, dtype="<u2").astype("<u4") << 16).view("<f4")
         return np.frombuffer(data, dtype=_NUMPY[kind])
 
     def indices(name: str) -> npt.NDArray[np.int64]:
-        if f"{name}.gaps" in found:
+        if f"{name}.gaps" in tensors:
             return from_gaps(array(f"{name}.gaps"))
         return array(f"{name}.indices").astype(np.int64)  # format version 1
 
@@ -108,7 +108,7 @@ _NUMPY = {"U8": "u1", "I32": "<i4", "I64": "<i8", "F16": "<f2", "F32": "<f4"}
 
 
 def from_gaps(data: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
-    """Indices from their bytes as :func:`deftx.core.gaps.pack` wrote them; the file's sha256 has been checked."""
+    """Unpack the bytes of :func:`deftx.core.gaps.pack` (uint8) into indices (int64); does not check them."""
     last = np.flatnonzero(data < 128)
     first = np.concatenate([[0], last[:-1] + 1])
     digit = np.arange(len(data)) - np.repeat(first, last - first + 1)
@@ -117,23 +117,23 @@ def from_gaps(data: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
 
 
 def _overlaps(first: Coordinates, second: Coordinates) -> dict[str, dict[str, float]]:
-    """How two SFTs meet, by parameter: shared coordinates, their share of all, and those that move apart."""
+    """Compare two SFTs by parameter: shared coordinates, their Jaccard index, and those of opposite sign."""
     none = (np.empty(0, np.int64), np.empty(0, np.float32))
-    found = {}
+    overlaps = {}
     for name in sorted({*first, *second}):
-        (here, change), (there, other) = first.get(name, none), second.get(name, none)
-        shared, left, right = np.intersect1d(here, there, assume_unique=True, return_indices=True)
-        union = len(here) + len(there) - len(shared)
-        found[name] = {
+        (indices, values), (other_indices, other_values) = first.get(name, none), second.get(name, none)
+        shared, left, right = np.intersect1d(indices, other_indices, assume_unique=True, return_indices=True)
+        union = len(indices) + len(other_indices) - len(shared)
+        overlaps[name] = {
             "overlap": len(shared),
             "jaccard": len(shared) / union if union else 0.0,
-            "sign_conflicts": int((np.sign(change[left]) * np.sign(other[right]) < 0).sum()),
+            "sign_conflicts": int((np.sign(values[left]) * np.sign(other_values[right]) < 0).sum()),
         }
-    return found
+    return overlaps
 
 
 def _denoising(folder: Path) -> dict[str, dict[str, Any]]:
-    """Rank, energy and spectrum by parameter; empty for an SFT that was given as a bare folder."""
+    """Rank, energy and singular values by parameter; empty for an SFT that was given as a bare folder."""
     import pandas as pd
 
     path = folder.parent / "denoising.parquet"
@@ -145,12 +145,12 @@ def _denoising(folder: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-def _place(name: str) -> dict[str, Any]:
+def _location(name: str) -> dict[str, Any]:
     """Layer and module: ``encoder.layer.3.attention.self.query.weight`` -> 3, ``attention.self.query``."""
-    found = re.search(r"\blayer\.(\d+)\.", name)
-    rest = name[found.end() :] if found else name
+    layer = re.search(r"\blayer\.(\d+)\.", name)
+    rest = name[layer.end() :] if layer else name
     return {
         "parameter": name,
-        "layer": int(found.group(1)) if found else -1,
+        "layer": int(layer.group(1)) if layer else -1,
         "module": rest.rsplit(".", 1)[0],
     }

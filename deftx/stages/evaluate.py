@@ -1,8 +1,7 @@
-"""Composing SFTs and evaluating them, a node for each cell: task SFT, language SFT, test rows of one language.
+"""Composes SFTs and evaluates them, a node for each cell: task SFT, language SFT, test rows of one language.
 
-A cell's result depends on the SFTs and on the rows, not on what else the study holds. Evaluations of one study share
-one model: what two cells have in common stays on it from one to the next. Predictions are float32 whatever the
-precision of training was.
+A cell's result depends on its SFTs and rows, not on the rest of the study. Evaluations of one study share one model: an
+SFT that two consecutive cells compose stays on it. Predictions are float32 whatever the precision of training was.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ class Cell:
             ``source_language_only``.
         task: φ_T; its head predicts.
         language_sft: The language SFT composed with it, if any.
-        variant: Tells cells of one condition apart (whose φ_L it is), else empty.
+        variant: Language of φ_L where a condition has several cells, else empty.
     """
 
     language: str
@@ -56,13 +55,20 @@ class Cell:
 
     @property
     def sfts(self) -> list[SFT]:
-        """What it composes: φ_T, then the language SFT."""
+        """The SFTs that the cell composes: φ_T, then the language SFT."""
         return [self.task, *([] if self.language_sft is None else [self.language_sft])]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A cell's predictions and scores."""
+    """A cell's scores and predictions.
+
+    Attributes:
+        cell: The evaluated cell.
+        metrics: Score by metric, and ``n``, the number of rows.
+        predictions: Columns ``id`` (str), ``label`` and ``prediction`` (int), ``score_<label>`` (float logits).
+        key: Key of the cell's node.
+    """
 
     cell: Cell
     metrics: dict[str, float]
@@ -71,20 +77,20 @@ class Outcome:
 
 
 def outcome(cell: Cell, entry: Entry) -> Outcome:
-    """Read a cell's result."""
+    """Read a cell's outcome from its cache entry."""
     import pandas as pd
 
     return Outcome(cell, read_json(entry.file(METRICS)), pd.read_parquet(entry.file(PREDICTIONS)), entry.key)
 
 
 class Evaluator:
-    """Makes the nodes of a study's cells, and computes them on one model.
+    """Builds the nodes of a study's cells, and computes them on one model.
 
     Args:
         study: Resolved settings; the task and the accelerator are read.
         base: θ⁰.
         tests: Test rows by target.
-        max_length: Tokens a text is truncated to; what φ_T was trained with.
+        max_length: Tokens a text is truncated to, the same as when φ_T was trained.
     """
 
     def __init__(self, study: StudySettings, base: Base, tests: Mapping[str, TestRows], max_length: int) -> None:
@@ -124,7 +130,7 @@ class Evaluator:
 
         labels, rows = self.study.task_spec.labels, self.tests[cell.language].frame
         classifier = self._opened(work)
-        # By their bits, not by their keys: one that was made again with other bits is another one.
+        # By digest, not by key: an SFT that was computed again may have other bits.
         classifier.wear(
             {sft.kind: COMPOSITIONS[sft.composition](sft.digest(work), sft.found_in(work)) for sft in cell.sfts}
         )
@@ -139,7 +145,7 @@ class Evaluator:
         (work.out / METRICS).write_text(json.dumps({**metrics, "n": len(rows)}, sort_keys=True), encoding="utf-8")
 
     def _encoded(self, language: str, rows: pd.DataFrame) -> list[tuple[list[int], Batch]]:
-        """A language's rows as batches, tokenised once for all its cells."""
+        """A language's rows as batches with their row numbers, tokenised once for all its cells."""
         from deftx.data.encode import batches_by_length, encode_texts, padding_of
 
         if language not in self._batches:
@@ -173,15 +179,15 @@ def cells_of(
     source: str,
     sfts: Mapping[tuple[str, str, str], SFT],
 ) -> list[Cell]:
-    """All cells of a study, controls first, in the order they are shown.
+    """List the cells of a study in the order of the tables: by target, controls first.
 
     Args:
         targets: Target languages.
         methods: The main method, whose SFTs the controls compose, then the others.
         controls: Conditions beside the composed model.
-        source: The source language, of whose SFT a control is made.
-        sfts: The SFTs by role, language and method, as :func:`deftx.stages.graph.trained` lists them; a missing
-            language SFT is that of a target without text.
+        source: The source language, whose φ_S a control composes.
+        sfts: The SFTs by role, language and method, as :func:`deftx.stages.graph.trained` lists them; a target
+            without text has no language SFT.
     """
     main = methods[0]
     tasks = {method: sfts["task", "", method] for method in methods}

@@ -1,7 +1,7 @@
 """What a selection may look at, and the module that training starts from.
 
-The results of earlier nodes are read when they are asked for. One module is kept: the one that a phase has rewound is
-what the next phase of the same SFT starts from, so that a process loads each base once.
+Results of earlier nodes are read on demand. One module is kept: the next phase of the same SFT starts from the module
+that the last phase has rewound, so that a process loads each base once.
 
 Shapes: M is the maskable parameters, a mapping from the base model's own names to float32 tensors of any shape.
 """
@@ -28,15 +28,15 @@ DECOMPOSITIONS = "decompositions.safetensors"
 
 
 class StageEvidence:
-    """What a selection looks at: a :class:`deftx.methods.Evidence`.
+    """The :class:`deftx.methods.Evidence` of a node that selects.
 
     Args:
         objective: What the SFT is trained for.
-        sft: How.
-        work: Of the node that selects, with the results that it reads.
+        sft: Settings of the SFT.
+        work: Workspace of the node that selects, with the results that it reads.
 
     Attributes:
-        reports: Of each matrix that was denoised; empty before :meth:`denoised_change`, and without a rank.
+        reports: Reports of the denoised matrices; empty before :meth:`denoised_change`, and without a rank.
     """
 
     def __init__(self, objective: Objective, sft: SFTSettings, work: Workspace) -> None:
@@ -46,18 +46,18 @@ class StageEvidence:
         self.reports: list[MatrixReport] = []
 
     def loaded(self) -> tuple[Encoder, str, list[str]]:
-        """The module at the start of training, θ⁰'s fingerprint, names of drawn head tensors; only to be read."""
+        """The module at the start of training, θ⁰'s fingerprint, names of drawn head tensors; do not train it."""
         with at_start(self._objective, self._sft, self._work) as loaded:
             return loaded
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Names and shapes of M, of the base that is there."""
+        """Names and shapes of M, from the base's own folder."""
         from deftx.training.shapes import shapes_of
 
         return shapes_of(self._objective.base.found_in(self._work), kind=self._objective.kind)
 
     def random(self) -> Mapping[str, Tensor]:
-        """Scores on [0, 1) over M."""
+        """Scores drawn from [0, 1) over M, float32."""
         from deftx.core.selection import random_scores
 
         objective = self._objective
@@ -95,26 +95,26 @@ class StageEvidence:
 
         if self._sft.rank is None or self._sft.residual is None:
             return self.change()
-        known = unpack_decompositions(load_file(self._work.inputs["decompose"].file(DECOMPOSITIONS)))
+        decompositions = unpack_decompositions(load_file(self._work.inputs["decompose"].file(DECOMPOSITIONS)))
         callback = self._sft.callback()
-        denoised = callback.denoised(self.change(), decompositions=known)
+        denoised = callback.denoised(self.change(), decompositions=decompositions)
         self.reports = callback.reports
         return denoised
 
 
 @contextlib.contextmanager
 def at_start(objective: Objective, sft: SFTSettings, work: Workspace) -> Iterator[tuple[Encoder, str, list[str]]]:
-    """Give the module at the start of training: the one of the last phase, which was rewound, or a loaded one.
+    """Give the module at the start of training: the last phase's rewound module, or a newly loaded one.
 
-    Whoever trains it rewinds it before the block ends. After an error it is not used again.
+    The caller rewinds a module that it trains before the block ends. After an error the module is not used again.
 
     Yields:
         The module on (θ⁰ or θ⁰ + φ_S, h⁰); θ⁰'s fingerprint; names of head tensors that were drawn.
     """
     inputs = {name: work.inputs[name].digest for name in objective.start}
     key = (objective.key_settings(), objective.base.content, inputs, objective.study.seed, sft.training)
-    known, loaded = _KEPT.pop() if _KEPT else (None, None)
-    if loaded is None or known != key:
+    kept_key, loaded = _KEPT.pop() if _KEPT else (None, None)
+    if loaded is None or kept_key != key:
         loaded = None  # let go of one model before another is loaded
         loaded = objective.load(sft, work)
     yield loaded

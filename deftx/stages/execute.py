@@ -1,4 +1,4 @@
-"""Making a graph's nodes, and how far a run has come with them."""
+"""Computes a graph's nodes, and tracks how far a run has come."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ log = logging.getLogger(__name__)
 
 
 class Results:
-    """Results of nodes, from the cache where they are there, else computed.
+    """Results of nodes: taken from the cache, or computed.
 
     Args:
-        cache: Where results are.
-        loggers: Of training stages.
+        cache: The cache of results.
+        loggers: Loggers of training stages.
 
     Attributes:
-        entries: What was asked for so far, by key.
+        entries: Results returned so far, by key.
     """
 
     def __init__(self, cache: StageCache, loggers: Loggers) -> None:
@@ -41,7 +41,7 @@ class Results:
         self.entries: dict[str, Entry] = {}
 
     def of(self, node: Node) -> Entry:
-        """A node's result; what it needs is asked for only where it has to be computed."""
+        """Return a node's result; the results it needs are computed only if it is not cached."""
 
         def compute(work: Workspace) -> None:
             work.inputs.update(self.all(node.needs))
@@ -52,38 +52,38 @@ class Results:
         return self.entries[node.key]
 
     def all(self, needs: Mapping[str, Node]) -> dict[str, Entry]:
-        """The results of several nodes by name, none of which was made from other bits of the same thing."""
+        """Return the results of several nodes by name, all made from the same bits of each shared input."""
         while True:
             entries = {name: self.of(need) for name, need in needs.items()}
             if self.agree(entries):
                 return entries
 
     def agree(self, entries: Mapping[str, Entry] | None = None) -> bool:
-        """Whether some results, or all so far, were made from the same bits; else they have to be asked for again."""
+        """Whether ``entries`` (default: all so far) were made from the same bits; if not, all are forgotten."""
         if self.cache.agree(self.entries if entries is None else entries):
             return True
         self.entries.clear()
         return False
 
-    def folder(self, item: InputFolder) -> Path:
-        """The folder of a base or an SFT; one that a node makes is made if it is not there."""
-        if item.folder is not None:
-            return item.folder
-        if item.node is None:
-            raise RuntimeError(f"{item} was neither given nor is there a node that makes it")
-        return self.of(item.node).path / item.inside
+    def folder(self, source: InputFolder) -> Path:
+        """Return the folder of a base or an SFT; computes the node that makes it if needed."""
+        if source.folder is not None:
+            return source.folder
+        if source.node is None:
+            raise RuntimeError(f"{source} was neither given nor is there a node that makes it")
+        return self.of(source.node).path / source.inside
 
 
 @dataclass
 class StudyProgress:
-    """How far a run has come, so that a failed one can say.
+    """How far a run has come; a failed run records it, too.
 
     Attributes:
-        study: Its settings.
-        results: What was made or found.
-        graph: Its nodes; None until data and model have been found.
+        study: Settings of the study.
+        results: Results computed or taken from the cache.
+        graph: Nodes of the study; None before :meth:`open`.
         tests: Test rows by target: columns ``id``, ``text``, ``text_pair`` (str or None) and ``label`` (int).
-        sfts: SFTs that are there, in the order they were made.
+        sfts: Finished SFTs, in training order.
         outcomes: Evaluated cells.
     """
 
@@ -95,10 +95,10 @@ class StudyProgress:
     outcomes: list[Outcome] = field(default_factory=list)
 
     def open(self, needs: Needs, given: GivenSFTs | None = None) -> StudyGraph:
-        """Find or make all that the study reads before anything trains: no bad row is found hours later.
+        """Build the graph and compute all that the study reads before it trains, so that a bad row fails at once.
 
         Raises:
-            DeftxError: Data or a model is not there, or training and test rows are not of one form.
+            DeftxError: Data or a model is missing, or training and test rows are not of one form.
         """
         self.graph = graph(self.study, self.results.cache, needs=needs, given=given)
         inputs = self.graph.inputs
@@ -111,12 +111,12 @@ class StudyProgress:
         return self.graph
 
     def train(self, sft: SFT) -> None:
-        """Make an SFT."""
+        """Train an SFT, unless its result is cached."""
         self.results.folder(sft)
         self.sfts.append(sft)
 
     def evaluate(self) -> None:
-        """Evaluate every cell; what one composition has in common with the last stays on the model."""
+        """Evaluate every cell in the order of its composition, so that shared SFTs stay on the model."""
         if self.graph is None:
             raise RuntimeError("the study was not opened")
         forget_module()
@@ -126,16 +126,16 @@ class StudyProgress:
                 self.outcomes.append(outcome(cell, self.results.of(node)))
             if self.results.agree():
                 return
-            for node in self.graph.wanted:  # what contradicted the rest is made again, and what stands on it
+            for node in self.graph.wanted:  # computes contradicting results again, and what depends on them
                 self.results.of(node)
 
     def so_far(self) -> None:
-        """Leave out SFTs that are no more, so that a run that fails makes nothing again to say how far it came."""
+        """Drop SFTs without a current result, so that recording a failed run computes nothing."""
         self.sfts = [sft for sft in self.sfts if sft.folder is not None or sft.key in self.results.entries]
 
 
 def _refuse_mixed_forms(trained_on: Iterable[pd.DataFrame], tests: Mapping[str, pd.DataFrame]) -> None:
-    """Pairs to learn from and single sentences to predict, or the reverse, are two tasks."""
+    """Refuse to learn from pairs and predict single sentences, or the reverse."""
 
     def form(rows: pd.DataFrame) -> str:
         return "pairs" if rows["text_pair"].notna().any() else "single sentences"

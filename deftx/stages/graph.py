@@ -5,8 +5,8 @@
     base ─┬─ text(L) ── full(L) ── decompose(L) ── select(L) ── sparse(L) ──► φ_L ─┐
           └─ rows(T) ── full(T | φ_S) ── decompose ── select ── sparse(T) ──► φ_T ─┴─ cell(target, condition)
 
-Running a study, a dry run, what a sweep makes first, ``only=``, looking a finished run up, and the estimate of time and
-disk are readings of this one graph.
+Runs, dry runs, the first jobs of a sweep, ``only=``, the look-up of finished runs, and the estimate of time and disk
+all read this one graph.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from deftx.tracking import SCHEMA_VERSION
 
 
 class GivenSFTs(NamedTuple):
-    """SFTs that the user gave, to be evaluated in place of trained ones.
+    """SFTs that the user gave, evaluated in place of trained ones.
 
     Attributes:
         task: φ_T.
@@ -47,15 +47,15 @@ class GivenSFTs(NamedTuple):
 
 @dataclass
 class Part:
-    """A named part of a study, which a sweep's jobs may share: ``only=`` takes its name.
+    """A named part of a study that a sweep's jobs may share; ``only=`` takes its name.
 
     Attributes:
         phase: ``base`` (the encoder), ``full`` (a full phase with its decomposition, which all ranks and mask sizes
             share) or ``sft`` (a finished SFT).
         whose: ``source:CODE`` (φ_S), ``language:CODE`` (a target's φ_L), ``task`` (φ_T on the φ_S) or ``task_alone``
             (φ_T on θ⁰).
-        method: Of a finished SFT, but for φ_S, which has settings of its own.
-        nodes: What belongs to it; asking for the last one makes all of them. Empty where there is nothing to make.
+        method: Method of a finished SFT; empty for φ_S, which has settings of its own.
+        nodes: Nodes of the part; computing the last one computes all. Empty if there is nothing to make.
     """
 
     phase: str
@@ -65,26 +65,26 @@ class Part:
 
     @property
     def name(self) -> str:
-        """Such as ``sft:language:ace:deftx``."""
+        """Name for ``only=``, such as ``sft:language:ace:deftx``."""
         return ":".join(filter(None, (self.phase, self.whose, self.method)))
 
     def add(self, nodes: Iterable[Node]) -> None:
-        """Add nodes that are not there yet."""
-        known = {item.key for item in self.nodes}
-        self.nodes += [item for item in nodes if item.key not in known]
+        """Add nodes that the part does not have yet."""
+        keys = {node.key for node in self.nodes}
+        self.nodes += [node for node in nodes if node.key not in keys]
 
 
 @dataclass
 class StudyGraph:
-    """The nodes of one study, and what each is to it.
+    """The nodes of one study by their role.
 
     Attributes:
-        study: Its settings.
+        study: Settings of the study.
         base: θ⁰.
-        inputs: What it reads: the generated family, text by language, labelled rows by source, test rows by target.
-        measures: Nodes of the measures of the targets' text, by language.
-        sfts: Every SFT, in the order they are made.
-        cells: What is evaluated, in the order it is shown, with its node.
+        inputs: Generated family, text by language, labelled rows by source, test rows by target.
+        measures: Nodes that measure the targets' text, by language.
+        sfts: Every SFT, in training order.
+        cells: Evaluated cells with their nodes, in the order of the tables.
         parts: Named parts of the study, for later runs.
     """
 
@@ -98,27 +98,27 @@ class StudyGraph:
 
     @property
     def opened(self) -> list[Node]:
-        """What is made before anything trains, so that no bad row is found hours later."""
+        """Nodes that are computed before anything trains, so that a bad row fails the run at once."""
         return [*self.inputs.nodes, *self.base.needs.values(), *self.measures.values()]
 
     @property
     def wanted(self) -> list[Node]:
-        """What a run asks for, in this order."""
+        """Nodes whose results a run needs, in this order."""
         return [*self.opened, *(sft.node for sft in self.sfts if sft.node is not None), *self.evaluations]
 
     @property
     def by_composition(self) -> list[tuple[Cell, Node]]:
-        """The cells in the order they are computed: those that compose the same follow each other."""
-        return sorted(self.cells, key=lambda item: [sft.key for sft in item[0].sfts])
+        """The cells in the order they are computed: cells that compose the same SFTs follow each other."""
+        return sorted(self.cells, key=lambda pair: [sft.key for sft in pair[0].sfts])
 
     @property
     def evaluations(self) -> list[Node]:
-        """The cells' nodes in that order; two cells that compose the same have one node."""
-        return [item for _, item in self.by_composition]
+        """Nodes of :attr:`by_composition`; two cells that compose the same SFTs share one node."""
+        return [node for _, node in self.by_composition]
 
     @property
     def results(self) -> list[Node]:
-        """What the files of a finished run are made from."""
+        """Nodes that the files of a finished run are made from."""
         return [*self.measures.values(), *self.evaluations]
 
     @property
@@ -128,44 +128,48 @@ class StudyGraph:
 
     @property
     def finished(self) -> Stage:
-        """The finished run as a stage: all that its files are made from."""
+        """The finished run as a stage whose inputs are :attr:`results`."""
         study = self.study
-        about = {code: [item.name, item.family, item.script] for code, item in study.targets.items()}
-        cells = {cell.name: item.key for cell, item in self.cells}
+        languages = {
+            code: [language.name, language.family, language.script] for code, language in study.targets.items()
+        }
+        cells = {cell.name: node.key for cell, node in self.cells}
+        text_measures = {f"measures {code}": node.key for code, node in self.measures.items()}
         return Stage(
             kind="run",
             version=2,
-            settings={"knobs": flat_knobs(study), "languages": about, "schema": SCHEMA_VERSION},
-            inputs={**cells, **{f"measures {code}": item.key for code, item in self.measures.items()}},
+            settings={"knobs": flat_knobs(study), "languages": languages, "schema": SCHEMA_VERSION},
+            inputs={**cells, **text_measures},
             seed=study.seed,
             label=study.name,
         )
 
     def named(self, name: str) -> list[Node]:
-        """The nodes of a part; that of a finished SFT may be named without its method, which then is the main one."""
+        """The nodes of a part, none if it has none; a finished SFT's name without a method means the main method."""
         return next((p.nodes for p in self.parts if name in _names(p, self.study)), [])
 
 
 def _names(part: Part, study: StudySettings) -> list[str]:
+    """Every name that ``only=`` accepts for a part."""
     short = [f"{part.phase}:{part.whose}"] if part.method == study.methods[0] else []
     return [part.name, *short]
 
 
 def trained(study: StudySettings, needs: Needs = NEEDS["run"]) -> list[tuple[str, str, str]]:
-    """The SFTs that a command trains, in the order in which they are made; known without looking at any file.
+    """List the SFTs that a command trains, in training order; reads no file.
 
     Returns:
-        For each its role (``source``, ``language``, ``task``, ``task_alone``), the language of a language SFT, and its
-        method. φ_S has settings of its own, and so no method of the study's.
+        For each SFT its role (``source``, ``language``, ``task``, ``task_alone``), the language of a source or language
+        SFT (else empty), and its method (empty for φ_S, which has settings of its own).
     """
     main, *beside = study.methods
     methods = [main, *(beside if needs.lang and needs.task else ())]
-    found = [("source", code, "") for code in study.sources if needs.task and study.source_sft is not None]
-    found += [("language", code, method) for method in methods for code in study.targets if needs.lang]
-    found += [("task", "", method) for method in methods if needs.task]
+    sfts = [("source", code, "") for code in study.sources if needs.task and study.source_sft is not None]
+    sfts += [("language", code, method) for method in methods for code in study.targets if needs.lang]
+    sfts += [("task", "", method) for method in methods if needs.task]
     if needs.task and needs.lang and "no_language_sft" in study.controls:
-        found.append(("task_alone", "", main))
-    return found
+        sfts.append(("task_alone", "", main))
+    return sfts
 
 
 def _whose(role: str, code: str) -> str:
@@ -173,29 +177,28 @@ def _whose(role: str, code: str) -> str:
 
 
 def parts_of(study: StudySettings) -> list[Part]:
-    """The parts of a study without their nodes."""
-    whose = [(_whose(role, code), method) for role, code, method in trained(study)]
-    full = [Part("full", item) for item in dict.fromkeys(item for item, _ in whose)]
-    return [Part("base"), *full, *(Part("sft", item, method) for item, method in whose)]
+    """List the parts of a study, without their nodes."""
+    sfts = [(_whose(role, code), method) for role, code, method in trained(study)]
+    full = [Part("full", whose) for whose in dict.fromkeys(whose for whose, _ in sfts)]
+    return [Part("base"), *full, *(Part("sft", whose, method) for whose, method in sfts)]
 
 
 def check_parts(study: StudySettings) -> None:
     """Refuse names in ``only`` that are no parts of the study.
 
     Raises:
-        DeftxError: One line for each.
+        DeftxError: One line for each unknown name.
     """
     parts = parts_of(study)
-    known = {name for part in parts for name in _names(part, study)}
-    wrong = [name for name in study.only if name not in known]
-    if wrong:
-        names = [part.name for part in parts]
-        raise DeftxError(
-            "\n".join(
-                f"only={name!r} is no part of this study{did_you_mean(name, known)}; its parts are {', '.join(names)}"
-                for name in wrong
-            )
-        )
+    accepted = {name for part in parts for name in _names(part, study)}
+    listed = ", ".join(part.name for part in parts)
+    errors = [
+        f"only={name!r} is no part of this study{did_you_mean(name, accepted)}; its parts are {listed}"
+        for name in study.only
+        if name not in accepted
+    ]
+    if errors:
+        raise DeftxError("\n".join(errors))
 
 
 def graph(
@@ -205,16 +208,16 @@ def graph(
     needs: Needs = NEEDS["run"],
     given: GivenSFTs | None = None,
 ) -> StudyGraph:
-    """The nodes of a study; a function of its settings and of the contents of the files it names.
+    """Build the graph of a study: a function of its settings and of the contents of the files it names.
 
     Args:
         study: Resolved settings.
-        cache: Remembers files' digests; None: that of the study.
+        cache: Remembers files' digests; ``None``: the study's own cache.
         needs: What the command reads and makes.
         given: SFTs to evaluate in place of trained ones.
 
     Raises:
-        DeftxError: Data or a model that is not there.
+        DeftxError: Data or a model is missing.
     """
     cache = cache or StageCache(study.cache_root)
     inputs = inputs_of(study, cache, needs)
@@ -245,7 +248,7 @@ def graph(
 def _sfts_of(
     study: StudySettings, inputs: Inputs, needs: Needs, tokens: Path
 ) -> tuple[dict[tuple[str, str, str], SFT], list[Part]]:
-    """The SFTs that a command trains, by what :func:`trained` says of each, and the parts of the study."""
+    """Build the SFTs that a command trains, keyed by the tuples of :func:`trained`, and the parts of the study."""
     base = inputs.base
     parts = {"base": Part("base", nodes=list(base.needs.values()))}
     settings = {"source": study.source_sft, "language": study.language_sft}
@@ -276,65 +279,64 @@ def _sfts_of(
 
 
 class Look:
-    """What of some graphs is in a cache; nodes that several of them share are looked up once."""
+    """Looks nodes of several graphs up in a cache, each node once."""
 
     def __init__(self, cache: StageCache) -> None:
         self.cache = cache
         self._cached: dict[str, bool] = {}
 
-    def cached(self, item: Node) -> bool:
-        """Whether a node's result is there."""
-        if item.key not in self._cached:
-            self._cached[item.key] = self.cache.peek(item.stage) is not None
-        return self._cached[item.key]
+    def cached(self, node: Node) -> bool:
+        """Whether a node's result is in the cache."""
+        if node.key not in self._cached:
+            self._cached[node.key] = self.cache.peek(node.stage) is not None
+        return self._cached[node.key]
 
-    def asked(self, wanted: Iterable[Node]) -> list[tuple[Node, bool]]:
-        """The nodes that making some results asks for, in order, and whether each is there.
+    def asked(self, nodes: Iterable[Node]) -> list[tuple[Node, bool]]:
+        """List the nodes that computing ``nodes`` reads or computes, in order, and whether each is cached.
 
-        What made a result that is there is not asked for.
+        The inputs of a cached result are not visited.
         """
-        found: dict[str, tuple[Node, bool]] = {}
+        visited: dict[str, tuple[Node, bool]] = {}
 
-        def visit(item: Node) -> None:
-            if item.key in found:
+        def visit(node: Node) -> None:
+            if node.key in visited:
                 return
-            there = self.cached(item)
-            if not there:
-                for need in item.needs.values():
+            cached = self.cached(node)
+            if not cached:
+                for need in node.needs.values():
                     visit(need)
-            found[item.key] = (item, there)
+            visited[node.key] = (node, cached)
 
-        for item in wanted:
-            visit(item)
-        return list(found.values())
+        for node in nodes:
+            visit(node)
+        return list(visited.values())
 
 
 class History:
-    """How long stages took that are in a cache, as a guess at those that are not."""
+    """Durations of the stages in a cache, to estimate stages that have not run."""
 
     def __init__(self, cache: StageCache) -> None:
         self._seconds: dict[str, list[float]] = {}
         for entry in cache.entries():
-            item = entry.manifest
-            likeness = _likeness(entry.kind, item["settings"], item["inputs"])
-            self._seconds.setdefault(likeness, []).append(float(item["seconds"]))
+            manifest = entry.manifest
+            likeness = _likeness(entry.kind, manifest["settings"], manifest["inputs"])
+            self._seconds.setdefault(likeness, []).append(float(manifest["seconds"]))
 
-    def seconds(self, item: Node) -> float | None:
-        """The median of stages of the same kind, budget and base, whatever their language; None where none ran."""
-        stage = item.stage
-        found = self._seconds.get(_likeness(stage.kind, stage.settings, stage.inputs))
-        return statistics.median(found) if found else None
+    def seconds(self, node: Node) -> float | None:
+        """Median seconds of stages of the same kind, budget and base in any language; ``None`` if none ran."""
+        stage = node.stage
+        durations = self._seconds.get(_likeness(stage.kind, stage.settings, stage.inputs))
+        return statistics.median(durations) if durations else None
 
     def totals(self, nodes: Sequence[Node]) -> tuple[float, int, int]:
-        """Seconds, bytes, and how many of the nodes have no seconds to go by."""
-        guesses = [self.seconds(item) for item in nodes]
-        known = [value for value in guesses if value is not None]
-        return math.fsum(known), sum(item.size for item in nodes), len(guesses) - len(known)
+        """Estimated seconds, bytes, and the number of nodes without an estimate of seconds."""
+        estimates = [seconds for node in nodes if (seconds := self.seconds(node)) is not None]
+        return math.fsum(estimates), sum(node.size for node in nodes), len(nodes) - len(estimates)
 
 
 def _likeness(kind: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
-    """What stages that take about as long have in common."""
+    """A text that is equal for stages that take about as long."""
     training = settings.get("training") or {}
-    told = {name: value for name, value in training.items() if not name.startswith("l1_")}
+    budget = {name: value for name, value in training.items() if not name.startswith("l1_")}
     base = inputs.get("base", "") if kind not in ("profile", "run") else ""
-    return repr((kind, settings.get("objective"), sorted(told.items(), key=str), base))
+    return repr((kind, settings.get("objective"), sorted(budget.items(), key=str), base))

@@ -1,4 +1,4 @@
-"""A run's settings as ``result.json`` and W&B show them: flat, by knob; ``None``: none of its methods reads it."""
+"""A run's settings as ``result.json`` and W&B show them: flat, by knob; ``None`` if none of its methods reads it."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from deftx.methods.settings import DENOISING, ShortKnobs
 from deftx.stages.settings import SFTSettings, StudySettings
 
 SFT_KNOBS = ("method", *DENOISING, "k", "seed")
-"""What an SFT says of its own training."""
+"""Knobs that an SFT's ``sft.json`` states."""
 
 
 def flat_knobs(study: StudySettings) -> dict[str, Any]:
-    """A run's settings under the knobs' names, flat; what all of its methods ignore is ``None``.
+    """Return a run's settings under the knobs' names, flat; ``None`` for knobs that all of its methods ignore.
 
-    A short knob (:class:`~deftx.methods.settings.ShortKnobs`) is what language and task SFTs have in common, and
-    ``None`` where ``lang.*`` and ``task.*`` differ.
+    A short knob (:class:`~deftx.methods.settings.ShortKnobs`) is the common value of language and task SFTs,
+    and ``None`` if ``lang.*`` and ``task.*`` differ.
     """
     knobs = _shared_knobs(study) | {
         "method": study.methods[0],
@@ -41,37 +41,39 @@ def flat_knobs(study: StudySettings) -> dict[str, Any]:
 
 
 def _read(sft: SFTSettings, methods: Sequence[str]) -> SFTSettings:
-    """An SFT as the main method trains it, and how the first one that denoises does."""
+    """An SFT's settings of the main method, with the denoising of the first method that denoises."""
     main, *more = [sft.by(method) for method in methods]
-    denoised = next((item for item in (main, *more) if item.rank is not None), main)
+    denoised = next((other for other in (main, *more) if other.rank is not None), main)
     return replace(main, **{name: getattr(denoised, name) for name in DENOISING})
 
 
 def _sft_knobs(scope: str, sft: SFTSettings, *readers: str) -> dict[str, Any]:
     """The knobs of one kind of SFT, policies as texts."""
-    found = values(sft, f"{scope}.", *readers, *([] if sft.rank is not None else UNDENOISED))
-    return {name: str(item) if isinstance(item, RankPolicy | ResidualPolicy) else item for name, item in found.items()}
+    knobs = values(sft, f"{scope}.", *readers, *([] if sft.rank is not None else UNDENOISED))
+    return {
+        name: str(value) if isinstance(value, RankPolicy | ResidualPolicy) else value for name, value in knobs.items()
+    }
 
 
 def given_knobs(
-    study: StudySettings, about: Mapping[str, Any], languages: Mapping[str, Mapping[str, Any]]
+    study: StudySettings, task: Mapping[str, Any], languages: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """Settings of an evaluation of given SFTs: what trained them is what they say, not what is configured here.
+    """Return the settings of an evaluation of given SFTs; their training is taken from their own metadata.
 
     Args:
         study: Resolved settings.
-        about: Metadata of φ_T.
+        task: Metadata of φ_T.
         languages: Metadata of φ_L by target.
     """
-    knobs = _shared_knobs(study) | {name: about.get(name) for name in SFT_KNOBS if name != "seed"}
-    knobs |= {f"task_sft.{name}": about.get(name) for name in SFT_KNOBS}
-    for code, said in languages.items():
-        knobs |= {f"language_sft.{code}.{name}": said.get(name) for name in SFT_KNOBS}
-    return knobs | {"train": about.get("task"), "sources": about.get("languages")}
+    knobs = _shared_knobs(study) | {name: task.get(name) for name in SFT_KNOBS if name != "seed"}
+    knobs |= {f"task_sft.{name}": task.get(name) for name in SFT_KNOBS}
+    for code, facts in languages.items():
+        knobs |= {f"language_sft.{code}.{name}": facts.get(name) for name in SFT_KNOBS}
+    return knobs | {"train": task.get("task"), "sources": task.get("languages")}
 
 
 def _shared_knobs(study: StudySettings) -> dict[str, Any]:
-    """Settings of a run that say nothing about how its SFTs were trained."""
+    """Settings of a run that do not concern the training of its SFTs."""
     model = asdict(study.model)
     if study.model.path is not None:
         model |= {"hub": None, "revision": None}
@@ -87,7 +89,7 @@ def _shared_knobs(study: StudySettings) -> dict[str, Any]:
         "model": study.model.name,
         "precision": study.trainer.precision,
     }
-    # Where a file lies is no setting: what is in it is under fingerprints.
+    # The path of a file is no setting: its content is under fingerprints.
     knobs |= {f"model.{key}": value for key, value in model.items() if key not in ("name", "path")}
     if shape is not None:
         knobs |= {f"model.pretrain.{key}": value for key, value in shape.items()}

@@ -1,6 +1,6 @@
 """A node of a study's graph: one result, what it is made from, and how.
 
-Keys are known before anything runs. A result of our own enters another one's key by its key, what the user or a hub
+Keys are computed before anything runs. A node's result enters another node's key by its own key; what the user or a hub
 gives enters by content (digest of the files, resolved commit).
 """
 
@@ -16,7 +16,7 @@ from deftx.errors import DeftxError
 from deftx.seeds import seed_of
 
 Loggers = Callable[[str], list[Any]]
-"""Gives the Lightning loggers of a training stage from its name, such as ``full/language-ace``."""
+"""Returns the Lightning loggers of a training stage, given its name, such as ``full/language-ace``."""
 
 Compute = Callable[[Workspace, Loggers], None]
 """Writes a result into ``work.out``; what it reads of other nodes is in ``work.inputs``."""
@@ -24,12 +24,12 @@ Compute = Callable[[Workspace, Loggers], None]
 
 @dataclass(frozen=True)
 class Given:
-    """Something that the user or a hub gave, known by what is in it.
+    """Something that the user or a hub gave, identified by its content.
 
     Attributes:
         what: For messages, such as ``text of ace``.
-        fingerprint: Of its content, as it enters keys.
-        again: Gives the fingerprint of what is there now.
+        fingerprint: Fingerprint of its content, as it enters keys.
+        again: Computes the fingerprint of the current content.
     """
 
     what: str
@@ -38,11 +38,11 @@ class Given:
 
     @classmethod
     def of(cls, what: str, again: Callable[[], str]) -> Given:
-        """What is there now."""
+        """Take the current content."""
         return cls(what, again(), again)
 
     def check(self) -> None:
-        """Make sure that what was read just now is what the keys say.
+        """Check that the content is still the one in the keys; call it after reading.
 
         Raises:
             DeftxError: It was changed in between.
@@ -56,13 +56,13 @@ class Given:
 
 def contents(given: Mapping[str, Given]) -> dict[str, str]:
     """Fingerprints by name, as they enter a key."""
-    return {name: item.fingerprint for name, item in given.items()}
+    return {name: source.fingerprint for name, source in given.items()}
 
 
 def check_all(given: Mapping[str, Given]) -> None:
-    """Call :meth:`Given.check` on each, after what they stand for was read."""
-    for item in given.values():
-        item.check()
+    """Call :meth:`Given.check` on each; call it after reading them."""
+    for source in given.values():
+        source.check()
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,10 +70,10 @@ class Node:
     """One result of a study.
 
     Attributes:
-        stage: What it is: kind, settings, seed and inputs, and so its key.
-        needs: Nodes whose results making it reads, by their names in the stage's inputs.
-        compute: How it is made.
-        size: Bytes it takes, as its shapes say; 0 for small ones.
+        stage: Kind, settings, seed and inputs, which give the key.
+        needs: Nodes whose results ``compute`` reads, by their names in the stage's inputs.
+        compute: Writes the result.
+        size: Bytes of the result, computed from shapes; 0 for small ones.
     """
 
     stage: Stage
@@ -88,7 +88,7 @@ class Node:
 
 
 class InputFolder:
-    """A folder that nodes read: in the result of another node, or given by the user and known by its content.
+    """A folder that nodes read: in the result of another node, or given by the user and identified by its content.
 
     The frozen dataclasses that inherit it have the attributes.
 
@@ -96,8 +96,8 @@ class InputFolder:
         kind: Its name among the inputs of what reads it: ``base``, ``task`` or ``language``.
         inside: Name of the folder in the result of the node that makes it.
         key: Key of that node, or the fingerprint of a given folder.
-        node: Makes it; None for a given folder.
-        folder: The given folder; None for one that a node makes.
+        node: The node that makes it; None for a given folder.
+        folder: The given folder; None if a node makes it.
         given: Content of the given folder.
     """
 
@@ -110,16 +110,16 @@ class InputFolder:
 
     @property
     def needs(self) -> dict[str, Node]:
-        """The node that makes it, by its kind, for what reads it."""
+        """The node that makes the folder, by :attr:`kind`, as a reader's ``needs``; empty for a given folder."""
         return {} if self.node is None else {self.kind: self.node}
 
     @property
     def content(self) -> dict[str, str]:
-        """The fingerprint of a given folder, by its kind, for what reads it."""
+        """The fingerprint of a given folder, by :attr:`kind`, as a reader's ``content``; empty if a node makes it."""
         return {self.kind: self.key} if self.node is None else {}
 
     def found_in(self, work: Workspace) -> Path:
-        """The folder, where a node that needs it is computed.
+        """The folder's path while a node that reads it is computed.
 
         Raises:
             DeftxError: A given folder was changed since the command began.
@@ -131,7 +131,7 @@ class InputFolder:
         return self.folder
 
     def digest(self, work: Workspace) -> str:
-        """SHA-256 of its bits, where a node that needs it is computed."""
+        """SHA-256 of the folder's content while a node that reads it is computed."""
         return self.key if self.folder is not None else work.inputs[self.kind].digest
 
 
@@ -151,13 +151,13 @@ def node(
     """Make a node.
 
     Args:
-        kind: Of the stage.
-        version: Of the stage's code.
+        kind: Kind of the stage.
+        version: Version of the stage's code.
         settings: What changes the result, plain values.
-        compute: How it is made.
-        needs: Nodes it reads, by name; they enter the key by theirs.
+        compute: Writes the result.
+        needs: Nodes it reads, by name; their keys enter the key.
         content: Fingerprints of what the user or a hub gave, by name.
-        seed: The run's seed, where it draws from it.
+        seed: The run's seed, if the stage draws from it.
         label: What messages call it.
         product: Files that are the result (:class:`~deftx.cache.Stage`).
         size: Bytes of the result.
@@ -167,21 +167,21 @@ def node(
     return Node(Stage(kind, version, settings, inputs, seed, label, product), needs, compute, size)
 
 
-def ordered(wanted: Iterable[Node]) -> list[Node]:
-    """The nodes that some results stand on, themselves included: each once, after all that it needs."""
-    found: dict[str, Node] = {}
+def ordered(nodes: Iterable[Node]) -> list[Node]:
+    """List ``nodes`` and all that they need: each node once, after its own needs."""
+    visited: dict[str, Node] = {}
 
-    def visit(item: Node) -> None:
-        if item.key not in found:
-            for need in item.needs.values():
+    def visit(node: Node) -> None:
+        if node.key not in visited:
+            for need in node.needs.values():
                 visit(need)
-            found[item.key] = item
+            visited[node.key] = node
 
-    for item in wanted:
-        visit(item)
-    return list(found.values())
+    for node in nodes:
+        visit(node)
+    return list(visited.values())
 
 
 def stage_seed(seed: int, kind: str, language: str) -> int:
-    """Seed of a stage, from (seed, stage kind, language) and nothing else: the rank never moves the data's order."""
+    """Seed of a stage; it depends on (seed, kind, language) alone, so that the rank never changes the data's order."""
     return seed_of(seed, kind, language, width=4)

@@ -1,4 +1,4 @@
-"""What a run leaves behind: record, predictions, diagnostics, the table on the terminal, a copy in the cache."""
+"""Writes what a run leaves behind: record, predictions, diagnostics, the table on the terminal, a copy in the cache."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ log = logging.getLogger(__name__)
 
 
 def keep(progress: StudyProgress, run_dir: Path) -> None:
-    """Publish what the run wrote, under the keys of what it evaluated; a cache that cannot be written loses nothing."""
+    """Copy the run's files into the cache, under the keys of what it evaluated; only warns if that fails."""
     graph, results = progress.graph, progress.results
     if graph is None:
         return
 
     def publish(work: Workspace) -> None:
-        # So that the copy is not used any more once an evaluation was made again with other bits.
+        # The copy then becomes stale once an evaluation is computed again with other bits.
         work.inputs.update({node.key: results.of(node) for node in graph.results})
         for name in tracking.RUN_FILES.values():
             shutil.copyfile(run_dir / name, work.out / name)
@@ -50,7 +50,7 @@ def keep(progress: StudyProgress, run_dir: Path) -> None:
 
 
 def fill(record: tracking.RunRecord, progress: StudyProgress) -> None:
-    """Write into the record what the run came to so far, also when it is about to fail."""
+    """Fill the record with the results so far; a failing run calls it, too."""
     study, cache = progress.study, progress.results.cache
     if "torch" in sys.modules:
         record.provenance, record.peak_memory["gpu"] = cache.provenance, _peak_gpu_memory()
@@ -61,9 +61,9 @@ def fill(record: tracking.RunRecord, progress: StudyProgress) -> None:
     record.stages = [event._asdict() for event in cache.events]
     for event in cache.events:
         record.times[event.kind] = round(record.times.get(event.kind, 0.0) + event.seconds, 3)
-    # Of every stage that the results so far stand on, each once.
-    lineage = {item.key: item for entry in progress.results.entries.values() for item in entry.lineage}
-    record.provenances = tracking.gather_provenances((item.kind, item.provenance) for item in lineage.values())
+    # Every stage that the results so far depend on, each once.
+    lineage = {stage.key: stage for entry in progress.results.entries.values() for stage in entry.lineage}
+    record.provenances = tracking.gather_provenances((stage.kind, stage.provenance) for stage in lineage.values())
     record.languages = {
         code: {"name": language.name, "family": language.family, "script": language.script}
         for code, language in study.targets.items()
@@ -74,7 +74,7 @@ def fill(record: tracking.RunRecord, progress: StudyProgress) -> None:
 
 
 def _fill_from_graph(record: tracking.RunRecord, progress: StudyProgress, graph: StudyGraph) -> None:
-    """SFTs and cells; what was read: where it was found, its fingerprints, what was dropped of it; measures of text."""
+    """Fill in SFTs, cells, text measures, and the data that was read: location, fingerprints, dropped rows."""
     from deftx.data.tasks import fingerprint_rows
 
     study, entries, inputs = progress.study, progress.results.entries, graph.inputs
@@ -92,7 +92,7 @@ def _fill_from_graph(record: tracking.RunRecord, progress: StudyProgress, graph:
         name: read_json(entries[node.key].file(REPORT)) for name, node in reports.values() if node.key in entries
     }
     digests = {what: record.data.get(name, {}).get("digest") for what, (name, _) in reports.items()}
-    read = [replace(item, kept=digests.get((item.what, item.language))) for item in inputs.read]
+    read = [replace(source, kept=digests.get((source.what, source.language))) for source in inputs.read]
     record.settings = {**record.settings, tracking.DATA_READ: tracking.data_setting(read)}
     record.fingerprints = {f"{study.split} {code}": fingerprint_rows(rows) for code, rows in progress.tests.items()}
     record.fingerprints["base files"] = graph.base.key
@@ -103,7 +103,7 @@ def _fill_from_graph(record: tracking.RunRecord, progress: StudyProgress, graph:
 
 
 def _sft_facts(sft: SFT, results: Results) -> SFTFacts:
-    """An SFT as ``result.json`` tells of it; its curve is in ``curves/``."""
+    """An SFT's facts for ``result.json``; its training curve is in ``curves/``."""
     folder = results.folder(sft)
     stated = read_json(folder / FACTS)
     facts = stated["metadata"]
@@ -128,7 +128,7 @@ def _sft_facts(sft: SFT, results: Results) -> SFTFacts:
 
 def _cell_facts(outcome: Outcome, methods: Sequence[str], facts: Mapping[str, SFTFacts]) -> CellFacts:
     cell = outcome.cell
-    # A control composes the main method's SFTs; given ones are what they say.
+    # A control composes the main method's SFTs; given SFTs name their own method.
     main = methods[0] if cell.task.node is not None else facts[cell.task.key].method
     method = cell.condition if cell.condition in methods else main
     terms = tuple(facts[sft.key].term for sft in cell.sfts)
@@ -136,7 +136,7 @@ def _cell_facts(outcome: Outcome, methods: Sequence[str], facts: Mapping[str, SF
 
 
 def _remarks(record: tracking.RunRecord, progress: StudyProgress) -> Iterator[Remark]:
-    """What a reader should see beside the numbers."""
+    """Yield remarks that a reader should see beside the numbers."""
     study = progress.study
     if study.split != "test":
         yield Remark("split", f"evaluated on the {study.split} split, not on test")
@@ -150,7 +150,9 @@ def _remarks(record: tracking.RunRecord, progress: StudyProgress) -> Iterator[Re
         yield Remark("no_source_sft", "source=none: there is no source SFT to leave in")
     if "other_language_sft" in study.controls and len(study.targets) == 1:
         yield Remark("one_target", "one target: there is no other target's language SFT to compose with")
-    constant = tuple(item.cell.name for item in progress.outcomes if item.predictions["prediction"].nunique() == 1)
+    constant = tuple(
+        outcome.cell.name for outcome in progress.outcomes if outcome.predictions["prediction"].nunique() == 1
+    )
     if constant:
         text = "one class is predicted throughout, nothing was learnt or transferred"
         yield Remark("constant_predictions", text, constant)
@@ -169,7 +171,7 @@ def _peak_gpu_memory() -> int | None:
 
 
 def scores(outcomes: Sequence[Outcome], targets: Sequence[str], metric: str, split: str) -> list[tracking.Metric]:
-    """One score for each language, condition and metric: the task's own metric first, targets in the order given.
+    """Return one score for each language, condition and metric: the task's metric first, in the order of ``targets``.
 
     A condition with several cells for one language (each other target's φ_L in turn) gives their mean.
     """
@@ -179,17 +181,17 @@ def scores(outcomes: Sequence[Outcome], targets: Sequence[str], metric: str, spl
     conditions = list(tracking.CONDITIONS)
     shown = sorted(groups, key=lambda group: (targets.index(group[0]), conditions.index(group[1])))
     computed = sorted({name for outcome in outcomes for name in outcome.metrics} - {"n", metric})
-    found: list[tracking.Metric] = []
+    metrics: list[tracking.Metric] = []
     for name in (metric, *computed):
         for language, condition in shown:
             cells = groups[language, condition]
             value = sum(cell[name] for cell in cells) / len(cells)
-            found.append(tracking.Metric(language, condition, name, value, int(cells[0]["n"]), split))
-    return found
+            metrics.append(tracking.Metric(language, condition, name, value, int(cells[0]["n"]), split))
+    return metrics
 
 
 def write_tables(run_dir: Path, progress: StudyProgress) -> pd.DataFrame | None:
-    """Write predictions and diagnostics, so far as there are any, and return the diagnostics."""
+    """Write the predictions and diagnostics that exist, and return the diagnostics."""
     import pandas as pd
 
     outcomes = progress.outcomes
@@ -216,7 +218,7 @@ def write_tables(run_dir: Path, progress: StudyProgress) -> pd.DataFrame | None:
 
 
 def show(study: StudySettings, record: tracking.RunRecord, run_dir: Path, cache: StageCache) -> None:
-    """Print the scores of the task's own metric, remarks, and where everything is."""
+    """Print the scores of the task's own metric, remarks, and the paths of the files."""
     metric = study.task_spec.metric
     # the scores are the table itself
     where = {what: short(run_dir / name) for what, name in tracking.RUN_FILES.items() if name != tracking.METRICS}
@@ -225,7 +227,7 @@ def show(study: StudySettings, record: tracking.RunRecord, run_dir: Path, cache:
     if not cache.computed and "imports" in record.times:
         work += f"; imports took {time_text(record.times['imports'])}"
     tracking.print_results(
-        [item for item in record.metrics if item.metric == metric],
+        [score for score in record.metrics if score.metric == metric],
         title=f"{study.name}, {study.task} ({study.split}) from {'+'.join(study.sources)}",
         where=where,
         notes=[*(note.line for note in record.notes), work],
@@ -233,7 +235,7 @@ def show(study: StudySettings, record: tracking.RunRecord, run_dir: Path, cache:
 
 
 def short(path: Path) -> Path:
-    """A path for people: relative to where the command was given, or to ``~``, where it lies below one of them."""
+    """Shorten a path for display: relative to the working directory or to ``~`` if it lies below one of them."""
     for folder, name in ((Path.cwd(), Path()), (Path.home(), Path("~"))):
         if path.is_relative_to(folder):
             return name / path.relative_to(folder)

@@ -1,6 +1,6 @@
-"""What can be found wrong before any weight is loaded: model folder, mask sizes and ranks, data files, output folders.
+"""Checks a study before any weight is loaded: model folder, mask sizes and ranks, data files, output folders.
 
-Shapes come from the model's configuration alone. Everything wrong is reported, not the first thing.
+Shapes come from the model's configuration alone. Every problem is reported, not only the first.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ def preflight(
     here: bool = True,
     known: dict[str, list[str]] | None = None,
 ) -> list[str]:
-    """Every problem of a study that its configuration, model folder and data files show; empty when there is none.
+    """List every problem of a study that its configuration, model folder and data files show.
 
     Args:
         study: Resolved settings.
         job: A key of :data:`~deftx.stages.inputs.NEEDS`.
         folders: Folders that will be written, by the knob that names them.
         out: Folder of the SFTs or the model, if the command writes one; must be new or empty.
-        here: Whether the job runs on this machine, and not where a launcher takes it.
-        known: What other jobs of the same command found in their data files, which are read once.
+        here: Whether the job runs on this machine, not on a launcher's worker.
+        known: Problems of data files by check, shared by the jobs of one command so that each file is read once.
     """
     known = {} if known is None else known
     needs = NEEDS[job]
@@ -51,10 +51,10 @@ def preflight(
         with collected(problems):
             _check_writable(knob, folder)
     if out is not None:
-        places = [out / code for code in study.targets] if needs.lang and len(study.targets) > 1 else [out]
-        for place in places:
+        new_folders = [out / code for code in study.targets] if needs.lang and len(study.targets) > 1 else [out]
+        for folder in new_folders:
             with collected(problems):
-                refuse_used(place)
+                refuse_used(folder)
     with collected(problems):
         if here:
             _check_accelerator(study)
@@ -72,32 +72,32 @@ def preflight(
 
 
 def given_problems(study: StudySettings, task_sft: str, language_sfts: Mapping[str, str]) -> list[str]:
-    """What is wrong with given SFTs, without loading the base they were made for."""
+    """List the problems of given SFTs, without loading their base."""
     problems: list[str] = []
     with collected(problems):
         open_given(task_sft, "task", study)
-    for place in language_sfts.values():
+    for source in language_sfts.values():
         with collected(problems):
-            open_given(place, "language")
+            open_given(source, "language")
     return problems
 
 
-def refuse_used(place: Path) -> None:
-    """Refuse a folder that holds something.
+def refuse_used(folder: Path) -> None:
+    """Refuse an output folder that is not empty.
 
     Raises:
-        DeftxError: It does.
+        DeftxError: The folder holds something or cannot be read.
     """
     try:
-        used = place.is_dir() and any(place.iterdir())
+        used = folder.is_dir() and any(folder.iterdir())
     except OSError as error:
-        raise DeftxError(f"out={place}: {error.strerror}; give a new folder") from error
+        raise DeftxError(f"out={folder}: {error.strerror}; give a new folder") from error
     if used:
-        raise DeftxError(f"out={place} exists and is not empty; give a new folder")
+        raise DeftxError(f"out={folder} exists and is not empty; give a new folder")
 
 
 def _check_writable(knob: str, folder: Path) -> None:
-    """The nearest existing parent must be a folder that can be written."""
+    """Refuse a folder whose nearest existing parent is no folder or cannot be written."""
     folder = folder.expanduser().absolute()
     try:
         existing = next(path for path in (folder, *folder.parents) if path.exists())
@@ -120,7 +120,7 @@ def _check_accelerator(study: StudySettings) -> None:
 
 
 def _size_problems(study: StudySettings, needs: Needs) -> list[str]:
-    """Ranks, mask sizes and lengths against the shapes of the model."""
+    """Check ranks, mask sizes and lengths against the shapes of the model."""
     trained = {
         "lang": study.language_sft if needs.lang else None,
         "task": study.task_sft if needs.task else None,
@@ -163,7 +163,7 @@ def _check_size(name: str, sft: SFTSettings, shapes: Mapping[str, tuple[int, ...
 
 
 def _check_pretraining_text(study: StudySettings) -> None:
-    """A base that is pretrained here needs its languages' text, wherever the study's own data comes from."""
+    """Check that the text of a base that is pretrained here exists, wherever the study's own data comes from."""
     if study.model.pretrained_here is None:
         return
     for code, language in study.pretrain_languages.items():
@@ -184,7 +184,7 @@ def _check_pretraining_text(study: StudySettings) -> None:
 
 
 def _data_problems(study: StudySettings, needs: Needs, known: dict[str, list[str]]) -> list[str]:
-    """Read the test files, find training files and text. What is in those two is read before anything trains, too."""
+    """Read the test files; find training files and text, which the run reads before it trains."""
     data = study.data
     public = [name for name, spec in SETS.items() if not (spec.own or spec.generated)]
     # Hub data sets are downloaded by the stages themselves.
@@ -202,7 +202,7 @@ def _data_problems(study: StudySettings, needs: Needs, known: dict[str, list[str
         if needs.lang and study.missing_text == "error":
             checks.append(partial(resolve_text, language, data))
     for check in checks:
-        key = repr(check)  # the function and all that it is given
+        key = repr(check)  # the function and its arguments
         if key not in known:
             known[key] = []
             with collected(known[key]):

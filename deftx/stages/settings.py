@@ -24,49 +24,49 @@ if TYPE_CHECKING:
 class SFTSettings(SFTKnobs):
     """One sparse fine-tuning: policies as values, and exactly one of ``k`` and ``density``.
 
-    What a method makes of it is :meth:`by`; where nothing is denoised, the policies are None then.
+    :meth:`by` gives the settings as one method reads them; without denoising its policies are None.
 
     Attributes:
-        method: What trains it, a key of :data:`deftx.methods.METHODS`.
+        method: The method that trains it, a key of :data:`deftx.methods.METHODS`.
     """
 
     method: str = "deftx"
 
     def by(self, method: str) -> SFTSettings:
-        """The same SFT as ``method`` trains it, without what nothing reads.
+        """Return the settings as ``method`` trains them; knobs that it ignores are None.
 
-        It has the name of the method that it then is: whatever does not denoise Δ before scoring it is LT-SFT.
+        The result names the method it amounts to: one that does not denoise Δ before scoring it is LT-SFT.
         """
         entry = METHODS[method]
         rank = self.rank if entry.denoised else None
-        found = replace(
+        sft = replace(
             self,
             method=method,
             rank=rank,
             mask="random" if SCORED[entry.scored].drawn else self.mask,
             second_phase=self.second_phase and entry.second_phase == "sparse",
         )
-        if rank is None or "decompose" not in found.reads:
-            found = replace(found, rank=None, residual=None, exclude=[])
-        if found.scored == entry.scored:
-            return found
-        chosen = replace(entry, scored=found.scored)
-        return replace(found, method=next((name for name, item in METHODS.items() if item.chooses(chosen)), method))
+        if rank is None or "decompose" not in sft.reads:
+            sft = replace(sft, rank=None, residual=None, exclude=[])
+        if sft.scored == entry.scored:
+            return sft
+        choices = replace(entry, scored=sft.scored)
+        return replace(sft, method=next((name for name, other in METHODS.items() if other.chooses(choices)), method))
 
     @property
     def choices(self) -> SparseMethod:
-        """The method's choices, of which mask and second phase are knobs, too."""
+        """The method's choices; mask and second phase are also knobs of the SFT."""
         return METHODS[self.method]
 
     @property
     def scored(self) -> str:
-        """What the mask is selected by, a key of :data:`deftx.methods.SCORED`; without denoising Δ̂ is Δ."""
+        """The score that selects the mask, a key of :data:`deftx.methods.SCORED`; without denoising Δ̂ is Δ."""
         scored = "random" if self.mask == "random" else self.choices.scored
         return scored if self.rank is not None else SCORED[scored].undenoised or scored
 
     @property
     def final(self) -> tuple[str, ...]:
-        """Results of earlier stages that its values are taken from."""
+        """Results of earlier stages that the SFT's values are taken from."""
         return SECOND_PHASES["sparse" if self.second_phase else "direct"]
 
     @property
@@ -77,16 +77,16 @@ class SFTSettings(SFTKnobs):
 
     @property
     def reads(self) -> set[str]:
-        """Results of earlier stages that making it reads: ``full`` and ``decompose``, or neither."""
-        found = {*SCORED[self.scored].reads, *self.final} & {"full", "decompose"}
-        return found if self.rank is not None else found - {"decompose"}
+        """Results of earlier stages that the SFT's stages read: a subset of ``full`` and ``decompose``."""
+        available = {"full"} if self.rank is None else {"full", "decompose"}
+        return {*SCORED[self.scored].reads, *self.final} & available
 
     def size(self, maskable: int) -> int:
         """K for a model with ``maskable`` maskable parameters."""
         return self.k if self.k is not None else max(1, round(float(self.density or 0) * maskable))
 
     def asked_size(self) -> dict[str, Any]:
-        """K, or the share that gives it, as it enters a key: the model's size may not be known yet."""
+        """``k`` or ``density``, as it enters a key: the model's size may not be known yet."""
         return {"k": self.k} if self.k is not None else {"density": self.density}
 
     def callback(self) -> SparseFineTuning:
@@ -102,16 +102,16 @@ class SFTSettings(SFTKnobs):
         )
 
     def policies(self) -> dict[str, Any]:
-        """How the change is denoised, as it enters a key: plain values."""
-        found = {name: getattr(self, name) for name in DENOISING}
+        """The denoising policies as plain values, as they enter a key."""
+        policies = {name: getattr(self, name) for name in DENOISING}
         return {
-            name: value if value is None or isinstance(value, list) else str(value) for name, value in found.items()
+            name: value if value is None or isinstance(value, list) else str(value) for name, value in policies.items()
         }
 
 
 @dataclass(frozen=True)
 class StudySettings:
-    """One run: everything that decides its result, and where it goes.
+    """Settings of one run: everything that decides its result, and its folders.
 
     Attributes:
         name: Name of the study.
@@ -128,9 +128,9 @@ class StudySettings:
         task_sft: Settings of the task SFT, whatever the method.
         controls: Conditions evaluated beside the composed model.
         missing_text: ``error`` or ``skip``.
-        only: Parts of the study to make, for later runs, in place of a result (:class:`deftx.stages.graph.StudyGraph`).
-        device: Kind of device that trains, ``cpu`` or ``cuda``, where a sweep's launcher decides it; empty: what
-            ``trainer.accelerator`` means on this machine.
+        only: Parts of the study to compute for later runs, instead of a result (:class:`deftx.stages.graph.Part`).
+        device: Kind of device that trains, ``cpu`` or ``cuda``, if a sweep's launcher decides it; empty: the device
+            that ``trainer.accelerator`` means on this machine.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""SFTs given by the user: a folder, or a hub id that is downloaded."""
+"""Opens SFTs that the user gives: a folder, or a hub id that is downloaded."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from deftx.cache import file_sha256
 from deftx.core.folder import FACTS, TENSORS
-from deftx.data.hub import resolve_commit
+from deftx.data.hub import reason, resolve_commit
 from deftx.errors import DeftxError
 from deftx.methods import METHODS
 from deftx.stages.node import Given
@@ -16,32 +16,33 @@ from deftx.stages.objectives import SFT
 from deftx.stages.settings import StudySettings
 
 
-def open_given(place: str, kind: str, study: StudySettings | None = None) -> tuple[SFT, dict[str, Any]]:
+def open_given(source: str, kind: str, study: StudySettings | None = None) -> tuple[SFT, dict[str, Any]]:
     """Find and verify an SFT.
 
     Args:
-        place: Folder with ``sft.safetensors`` and ``sft.json``, or a hub id ``owner/name``.
-        kind: ``task`` or ``language``; what the SFT has to be.
-        study: Of a task SFT: whose labels it has to predict.
+        source: Folder with ``sft.safetensors`` and ``sft.json``, or a hub id ``owner/name``.
+        kind: ``task`` or ``language``: the kind the SFT has to be.
+        study: For a task SFT: the study whose labels it has to predict.
 
     Returns:
         The SFT, and what its ``sft.json`` says.
 
     Raises:
-        DeftxError: Not there, not intact, of the other kind, or with another task's labels.
+        DeftxError: The SFT is missing, not intact, of the other kind, or has another task's labels.
     """
     from deftx.core.delta import SparseDelta
 
-    folder = Path(place).expanduser()
-    if not folder.exists() and place.count("/") == 1 and not place.startswith((".", "/", "~")):
-        folder = _download(place)
+    folder = Path(source).expanduser()
+    if not folder.exists() and source.count("/") == 1 and not source.startswith((".", "/", "~")):
+        folder = _download(source)
     facts = dict(SparseDelta.load(folder).metadata)
     if facts.get("kind") != kind:
         raise DeftxError(
-            f"{place} is a {facts.get('kind')} SFT, a {kind} SFT is needed: give task_sft=... and language_sft.CODE=..."
+            f"{source} is a {facts.get('kind')} SFT, a {kind} SFT is needed: "
+            "give task_sft=... and language_sft.CODE=..."
         )
     if study is not None and facts.get("labels") != (needed := list(study.task_spec.labels)):
-        raise DeftxError(f"{place} predicts {facts.get('labels')}; {study.task} needs {needed}: give another task_sft")
+        raise DeftxError(f"{source} predicts {facts.get('labels')}; {study.task} needs {needed}: give another task_sft")
     languages = "+".join(map(str, facts.get("languages", [])))
     name = f"{kind} {languages} {facts.get('method', '')}".strip()
     on = tuple(map(str, (facts.get("trained_on") or {}).values()))
@@ -58,8 +59,7 @@ def _download(repo: str) -> Path:
         commit = resolve_commit(repo, None, "model")
         return Path(snapshot_download(repo, revision=commit, allow_patterns=[FACTS, TENSORS]))
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DeftxError(
-            f"no SFT at {repo!r}: no such folder, and the hub does not give it ({reason}); give a folder with "
+            f"no SFT at {repo!r}: no such folder, and the hub does not give it ({reason(error)}); give a folder with "
             f"{FACTS} and {TENSORS}"
         ) from error

@@ -1,4 +1,4 @@
-"""Running a study's graph: a whole study, parts of one, single SFTs, given SFTs, a base of one's own.
+"""Runs a study's graph: a whole study, parts of one, single SFTs, given SFTs, a base of one's own.
 
 Each run writes ``result.json`` and ``metrics.csv`` (also when it fails), ``predictions.parquet`` and
 ``diagnostics.parquet`` into its folder, and prints one table: targets × conditions.
@@ -41,7 +41,7 @@ def run_study(study: StudySettings, run_dir: Path) -> tracking.RunRecord:
         What ``result.json`` holds.
 
     Raises:
-        DeftxError: Something the user can mend; ``result.json`` then says ``failed`` and why.
+        DeftxError: An error the user can fix; ``result.json`` then says ``failed`` and why.
     """
 
     def body(progress: StudyProgress) -> None:
@@ -53,7 +53,7 @@ def run_study(study: StudySettings, run_dir: Path) -> tracking.RunRecord:
 
 
 def run_parts(study: StudySettings, run_dir: Path) -> tracking.RunRecord:
-    """Make parts of a study that other runs will find in the cache (``only=[...]``); nothing is evaluated.
+    """Compute parts of a study for the cache that other runs read (``only=[...]``); evaluates nothing.
 
     Args:
         study: Resolved settings; ``only`` names the parts (:class:`deftx.stages.graph.Part`).
@@ -66,8 +66,8 @@ def run_parts(study: StudySettings, run_dir: Path) -> tracking.RunRecord:
             if not (part := nodes.named(name)):
                 # An encoder that is given, a target without text, the full phase of a method that reads none.
                 log.warning("only=%s: this study makes nothing of that name", name)
-            for item in part[-1:]:
-                progress.results.of(item)
+            for node in part[-1:]:
+                progress.results.of(node)
         computed = progress.results.entries
         progress.sfts += [sft for sft in nodes.sfts if sft.key in computed]
 
@@ -89,13 +89,13 @@ def run_sft(study: StudySettings, kind: str, out: Path | None, run_dir: Path) ->
         nodes = progress.open(NEEDS[f"sft {kind}"])
         for sft in nodes.sfts:
             progress.train(sft)
-        wanted = [sft for sft in nodes.sfts if sft.kind == kind]
+        sfts = [sft for sft in nodes.sfts if sft.kind == kind]
         single = out is not None and (kind == "task" or len(study.targets) == 1)
         names = [study.task] if kind == "task" else [code for code in study.targets if code in nodes.inputs.texts]
-        for name, sft in zip(names, wanted, strict=True):
-            place = destination if single else destination / name
-            _copy(progress.results.folder(sft), place)
-            print(f"{sft.name}: {short(place)}")
+        for name, sft in zip(names, sfts, strict=True):
+            folder = destination if single else destination / name
+            _copy(progress.results.folder(sft), folder)
+            print(f"{sft.name}: {short(folder)}")
 
     return _run(study, run_dir, f"sft-{kind}", flat_knobs(study), body)
 
@@ -109,16 +109,17 @@ def run_eval(study: StudySettings, task_sft: str, language_sfts: dict[str, str],
         language_sfts: Folder or hub id of φ_L by target; a target without one is evaluated on θ⁰ + φ_T.
         run_dir: Folder of this run.
     """
-    task, about = open_given(task_sft, "task", study)
-    given = {code: open_given(place, "language") for code, place in language_sfts.items()}
-    for code, (_, said) in given.items():
-        if said.get("languages") != [code]:
-            log.warning("language_sft.%s=%s was trained on %s", code, language_sfts[code], said.get("languages"))
-    languages = {code: sft for code, (sft, _) in given.items()}
-    knobs = given_knobs(study, about, {code: said for code, (_, said) in given.items()})
+    task, task_facts = open_given(task_sft, "task", study)
+    opened = {code: open_given(source, "language") for code, source in language_sfts.items()}
+    languages = {code: sft for code, (sft, _) in opened.items()}
+    language_facts = {code: facts for code, (_, facts) in opened.items()}
+    for code, facts in language_facts.items():
+        if facts.get("languages") != [code]:
+            log.warning("language_sft.%s=%s was trained on %s", code, language_sfts[code], facts.get("languages"))
+    knobs = given_knobs(study, task_facts, language_facts)
 
     def body(progress: StudyProgress) -> None:
-        nodes = progress.open(NEEDS["eval"], GivenSFTs(task, languages, int(about["training"]["max_length"])))
+        nodes = progress.open(NEEDS["eval"], GivenSFTs(task, languages, int(task_facts["training"]["max_length"])))
         progress.sfts += nodes.sfts
         progress.evaluate()
 
@@ -135,9 +136,9 @@ def run_pretrain(study: StudySettings, text: Sequence[str], out: Path) -> None:
     """
     refuse_used(out)
     if text:
-        # The files are the user's: relative to where the command was given, whatever data the study would use.
-        places = [str(Path(place).expanduser().absolute()) for place in text]
-        language = LanguageSettings(code="text", name="text", text=places)
+        # Relative to the working directory, not to the study's data.root.
+        patterns = [str(Path(pattern).expanduser().absolute()) for pattern in text]
+        language = LanguageSettings(code="text", name="text", text=patterns)
         model = replace(study.model, languages=["text"], vocabulary=[])
         study = replace(study, model=model, pretrain_languages={"text": language})
     results = Results(_open_cache(study), lambda _: [])
@@ -150,7 +151,7 @@ def _open_cache(study: StudySettings) -> StageCache:
 
 
 def _ready(study: StudySettings) -> dict[str, Any]:
-    """Make torch ready for the first stage that computes, and say what it computes on."""
+    """Prepare torch for the first stage that computes; returns the provenance of its results."""
     import torch
 
     if study.trainer.threads is not None:
@@ -162,16 +163,16 @@ def _ready(study: StudySettings) -> dict[str, Any]:
     return tracking.provenance(gpu=gpu)
 
 
-def _copy(folder: Path, place: Path) -> None:
-    """Copy a result out of the cache, whole or not at all; an existing folder is never overwritten."""
-    refuse_used(place)
+def _copy(folder: Path, target: Path) -> None:
+    """Copy a result out of the cache, whole or not at all; never overwrites a folder that holds something."""
+    refuse_used(target)
     try:
-        with atomic.folder(place) as temporary:
+        with atomic.folder(target) as temporary:
             shutil.copytree(folder, temporary, dirs_exist_ok=True)
     except OSError as error:
         # copytree's own error lists one (source, target, reason) for each file.
         reason = error.args[0][0][2] if isinstance(error, shutil.Error) else error.strerror or error
-        raise DeftxError(f"cannot write {place}: {reason}; free space or choose another out=FOLDER") from error
+        raise DeftxError(f"cannot write {target}: {reason}; free space or choose another out=FOLDER") from error
 
 
 def _run(
@@ -183,9 +184,9 @@ def _run(
     *,
     kept: bool = False,
 ) -> tracking.RunRecord:
-    """Run ``body`` around everything a run leaves behind, whether it succeeds or not.
+    """Run ``body`` and write the run's record and tables, whether it succeeds or fails.
 
-    With ``kept``, a finished run goes into the cache: the same job of another sweep is then a copy of its files.
+    With ``kept``, a finished run is cached: the same job of another sweep then copies its files.
     """
     cache = _open_cache(study)
     record = tracking.RunRecord(

@@ -182,7 +182,7 @@ def test_the_error_of_a_run_is_the_one_that_is_told(deftx: Command, monkeypatch:
     def worse(*_: Any) -> None:
         raise OSError("telling it failed, too")
 
-    monkeypatch.setattr("deftx.stages.execute.Progress.evaluate", wrong)
+    monkeypatch.setattr("deftx.stages.execute.StudyProgress.evaluate", wrong)
     monkeypatch.setattr("deftx.stages.study.fill", worse)
     outcome = deftx("run", *FEW)
     assert outcome.status == 1
