@@ -38,7 +38,7 @@ def main(arguments: Sequence[str]) -> int:
     Raises:
         DeftxError: a bad option, a file that cannot be written, or no way to publish.
     """
-    if any(item in ("-h", "--help") for item in arguments):
+    if any(argument in ("-h", "--help") for argument in arguments):
         print(HELP, end="")
         return 0
     options = _options(arguments)
@@ -112,13 +112,20 @@ def _again(options: argparse.Namespace) -> str:
     """The command that publishes."""
     import shlex
 
-    given: list[str] = ["--study", options.study, "--project", options.project, "--entity", options.entity or "TEAM"]
-    given += ["--metric", options.metric]
+    arguments: list[str] = [
+        "--study",
+        options.study,
+        "--project",
+        options.project,
+        "--entity",
+        options.entity or "TEAM",
+    ]
+    arguments += ["--metric", options.metric]
     for codes in options.language:
-        given += ["--language", codes]
+        arguments += ["--language", codes]
     if options.out:
-        given += ["--out", options.out]
-    return f"deftx dashboard {shlex.join(given)} --publish"
+        arguments += ["--out", options.out]
+    return f"deftx dashboard {shlex.join(arguments)} --publish"
 
 
 def _file_name(study: str) -> str:

@@ -142,5 +142,5 @@ def _bars(title: str, values: list[Axis]) -> dict[str, Any]:
 def _asked(value: Any, where: str) -> set[str]:
     if isinstance(value, dict) and value.get("from") == where:
         return {value["name"]}
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return {name for item in items for name in _asked(item, where)}
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return {name for part in parts for name in _asked(part, where)}

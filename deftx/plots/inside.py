@@ -39,7 +39,7 @@ def mask_density(parts: Sequence[tuple[str, str, pd.DataFrame]]) -> Figure:
     for axis, (kind, title, table) in zip(axes, drawn, strict=True):
         table = table.reindex([module for module in modules if module in table.index])
         same = [other.to_numpy() for its, _, other in drawn if its == kind]
-        limits = (min(float(np.nanmin(item)) for item in same), max(float(np.nanmax(item)) for item in same))
+        limits = (min(float(np.nanmin(shares)) for shares in same), max(float(np.nanmax(shares)) for shares in same))
         names, layers = [_short(name) for name in table.index], layer_names(table.columns)
         heat_map(axis, table.to_numpy(), names, layers, label="selected (%)", limits=limits)
         axis.tick_params(axis="y", labelsize=8)

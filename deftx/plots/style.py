@@ -69,9 +69,9 @@ def figure(width: float, height: float, rows: int = 1, columns: int = 1, **optio
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    made = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(made)
-    return made, made.subplots(rows, columns, squeeze=False, **options)
+    fig = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(fig)
+    return fig, fig.subplots(rows, columns, squeeze=False, **options)
 
 
 def panels(count: int, *, height: float = 2.5, most: int = 4, **options: Any) -> tuple[Figure, list[Axes]]:
@@ -79,19 +79,19 @@ def panels(count: int, *, height: float = 2.5, most: int = 4, **options: Any) ->
     columns = min(most, count)
     rows = -(-count // columns)
     width = {1: 5.2, 2: 7.4, 3: WIDTH}.get(columns, WIDTH + 1)
-    made, axes = figure(width, height * rows + 0.7, rows, columns, **options)
+    fig, axes = figure(width, height * rows + 0.7, rows, columns, **options)
     flat = list(axes.ravel())
     for spare in flat[count:]:
         spare.set_visible(False)
-    return made, flat[:count]
+    return fig, flat[:count]
 
 
-def legend(made: Figure, axes: Axes, columns: int = 4) -> None:
+def legend(figure: Figure, axes: Axes, columns: int = 4) -> None:
     """One legend for all axes, under the figure."""
     handles, labels = axes.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
     if len(unique) > 1 or (unique and next(iter(unique))):
-        made.legend(
+        figure.legend(
             unique.values(), unique.keys(), loc="outside lower center", ncols=min(columns, len(unique)), frameon=False
         )
 

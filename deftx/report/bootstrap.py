@@ -24,7 +24,7 @@ Doubles = npt.NDArray[np.float64]
 
 
 def confusion(weights: Floats, gold: npt.NDArray[np.int64], predicted: npt.NDArray[np.int64], classes: int) -> Doubles:
-    """Weighted confusion counts.
+    """Return the weighted confusion counts.
 
     Args:
         weights: How often each item counts in each resample [B, n].
@@ -36,18 +36,21 @@ def confusion(weights: Floats, gold: npt.NDArray[np.int64], predicted: npt.NDArr
         Counts [B, cells, C, C]; rows of the last two are labels, columns predictions.
     """
     cells, n = predicted.shape
-    places = gold[None, :] * classes + predicted + (np.arange(cells) * classes**2)[:, None]
+    indices = gold[None, :] * classes + predicted + (np.arange(cells) * classes**2)[:, None]
     one_hot = np.zeros((n, cells * classes**2), dtype=np.float32)
-    one_hot[np.arange(n)[None, :].repeat(cells, axis=0).ravel(), places.ravel()] = 1
+    one_hot[np.arange(n)[None, :].repeat(cells, axis=0).ravel(), indices.ravel()] = 1
     # Counts are whole numbers far below 2**24, so float32 holds them exactly.
     return (weights @ one_hot).astype(np.float64).reshape(len(weights), cells, classes, classes)
 
 
 def macro_f1(counts: Doubles) -> Doubles:
-    """Unweighted mean of the F1 scores of the classes that occur as label or prediction.
+    """Return the unweighted mean of the F1 scores of the classes that occur as label or prediction.
 
     Args:
         counts: Confusion counts [..., C, C].
+
+    Returns:
+        Scores [...], from 0 to 1.
     """
     both = counts.sum(axis=-1) + counts.sum(axis=-2)
     hits = np.diagonal(counts, axis1=-2, axis2=-1)
@@ -57,7 +60,7 @@ def macro_f1(counts: Doubles) -> Doubles:
 
 
 def accuracy(counts: Doubles) -> Doubles:
-    """Share of examples whose prediction is right; ``counts`` [..., C, C]."""
+    """Return the share of examples whose prediction is right, [...], from confusion counts [..., C, C]."""
     hits = np.diagonal(counts, axis1=-2, axis2=-1).sum(axis=-1)
     return np.asarray(hits / np.maximum(counts.sum(axis=(-2, -1)), 1))
 
@@ -67,11 +70,11 @@ METRICS: Mapping[str, Callable[[Doubles], Doubles]] = {"macro_f1": macro_f1, "ac
 
 
 class Resampler:
-    """Draws items and seeds; the same for the same arguments, in whatever order they are asked for.
+    """Draws items and seeds; equal arguments give equal draws, in whatever order the methods are called.
 
     Args:
         samples: Number of resamples B.
-        seed: Of the draws.
+        seed: Seed of the draws.
     """
 
     def __init__(self, samples: int, seed: int) -> None:
@@ -80,22 +83,22 @@ class Resampler:
         self._seeds: dict[tuple[int, ...], Doubles] = {}
 
     def items(self, ids: Mapping[str, Sequence[str]]) -> dict[str, Floats]:
-        """How often each item counts: for each language [B, n], in the order of its ids.
+        """Return how often each item counts: for each language float32 [B, n], in the order of its ids.
 
-        Languages that share items share their draws; those of a language that lacks some of them then have a little
-        more or fewer than n items.
+        Languages that share items share their draws, so a resample of a language that lacks some of these items holds
+        a little more or fewer than n.
         """
         drawn: dict[str, Floats] = {}
         for languages in shared_items(ids):
             union = sorted(set().union(*(ids[language] for language in languages)))
-            place = {item: number for number, item in enumerate(union)}
+            positions = {key: number for number, key in enumerate(union)}
             weights = self._counts(len(union), "items", *union)
             for language in languages:
-                drawn[language] = weights[:, [place[item] for item in ids[language]]]
+                drawn[language] = weights[:, [positions[key] for key in ids[language]]]
         return drawn
 
     def seeds(self, seeds: Sequence[int]) -> Doubles:
-        """The share of each seed in each resample [B, seeds]; one seed is drawn every time."""
+        """Return the share of each seed in each resample, float64 [B, seeds]; a single seed always has 1."""
         key = tuple(seeds)
         if key not in self._seeds:
             counts = self._counts(len(key), "seeds", *map(str, key))
@@ -103,7 +106,7 @@ class Resampler:
         return self._seeds[key]
 
     def _counts(self, n: int, *names: str) -> Floats:
-        """Counts of n draws from n things, for each resample [B, n]."""
+        """Return how often each of n things is drawn in n draws, for each resample [B, n]."""
         stream = np.random.default_rng([self.seed, zlib.crc32("\0".join(names).encode())])
         drawn = stream.integers(0, n, size=(self.samples, n))
         drawn += n * np.arange(self.samples)[:, None]
@@ -111,7 +114,7 @@ class Resampler:
 
 
 def shared_items(ids: Mapping[str, Sequence[str]]) -> list[list[str]]:
-    """Languages in groups whose test sets share items, directly or through a third one."""
+    """Group languages whose test sets share items, directly or through a third one."""
     groups: list[tuple[set[str], list[str]]] = []
     for language, its in ids.items():
         items, members = set(its), [language]
@@ -126,7 +129,7 @@ def shared_items(ids: Mapping[str, Sequence[str]]) -> list[list[str]]:
 
 
 def interval(values: Doubles, confidence: float) -> tuple[float, float]:
-    """Percentile interval of resampled values [B]."""
+    """Return the percentile interval of resampled values [B]."""
     tail = (1 - confidence) / 2
     low, high = np.quantile(values, [tail, 1 - tail])
     return float(low), float(high)

@@ -1,7 +1,7 @@
-"""Finding and reading what runs left behind: results, failed and missing jobs, files that cannot be read.
+"""Finds and reads what runs left behind: results, failed and missing jobs, files that cannot be read.
 
-Nothing here is fatal but a folder that does not exist: a report says what it could not read. Folders are walked by
-name, hidden ones and those that runs keep for other purposes (``wandb``, ``curves``) left out.
+Only a folder that does not exist is an error; a report lists the files that could not be read. Folders are walked in
+the order of their names; hidden ones, ``wandb`` and ``curves`` are skipped.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 MARKER = "report.json"
-"""Tells a report's folder from any other."""
+"""The file that marks a folder as a report."""
 
 _SKIPPED = ("wandb", "curves", "__pycache__")
 
@@ -31,9 +31,9 @@ class Run:
     """One ``result.json``.
 
     Attributes:
-        name: where it lies, below the folder that was given.
+        name: its path, beginning with the name of the folder that the user gave.
         folder: the run's directory.
-        record: what it says.
+        record: the content of ``result.json``.
         swept: what its sweep varied, such as ``rank=16 seed=1``; empty outside of a sweep.
     """
 
@@ -44,12 +44,12 @@ class Run:
 
     @property
     def shown(self) -> str:
-        """Its name and what was swept."""
+        """Its name, and what its sweep varied."""
         return f"{self.name} ({self.swept})" if self.swept else self.name
 
     @cached_property
     def job(self) -> str:
-        """Equal for two runs of one job, whatever came of them: a run that failed early knows no base."""
+        """A key that runs of one job share, also failed ones: it leaves the base out, which an early failure lacks."""
         record = self.record
         about = {
             "settings": score_settings(record.settings),
@@ -64,19 +64,19 @@ class Run:
 
     @cached_property
     def data(self) -> list[tracking.DataRead]:
-        """What data it read; empty for results that do not say it."""
+        """The data that it read; empty for results that do not say it."""
         return tracking.data_read(self.record.settings)
 
     def repeats(self, other: Run) -> bool:
-        """Whether two finished runs are one job on one base and the same data, wherever they were launched."""
+        """Whether two finished runs are one job on the same base and the same data."""
         bases = [section_key(run.record)[-1] for run in (self, other)]
         return self.job == other.job and bases[0] == bases[1] and self._read_the_same(other)
 
     def made_up_by(self, other: Run) -> bool:
-        """Whether a finished run is the same job, as far as this one came to know its base and its data."""
+        """Whether a finished run is the same job, as far as this one recorded its base and its data."""
         mine, its = self.record.fingerprints, other.record.fingerprints
-        known = [name for name in ("base", "base files") if mine.get(name) and its.get(name)]
-        return self.job == other.job and all(mine[name] == its[name] for name in known) and self._read_the_same(other)
+        shared = [name for name in ("base", "base files") if mine.get(name) and its.get(name)]
+        return self.job == other.job and all(mine[name] == its[name] for name in shared) and self._read_the_same(other)
 
     def _read_the_same(self, other: Run) -> bool:
         return agree(digests(self.data), digests(other.data))
@@ -89,7 +89,7 @@ class Trouble:
     Attributes:
         kind: ``failed``, ``missing`` or ``unreadable``.
         name: where its result is or should be.
-        reason: why.
+        reason: why there is none.
         finished_in: the run that finished the same job in another launch, if one did.
     """
 
@@ -101,7 +101,7 @@ class Trouble:
 
 @dataclass
 class Collection:
-    """Everything found below the folders that were given."""
+    """Everything found below the folders that the user gave."""
 
     runs: list[Run] = field(default_factory=list)
     without_scores: list[Run] = field(default_factory=list)
@@ -110,15 +110,15 @@ class Collection:
     sweeps: list[tuple[str, tracking.SweepRecord]] = field(default_factory=list)
 
     def of(self, *kinds: str) -> list[Trouble]:
-        """Troubles of some kinds that no other launch made up for."""
-        return [item for item in self.troubles if item.kind in kinds and not item.finished_in]
+        """Troubles of some kinds whose job no other launch finished."""
+        return [trouble for trouble in self.troubles if trouble.kind in kinds and not trouble.finished_in]
 
 
 def section_key(record: tracking.RunRecord) -> tuple[str, ...]:
-    """What has to agree for scores to stand in one table: study, task, split, model, and the base's weights."""
+    """Study, task, split, model and fingerprint of the base: scores stand in one table only if these agree."""
     base = record.fingerprints.get("base") or record.fingerprints.get("base files") or ""
     settings = record.settings
-    splits = sorted({item.split for item in record.metrics}) or [str(settings.get("split", "test"))]
+    splits = sorted({metric.split for metric in record.metrics}) or [str(settings.get("split", "test"))]
     return (record.study, str(settings.get("task", "")), "+".join(splits), str(settings.get("model", "")), base)
 
 
@@ -126,79 +126,79 @@ def collect(folders: Sequence[Path]) -> Collection:
     """Read every result and every sweep below some folders.
 
     Args:
-        folders: Given by the user; one inside another is read once.
+        folders: The folders that the user gave; one inside another is read once.
 
     Raises:
-        DeftxError: A folder that does not exist, one message for all of them; or nothing in any of them.
+        DeftxError: Some folders do not exist (one message for all of them), or none holds a result or a sweep.
     """
     bad = [f"{folder}: no such folder" for folder in folders if not folder.exists()]
     bad += [f"{folder}: not a folder" for folder in folders if folder.exists() and not folder.is_dir()]
     if bad:
         raise DeftxError("\n".join(bad))
-    found = Collection()
+    collection = Collection()
     seen: set[Path] = set()
     results: dict[Path, Run | Trouble] = {}
     sweeps: list[tuple[Path, str]] = []
     for folder in folders:
-        for place, name in _walk(folder, found.troubles):
-            if place.resolve() in seen:
+        for path, name in _walk(folder, collection.troubles):
+            if path.resolve() in seen:
                 continue
-            seen.add(place.resolve())
-            if (place / tracking.RESULT).is_file():
-                results[place.resolve()] = _read(place, name)
-            if (place / tracking.SWEEP).is_file():
-                sweeps.append((place, name))
-    if not results and not sweeps and not found.troubles:
-        places = ", ".join(str(folder) for folder in folders)
+            seen.add(path.resolve())
+            if (path / tracking.RESULT).is_file():
+                results[path.resolve()] = _read(path, name)
+            if (path / tracking.SWEEP).is_file():
+                sweeps.append((path, name))
+    if not results and not sweeps and not collection.troubles:
+        searched = ", ".join(str(folder) for folder in folders)
         raise DeftxError(
-            f"no {tracking.RESULT} below {places}; give the folder of a run or a sweep "
+            f"no {tracking.RESULT} below {searched}; give the folder of a run or a sweep "
             "(outputs/STUDY/..., multirun/STUDY/...), or make one: deftx run experiment=demo"
         )
-    done, failed = _sort(results, found)
-    absent = [item for place, name in sweeps for item in _sweep(place, name, results, found)]
-    _settle(found, done, failed, absent)
-    return found
+    done, failed = _sort(results, collection)
+    jobs = [job for path, name in sweeps for job in _sweep(path, name, results, collection)]
+    _settle(collection, done, failed, jobs)
+    return collection
 
 
 def _walk(folder: Path, troubles: list[Trouble]) -> list[tuple[Path, str]]:
-    """Folders below one, itself included, by name; other reports and what cannot be opened left out."""
-    places: list[tuple[Path, str]] = []
+    """Path and name of a folder and of those below it; reports and folders that cannot be opened are skipped."""
+    paths: list[tuple[Path, str]] = []
 
     def unreadable(error: OSError) -> None:
         troubles.append(Trouble("unreadable", str(error.filename), error.strerror or "cannot be opened"))
 
     start = folder.name or str(folder.resolve().name)
-    for root, below, files in os.walk(folder, onerror=unreadable):
+    for root, subfolders, files in os.walk(folder, onerror=unreadable):
         if MARKER in files:
-            below.clear()
+            subfolders.clear()
             continue
-        below[:] = sorted(name for name in below if not name.startswith(".") and name not in _SKIPPED)
-        place = Path(root)
-        places.append((place, (Path(start) / place.relative_to(folder)).as_posix()))
-    return places
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith(".") and name not in _SKIPPED)
+        path = Path(root)
+        paths.append((path, (Path(start) / path.relative_to(folder)).as_posix()))
+    return paths
 
 
-def _read(place: Path, name: str) -> Run | Trouble:
+def _read(run_dir: Path, name: str) -> Run | Trouble:
     try:
-        record = tracking.read_result(place)
+        record = tracking.read_result(run_dir)
         if not isinstance(record.settings, dict) or not isinstance(record.study, str):
-            raise DeftxError(f"{place / tracking.RESULT} is not a result of deftx (its settings are no mapping)")
+            raise DeftxError(f"{run_dir / tracking.RESULT} is not a result of deftx (its settings are no mapping)")
     except DeftxError as error:
-        return Trouble("unreadable", name, str(error).replace(str(place), name))
-    return Run(name, place, record)
+        return Trouble("unreadable", name, str(error).replace(str(run_dir), name))
+    return Run(name, run_dir, record)
 
 
 def _sort(
-    results: dict[Path, Run | Trouble], found: Collection
+    results: dict[Path, Run | Trouble], collection: Collection
 ) -> tuple[dict[str, list[Run]], list[tuple[Run, Trouble]]]:
-    """Finished runs by job, repeated ones set aside; failed ones with what is wrong."""
+    """Distinct finished runs by job, and the unfinished runs with their trouble; fills in the collection's runs."""
     done: dict[str, list[Run]] = {}
-    failed: list[tuple[Run, Trouble]] = []
+    failed_runs: list[tuple[Run, Trouble]] = []
     runs = sorted(
-        (item for item in results.values() if isinstance(item, Run)),
+        (result for result in results.values() if isinstance(result, Run)),
         key=lambda run: (run.record.finished or "", run.name),
     )
-    found.troubles += [item for item in results.values() if isinstance(item, Trouble)]
+    collection.troubles += [result for result in results.values() if isinstance(result, Trouble)]
     for run in runs:
         record = run.record
         if record.status != "done":
@@ -207,24 +207,24 @@ def _sort(
             if error.get("traceback"):
                 reason = f"{error.get('type')}: {reason}"
             kind = "failed" if record.status == "failed" else "missing"
-            told = reason if kind == "failed" else f"status {record.status}: it has not finished"
-            failed.append((run, Trouble(kind, run.name, told)))
+            text = reason if kind == "failed" else f"status {record.status}: it has not finished"
+            failed_runs.append((run, Trouble(kind, run.name, text)))
             continue
-        alike = done.setdefault(run.job, [])
-        first = next((other for other in alike if run.repeats(other)), None)
+        same_job = done.setdefault(run.job, [])
+        first = next((other for other in same_job if run.repeats(other)), None)
         if first is None:
-            alike.append(run)
+            same_job.append(run)
         if not record.metrics:
-            found.without_scores.append(run)
+            collection.without_scores.append(run)
         elif first is not None and _same_scores(first, run):
-            found.repeated.append((run, first))
+            collection.repeated.append((run, first))
         else:
-            found.runs.append(run)  # sections.py tells of a conflict, score by score
-    return done, failed
+            collection.runs.append(run)  # sections.py reports conflicting scores
+    return done, failed_runs
 
 
 def _same_scores(first: Run, second: Run) -> bool:
-    """Whether two runs of one job say the same; predictions decide where both have them."""
+    """Whether two runs of one job have equal scores and, where both have them, equal predictions."""
     values = [{(m.language, m.condition, m.metric): m.value for m in run.record.metrics} for run in (first, second)]
     if values[0] != values[1]:
         return False
@@ -234,14 +234,18 @@ def _same_scores(first: Run, second: Run) -> bool:
     try:
         frames = [read_predictions(run) for run in (first, second)]
     except DeftxError:
-        return True  # told of where they are needed
+        return True  # sections.py reports it where they are needed
     by = ["language", "condition", "variant", "id"]
     tables = [frame.sort_values(by).reset_index(drop=True)[[*by, "label", "prediction"]] for frame in frames]
     return bool(tables[0].equals(tables[1]))
 
 
 def read_predictions(run: Run) -> pd.DataFrame:
-    """Columns ``language``, ``condition``, ``variant``, ``id``, ``label`` and ``prediction`` of a run's predictions.
+    """Read a run's predictions.
+
+    Returns:
+        Columns ``language``, ``condition``, ``variant`` (str), ``id`` (str), ``label`` and ``prediction``; one row for
+        each example of each cell.
 
     Raises:
         DeftxError: There are none, or they cannot be read.
@@ -256,7 +260,7 @@ def read_predictions(run: Run) -> pd.DataFrame:
 
 
 def read_diagnostics(run: Run, columns: Sequence[str]) -> pd.DataFrame:
-    """Some columns of a run's diagnostics; ``key`` and ``other_key`` are those of the SFTs in its result.
+    """Read some columns of a run's diagnostics; ``key`` and ``other_key`` are the keys of the SFTs in its result.
 
     Raises:
         DeftxError: There are none, or they cannot be read.
@@ -271,8 +275,8 @@ def _parquet(run: Run, name: str, columns: Sequence[str]) -> pd.DataFrame:
 
     path = run.folder / name
     try:
-        there = set(pq.read_schema(path).names)
-        return pd.read_parquet(path, columns=[column for column in columns if column in there])
+        available = set(pq.read_schema(path).names)
+        return pd.read_parquet(path, columns=[column for column in columns if column in available])
     except FileNotFoundError as error:
         raise DeftxError(f"{run.name} has no {name}") from error
     except (OSError, ValueError, ArrowException) as error:
@@ -280,56 +284,57 @@ def _parquet(run: Run, name: str, columns: Sequence[str]) -> pd.DataFrame:
 
 
 def _sweep(
-    place: Path, name: str, results: dict[Path, Run | Trouble], found: Collection
+    sweep_dir: Path, name: str, results: dict[Path, Run | Trouble], collection: Collection
 ) -> list[tuple[tuple[str, ...], Trouble | Run]]:
-    """The jobs of a sweep by what was asked for: the run that has the result, or what is wrong."""
+    """The request (study, command, overrides) of each job of a sweep, with its run or its trouble."""
     try:
-        record = tracking.read_sweep(place)
+        record = tracking.read_sweep(sweep_dir)
     except DeftxError as error:
-        found.troubles.append(Trouble("unreadable", name, str(error).replace(str(place), name)))
+        collection.troubles.append(Trouble("unreadable", name, str(error).replace(str(sweep_dir), name)))
         return []
-    found.sweeps.append((name, record))
+    collection.sweeps.append((name, record))
     jobs: list[tuple[tuple[str, ...], Trouble | Run]] = []
     for job in [*record.stages, *record.jobs]:
-        asked = (record.study, record.command, *sorted(job.overrides))
+        request = (record.study, record.command, *sorted(job.overrides))
         swept = " ".join(job.swept)
         where = f"{name}/{job.folder}"
-        item = results.get((place / job.folder).resolve())
-        if item is None and job in record.stages and job.status in ("done", "cached"):
+        result = results.get((sweep_dir / job.folder).resolve())
+        if result is None and job in record.stages and job.status in ("done", "cached"):
             continue  # a shared stage keeps its result in the cache
-        if isinstance(item, Run):
-            item.swept = item.swept or swept
-            jobs.append((asked, item))
-        elif item is None:
+        if isinstance(result, Run):
+            result.swept = result.swept or swept
+            jobs.append((request, result))
+        elif result is None:
             shown = f"{where} ({swept})" if swept else where
             if job.status == "failed":
-                jobs.append((asked, Trouble("failed", shown, " ".join((job.error or "no reason given").split()))))
+                jobs.append((request, Trouble("failed", shown, " ".join((job.error or "no reason given").split()))))
             else:
-                told = {
+                state = {
                     "waiting": "not started when the sweep stopped",
                     "running": "begun but not finished: the sweep was killed, or still runs",
                 }.get(job.status, f"the sweep says {job.status}, but there is no {tracking.RESULT}")
-                jobs.append((asked, Trouble("missing", shown, told)))
+                jobs.append((request, Trouble("missing", shown, state)))
     return jobs
 
 
 def _settle(
-    found: Collection,
+    collection: Collection,
     done: dict[str, list[Run]],
-    failed: list[tuple[Run, Trouble]],
+    failed_runs: list[tuple[Run, Trouble]],
     jobs: list[tuple[tuple[str, ...], Trouble | Run]],
 ) -> None:
-    """Say of each failed or missing job whether another launch finished it."""
-    finished = {asked: item for asked, item in jobs if isinstance(item, Run) and item.record.status == "done"}
-    names = {item.name: item.shown for _, item in jobs if isinstance(item, Run)}
-    asked_of = {item.name: asked for asked, item in jobs if isinstance(item, Run)}
-    for run, trouble in failed:
+    """Add the trouble of each failed or missing job, with the run of another launch that finished it."""
+    runs = [(request, result) for request, result in jobs if isinstance(result, Run)]
+    finished = {request: run for request, run in runs if run.record.status == "done"}
+    names = {run.name: run.shown for _, run in runs}
+    requests = {run.name: request for request, run in runs}
+    for run, trouble in failed_runs:
         later = next((other for other in done.get(run.job, []) if run.made_up_by(other)), None)
-        if later is None and run.name in asked_of:
-            later = finished.get(asked_of[run.name])
+        if later is None and run.name in requests:
+            later = finished.get(requests[run.name])
         name = names.get(trouble.name, trouble.name)
-        found.troubles.append(Trouble(trouble.kind, name, trouble.reason, later.shown if later else ""))
-    for asked, item in jobs:
-        if isinstance(item, Trouble):
-            again = finished.get(asked)
-            found.troubles.append(Trouble(item.kind, item.name, item.reason, again.shown if again else ""))
+        collection.troubles.append(Trouble(trouble.kind, name, trouble.reason, later.shown if later else ""))
+    for request, result in jobs:
+        if isinstance(result, Trouble):
+            again = finished.get(request)
+            collection.troubles.append(Trouble(result.kind, result.name, result.reason, again.shown if again else ""))

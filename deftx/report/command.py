@@ -1,4 +1,4 @@
-"""``deftx report DIR... [--out OUT]``: from folders of runs to tables on the terminal and a folder with the rest."""
+"""``deftx report DIR... [--out OUT]``: prints tables of the runs below some folders, and writes the report's folder."""
 
 from __future__ import annotations
 
@@ -61,22 +61,22 @@ def main(arguments: Sequence[str]) -> int:
         arguments: What follows ``deftx report``.
 
     Returns:
-        0, or 1 when no run finished.
+        0.
 
     Raises:
-        DeftxError: Something the user can mend.
+        DeftxError: A bad option, no usable result, or a folder that cannot be written.
     """
-    if any(item in ("-h", "--help") for item in arguments):
+    if any(argument in ("-h", "--help") for argument in arguments):
         print(HELP, end="")
         return 0
     request = parse(arguments)
     refuse_foreign(request.out)
-    found = collect(request.folders)
-    return report(request, found)
+    collection = collect(request.folders)
+    return report(request, collection)
 
 
 def parse(arguments: Sequence[str]) -> Request:
-    """Options as values.
+    """Read the command's options.
 
     Raises:
         DeftxError: An unknown option, no folder, or a value out of its range.
@@ -94,34 +94,36 @@ def parse(arguments: Sequence[str]) -> Request:
     parser.add_argument("--samples", type=int, default=2000)
     parser.add_argument("--confidence", type=float, default=0.95)
     parser.add_argument("--seed", type=int, default=0)
-    known = parser.parse_intermixed_args(list(arguments))
+    options = parser.parse_intermixed_args(list(arguments))
     problems = []
-    if not known.folders:
+    if not options.folders:
         problems.append("no folder: deftx report DIR... (such as outputs/demo or multirun/rank_ablation)")
-    if not 100 <= known.samples <= 1_000_000:
-        problems.append(f"--samples {known.samples}: must lie in [100, 1000000]")
-    if not 0.5 <= known.confidence < 1:
-        problems.append(f"--confidence {known.confidence:g}: must lie in [0.5, 1)")
-    if known.seed < 0:
-        problems.append(f"--seed {known.seed}: must be 0 or more")
+    if not 100 <= options.samples <= 1_000_000:
+        problems.append(f"--samples {options.samples}: must lie in [100, 1000000]")
+    if not 0.5 <= options.confidence < 1:
+        problems.append(f"--confidence {options.confidence:g}: must lie in [0.5, 1)")
+    if options.seed < 0:
+        problems.append(f"--seed {options.seed}: must be 0 or more")
     if problems:
         raise DeftxError("\n".join(problems))
-    folders = tuple(Path(text).expanduser() for text in known.folders)
-    out = Path(known.out).expanduser() if known.out else folders[0] / "report"
-    return Request(folders, out, known.baseline, known.metric, Options(known.samples, known.confidence, known.seed))
+    folders = tuple(Path(text).expanduser() for text in options.folders)
+    out = Path(options.out).expanduser() if options.out else folders[0] / "report"
+    return Request(
+        folders, out, options.baseline, options.metric, Options(options.samples, options.confidence, options.seed)
+    )
 
 
-def report(request: Request, found: Collection) -> int:
-    """Show and write everything there is to say about what was found."""
-    if not found.runs:
-        _nothing(found)
+def report(request: Request, collection: Collection) -> int:
+    """Write the report of a collection, and print its tables."""
+    if not collection.runs:
+        _refuse_empty(collection)
     from deftx.report.page import page
     from deftx.report.plots import make_plots
     from deftx.report.sections import make_sections
     from deftx.report.summary import summarise
     from deftx.report.tables import difference_table, score_table, scores_csv, summary_csv
 
-    sections = make_sections(found.runs, request.metric)
+    sections = make_sections(collection.runs, request.metric)
     baseline = choose_baseline(sections, request.baseline)
     summaries = [summarise(section, baseline, request.options) for section in sections]
     tables: list[tuple[Summary, list[Table]]] = [
@@ -132,14 +134,20 @@ def report(request: Request, found: Collection) -> int:
     def fill(folder: Path) -> None:
         (folder / "tables").mkdir()
         (folder / "plots").mkdir()
-        for _, its in tables:
-            for table in its:
+        for _, section_tables in tables:
+            for table in section_tables:
                 for kind, text in (("md", table.markdown()), ("tex", table.latex())):
                     (folder / "tables" / f"{table.name}.{kind}").write_text(text, encoding="utf-8")
         (folder / "tables" / "summary.csv").write_text(summary_csv(summaries), encoding="utf-8")
         (folder / "scores.csv").write_text(scores_csv(summaries), encoding="utf-8")
-        drawn = [make_plots(summary, folder / "plots") for summary in summaries]
-        text = page(found, [(summary, its, plots) for (summary, its), plots in zip(tables, drawn, strict=True)])
+        plots_by_section = [make_plots(summary, folder / "plots") for summary in summaries]
+        text = page(
+            collection,
+            [
+                (summary, section_tables, plots)
+                for (summary, section_tables), plots in zip(tables, plots_by_section, strict=True)
+            ],
+        )
         (folder / "report.html").write_text(text, encoding="utf-8")
         about = {
             "kind": "deftx report",
@@ -148,45 +156,48 @@ def report(request: Request, found: Collection) -> int:
             "baseline": baseline,
             "metric": request.metric,
             **asdict(request.options),
-            "runs": [run.name for run in found.runs],
+            "runs": [run.name for run in collection.runs],
         }
         (folder / MARKER).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
     publish(request.out, fill)
-    _show(request, found, tables)
+    _show(request, collection, tables)
     return 0
 
 
-def choose_baseline(sections: Sequence[Section], asked: str | None) -> str | None:
-    """The baseline's name: the one asked for, else LT-SFT where any section has it.
+def choose_baseline(sections: Sequence[Section], name: str | None) -> str | None:
+    """Return the baseline's name: the one that the user named, else LT-SFT where any section has it.
 
     Raises:
-        DeftxError: No section has what was asked for.
+        DeftxError: No section has a column of this name.
     """
-    if asked == "none":
+    if name == "none":
         return None
     names = dict.fromkeys(column.condition for section in sections for column in section.columns)
     labels = dict.fromkeys(column.label for section in sections for column in section.columns)
-    if asked is None:
+    if name is None:
         return BASELINE if BASELINE in names else None
-    if asked not in names and asked not in labels:
-        every = [*names, *(label for label in labels if label not in names)]
+    if name not in names and name not in labels:
+        available = [*names, *(label for label in labels if label not in names)]
         raise DeftxError(
-            f"--baseline {asked!r}: no result has it{did_you_mean(asked, every)}; available: {', '.join(every)}, none"
+            f"--baseline {name!r}: no result has it{did_you_mean(name, available)}; "
+            f"available: {', '.join(available)}, none"
         )
-    return asked
+    return name
 
 
-def _nothing(found: Collection) -> NoReturn:
-    """Nothing to average: say why, as an error."""
+def _refuse_empty(collection: Collection) -> NoReturn:
+    """Raise an error that says why there is nothing to average."""
     lines = ["no finished run with scores, so there is no report"]
-    lines += [f"{item.kind}: {item.name}: {item.reason}" for item in found.troubles]
-    if found.without_scores:
-        lines.append(f"{len(found.without_scores)} finished without scores (stages, SFTs), which a report leaves out")
+    lines += [f"{trouble.kind}: {trouble.name}: {trouble.reason}" for trouble in collection.troubles]
+    if collection.without_scores:
+        lines.append(
+            f"{len(collection.without_scores)} finished without scores (stages, SFTs), which a report leaves out"
+        )
     raise DeftxError("\n".join(lines))
 
 
-def _show(request: Request, found: Collection, tables: Sequence[tuple[Summary, Sequence[Table]]]) -> None:
+def _show(request: Request, collection: Collection, tables: Sequence[tuple[Summary, Sequence[Table]]]) -> None:
     from rich.console import Console
     from rich.text import Text
 
@@ -195,8 +206,8 @@ def _show(request: Request, found: Collection, tables: Sequence[tuple[Summary, S
     def line(text: str, style: str = "") -> None:
         console.print(Text(text, style=style), soft_wrap=True, highlight=False)
 
-    for summary, its in tables:
-        for table in its:
+    for summary, section_tables in tables:
+        for table in section_tables:
             line(table.title, "bold")
             # Wider than the terminal: its lines wrap, but no number is cut off.
             Console(width=max(console.width, table.width)).print(table.rich())
@@ -204,11 +215,11 @@ def _show(request: Request, found: Collection, tables: Sequence[tuple[Summary, S
         for text in [*summary.section.warnings, *summary.notes]:
             line(f"note: {text}")
         line("")
-    for note, names in run_notes(found).items():
+    for note, names in run_notes(collection).items():
         line(f"note: {note} ({names})")
-    for text in counts(found):
+    for text in counts(collection):
         line(text)
-    for item in found.troubles:
-        line(trouble_text(item))
-    for what, place in (("page", "report.html"), ("tables", "tables"), ("plots", "plots"), ("scores", "scores.csv")):
-        line(f"{what:<7} {request.out / place}")
+    for trouble in collection.troubles:
+        line(trouble_text(trouble))
+    for what, file in (("page", "report.html"), ("tables", "tables"), ("plots", "plots"), ("scores", "scores.csv")):
+        line(f"{what:<7} {request.out / file}")

@@ -2,7 +2,7 @@
 
 A score belongs to a *condition* (what was composed) under the settings that this condition reads: LT-SFT reads no rank,
 so the LT-SFT scores of a rank sweep are one column however many runs hold them, and the same column as a run with
-``rank=none``. The baseline of a setting is found by the same rule, in the same run or in another.
+``rank=none``. The same rule finds the baseline of a setting, in the same run or in another.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from deftx.tracking import DATA_READ, CellFacts, DataRead
 Settings = dict[str, Any]
 
 BOOKKEEPING = frozenset(name for name, facts in declared(RunConfig).items() if facts.bookkeeping)
-"""Names, what the sections and the rows of a table say already, and what changes no score."""
+"""Settings that change no score, or that the sections and the rows of a table already name."""
 
 TARGETS = "targets"
-"""The targets of a run as a setting: other targets' SFTs are what ``other_language_sft`` composes."""
+"""The setting that holds a run's targets: ``other_language_sft`` composes the SFTs of other targets."""
 
 _SFT = declared(SFTKnobs)
 _SCOPES = {"language": "lang", "task": "task"}
@@ -32,38 +32,39 @@ _LATER = {name: facts.default for name, facts in KNOBS.items() if facts.since > 
 
 
 def _facts(name: str) -> Knob:
-    """What is known of a setting: as a knob, else as one of a group."""
+    """Return the facts of a setting: its own as a knob, else those of its group."""
     while name and name not in KNOBS:
         name = name.rpartition(".")[0]
     return KNOBS.get(name, Knob())
 
 
 def score_settings(settings: Mapping[str, Any]) -> Settings:
-    """The settings of a run that can change a score, each once; what older results do not say is filled in.
+    """Return the settings of a run that can change a score, each once; fills in what older results do not say.
 
-    What data was read is compared apart (:func:`data_behind`): a run names only the languages that it has.
+    The data is compared by :func:`data_behind`, because a run names only the languages that it has.
     """
     kept = {key: value for key, value in settings.items() if key not in BOOKKEEPING and key != DATA_READ}
     groups = {key.rpartition(".")[0] for key in kept}
     for name, default in _LATER.items():
         if name.rpartition(".")[0] in groups:
-            kept.setdefault(name, default)  # of a knob that came later: what older results were computed with
+            kept.setdefault(name, default)  # a later knob: older results were computed with its default
     for key in declared(ShortKnobs):
         if f"lang.{key}" in kept and f"task.{key}" in kept:
             kept.pop(key, None)
-    kept = {key: value for key, value in kept.items() if value is not None}  # as good as not there
+    kept = {key: value for key, value in kept.items() if value is not None}  # null is as good as absent
     if isinstance(targets := settings.get("language"), list):
         kept[TARGETS] = sorted(map(str, targets))
     return kept
 
 
 def read_by(condition: str, settings: Mapping[str, Any], cells: Iterable[CellFacts] = ()) -> Settings:
-    """The part of :func:`score_settings` that a condition reads; what it ignores is left out.
+    """Return the settings that a condition reads.
 
     Args:
         condition: One of :data:`deftx.tracking.CONDITIONS`, or another name (which is taken to read everything).
-        settings: What :func:`score_settings` gave.
-        cells: Of the run. Its settings are those of all its methods; what each makes of them, its cells' terms say.
+        settings: The result of :func:`score_settings`.
+        cells: The run's cells. Its settings are those of all its methods; the terms of the cells say which of them a
+            method used.
     """
 
     def reads(key: str) -> bool:
@@ -83,7 +84,7 @@ def read_by(condition: str, settings: Mapping[str, Any], cells: Iterable[CellFac
 
 
 def as_method(method: str, settings: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A run's settings as another method has them: that its own method draws the mask is no setting of the other's."""
+    """Return a run's settings as another method has them: a mask that only its own method draws is undone."""
     own = METHODS.get(str(settings.get("method")))
     if own is None or method not in METHODS or not SCORED[own.scored].drawn:
         return settings
@@ -91,76 +92,78 @@ def as_method(method: str, settings: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def data_behind(condition: str, data: Sequence[DataRead]) -> dict[str, str]:
-    """Digests of the data that a condition's scores come from, and of what filters left of it, by name.
+    """Return digests of the data that a condition's scores come from, and of what filters left of it, by name.
 
-    Where it lay makes no difference.
+    The path of the data makes no difference.
 
     Args:
         condition: As for :func:`read_by`.
-        data: What a run read.
+        data: The data that a run read.
     """
-    sources = {item.language for item in data if item.what == "train"}
+    sources = {piece.language for piece in data if piece.what == "train"}
 
-    def is_behind(item: DataRead) -> bool:
-        if item.what != "text":
+    def is_behind(piece: DataRead) -> bool:
+        if piece.what != "text":
             return True
-        return condition != "no_language_sft" and (condition != "source_sft" or item.language in sources)
+        return condition != "no_language_sft" and (condition != "source_sft" or piece.language in sources)
 
-    return digests(item for item in data if is_behind(item))
+    return digests(piece for piece in data if is_behind(piece))
 
 
 def digests(data: Iterable[DataRead]) -> dict[str, str]:
-    """Digests of some data, and of what filters left of it, by name."""
-    known = list(data)
-    kept = {f"{item.name} kept": item.kept for item in known if item.kept is not None}
-    return {item.name: item.digest for item in known} | kept
+    """Return digests of some data, and of what filters left of it, by name."""
+    pieces = list(data)
+    kept = {f"{piece.name} kept": piece.kept for piece in pieces if piece.kept is not None}
+    return {piece.name: piece.digest for piece in pieces} | kept
 
 
 def agree(first: Mapping[str, str], second: Mapping[str, str]) -> bool:
-    """Whether what both know is the same; what only one of them knows is no difference."""
+    """Whether two mappings have equal values under every name that both hold."""
     return all(second.get(name, digest) == digest for name, digest in first.items())
 
 
 def canonical(settings: Mapping[str, Any]) -> str:
-    """Text that equal settings share."""
+    """Return a text that is equal for equal settings."""
     return json.dumps(settings, sort_keys=True, ensure_ascii=False, default=str)
 
 
 def varying(settings: Sequence[Mapping[str, Any]]) -> list[Settings]:
-    """Of each, what differs between them, under the shortest names: ``lang.rank`` and ``task.rank`` that agree are
-    ``rank``. Knobs stand in the order rank, residual, density, k, then by name.
+    """Return, of each group of settings, those that differ between the groups, under the shortest names.
+
+    ``lang.rank`` and ``task.rank`` that agree are ``rank``. Knobs stand in the order rank, residual, density, k, then
+    by name.
     """
-    keys = {key for item in settings for key in item}
-    differing = {key for key in keys if len({canonical({"": item.get(key)}) for item in settings}) > 1}
+    keys = {key for group in settings for key in group}
+    differing = {key for key in keys if len({canonical({"": group.get(key)}) for group in settings}) > 1}
     names: dict[str, str] = {}  # shown name -> key to read
     for key in differing:
         prefix, _, rest = key.partition(".")
         twin = {"lang": f"task.{rest}", "task": f"lang.{rest}"}.get(prefix)
-        agree = twin in differing and all(item.get(key) == item.get(twin) for item in settings)
+        agree = twin in differing and all(group.get(key) == group.get(twin) for group in settings)
         names[rest if agree else key] = key
-    implied = [name for name, key in names.items() if _implied(name, [item.get(key) for item in settings], names)]
-    if "source.enabled" in names:  # it says already that there are no others
-        implied += [name for name, key in names.items() if _is_one(name, [item.get(key) for item in settings])]
+    implied = [name for name, key in names.items() if _implied(name, [group.get(key) for group in settings], names)]
+    if "source.enabled" in names:  # it already says where the others do not apply
+        implied += [name for name, key in names.items() if _is_one(name, [group.get(key) for group in settings])]
     names = {name: key for name, key in names.items() if name not in implied}
     if _count(settings, set(names.values()) - {"method"}) == _count(settings, names.values()):
         names.pop("method", None)  # the other knobs tell them apart
-    ordered = sorted(names, key=lambda name: (_place(name), name))
-    return [{name: item.get(names[name]) for name in ordered} for item in settings]
+    ordered = sorted(names, key=lambda name: (_order_of(name), name))
+    return [{name: group.get(names[name]) for name in ordered} for group in settings]
 
 
 def _is_one(name: str, values: Sequence[Any]) -> bool:
     """Whether a knob of φ_S has one value wherever there is a φ_S."""
-    there = ordered_values(value for value in values if value is not None)
-    return name.startswith("source.") and name != "source.enabled" and len(there) == 1
+    distinct = ordered_values(value for value in values if value is not None)
+    return name.startswith("source.") and name != "source.enabled" and len(distinct) == 1
 
 
 def _count(settings: Sequence[Mapping[str, Any]], keys: Iterable[str]) -> int:
-    """How many of some settings differ in some keys."""
-    return len({canonical({key: item.get(key) for key in sorted(keys)}) for item in settings})
+    """Count the distinct groups of values under some keys."""
+    return len({canonical({key: values.get(key) for key in sorted(keys)}) for values in settings})
 
 
 def _implied(name: str, values: Sequence[Any], names: Mapping[str, str]) -> bool:
-    """Whether a knob of the denoising has one value only, and none where ``rank=none`` says that there is none."""
+    """Whether a knob of the denoising has one value only, besides null where ``rank=none`` turns denoising off."""
     prefix, _, last = name.rpartition(".")
     rank = {f"{prefix}.rank" if prefix else "rank", "rank"}
     return (
@@ -172,47 +175,47 @@ def _implied(name: str, values: Sequence[Any], names: Mapping[str, str]) -> bool
     )
 
 
-def _place(name: str) -> int:
+def _order_of(name: str) -> int:
     last = name.rpartition(".")[2]
     return LABELLED.index(last) if last in LABELLED else len(LABELLED)
 
 
 def knob_text(name: str, value: Any) -> str:
-    """``rank=16``; empty for a mask size that the other of ``k`` and ``density`` gives."""
+    """Return a knob with its value (``rank=16``), or an empty text for null where labels have no word for it."""
     if value is None and not _none(name):
         return ""
     return f"{name}={shown_value(value, name)}"
 
 
 def shown_value(value: Any, name: str = "") -> str:
-    """A value as a person writes it on the command line."""
+    """Return a value as it is written on the command line."""
     if value is None:
         return _none(name) or "null"
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, list | tuple):
-        return "[" + ",".join(shown_value(item) for item in value) + "]"
+        return "[" + ",".join(shown_value(element) for element in value) + "]"
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _none(name: str) -> str:
-    """What labels say where a knob is null."""
+    """Return the word that labels use where a knob is null."""
     return _SFT.get(name.rpartition(".")[2], Knob()).none
 
 
 def number(value: Any) -> float | None:
-    """A knob's value as a number, where it is one: ``"16"`` is, ``"energy:0.9"`` is not."""
+    """Return a knob's value as a number (``"16"``), or None if it is not a finite one (``"energy:0.9"``)."""
     if value is None or isinstance(value, bool | list | dict):
         return None
     try:
-        found = float(value)
+        as_float = float(value)
     except (TypeError, ValueError):
         return None
-    return found if math.isfinite(found) else None
+    return as_float if math.isfinite(as_float) else None
 
 
 def sort_key(value: Any) -> tuple[int, float, str]:
-    """Numbers by size, then words by alphabet (numbers in them by size: ``energy:0.8`` < ``energy:0.9``), none last."""
+    """Return a key that sorts numbers by size, then words by alphabet, and null last."""
     as_number = number(value)
     if as_number is not None:
         return (0, as_number, "")
@@ -222,6 +225,6 @@ def sort_key(value: Any) -> tuple[int, float, str]:
 
 
 def ordered_values(values: Iterable[Any]) -> list[Any]:
-    """Distinct values in the order of :func:`sort_key`."""
-    found = {canonical({"": value}): value for value in values}
-    return sorted(found.values(), key=sort_key)
+    """Return the distinct values in the order of :func:`sort_key`."""
+    by_text = {canonical({"": value}): value for value in values}
+    return sorted(by_text.values(), key=sort_key)

@@ -1,4 +1,4 @@
-"""The one HTML page of a report: what ``templates/report.html.j2`` shows, read from the runs and their summaries."""
+"""Renders the HTML page of a report from the runs and their summaries; the template is ``report.html.j2``."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TROUBLES = {"failed": "Failed", "missing": "Missing", "unreadable": "Could not b
 
 
 def template(name: str) -> Template:
-    """A template of this room, which escapes every value.
+    """Return a template that escapes every value.
 
     Args:
         name: Its file in ``templates``.
@@ -46,16 +46,16 @@ def template(name: str) -> Template:
     return environment.get_template(name)
 
 
-def page(found: Collection, parts: Sequence[Part]) -> str:
-    """The page.
+def page(collection: Collection, parts: Sequence[Part]) -> str:
+    """Return the HTML text of the page.
 
     Args:
-        found: What was read.
+        collection: Everything that was read.
         parts: Summary, tables and plots of each section.
     """
     sections = [summary.section for summary, _, _ in parts]
     return template("report.html.j2").render(
-        found=found,
+        collection=collection,
         parts=parts,
         studies=dict.fromkeys(section.key[0] for section in sections),
         tasks=dict.fromkeys(section.key[1] for section in sections),
@@ -64,19 +64,21 @@ def page(found: Collection, parts: Sequence[Part]) -> str:
         seeds=sorted({seed for summary, _, _ in parts for seed in summary.seeds}),
         version=__version__,
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        counts=counts(found),
-        lost=found.of(*TROUBLES),
-        troubles=list(_troubles(found)),
-        remarks=run_notes(found),
-        settings=_settings(found.runs),
-        data_read=sorted({(item.name, _origin(item), item.digest[:12]) for run in found.runs for item in run.data}),
-        provenance=_provenance(found.runs),
-        commands=rerun_commands(found),
+        counts=counts(collection),
+        lost=collection.of(*TROUBLES),
+        troubles=list(_troubles(collection)),
+        remarks=run_notes(collection),
+        settings=_settings(collection.runs),
+        data_read=sorted(
+            {(piece.name, _origin(piece), piece.digest[:12]) for run in collection.runs for piece in run.data}
+        ),
+        provenance=_provenance(collection.runs),
+        commands=rerun_commands(collection),
     )
 
 
 def _language_names(section: Section) -> list[str]:
-    """Name, family and script of a section's languages, where a run knows them."""
+    """Return code, name, family and script of a section's languages, where a run knows them."""
     names: dict[str, str] = {}
     for run in section.runs:
         for code, facts in run.record.languages.items():
@@ -87,21 +89,25 @@ def _language_names(section: Section) -> list[str]:
     return [f"{code}: {names[code]}" for code in section.languages if code in names]
 
 
-def _troubles(found: Collection) -> Iterator[tuple[str, str, list[str], Rows]]:
-    """Title, sentence, header and rows of each table about jobs without a result here, or with one too many."""
+def _troubles(collection: Collection) -> Iterator[tuple[str, str, list[str], Rows]]:
+    """Yield title, sentence, header and rows of each table about jobs without a result, or with more than one."""
     for kind, title in TROUBLES.items():
-        if items := found.of(kind):
-            yield f"{title}: {len(items)}", "", ["job", "reason"], [[item.name, item.reason] for item in items]
-    if rows := [[item.name, item.kind, item.reason, item.finished_in] for item in found.troubles if item.finished_in]:
+        if items := collection.of(kind):
+            yield f"{title}: {len(items)}", "", ["job", "reason"], [[trouble.name, trouble.reason] for trouble in items]
+    if rows := [
+        [trouble.name, trouble.kind, trouble.reason, trouble.finished_in]
+        for trouble in collection.troubles
+        if trouble.finished_in
+    ]:
         header = ["job", "was", "reason", "finished in"]
         yield "Finished in another launch", "The tables hold the finished one.", header, rows
-    if rows := [[again.shown, first.shown] for again, first in found.repeated]:
+    if rows := [[again.shown, first.shown] for again, first in collection.repeated]:
         sentence = "Same settings, seed and predictions; each counts once."
         yield "Results found twice", sentence, ["repeated", "counted"], rows
 
 
 def _settings(runs: Sequence[Run]) -> dict[str, Rows]:
-    """What all runs share, and what varies between them."""
+    """Return the settings that all runs share, and those that vary between them."""
     hidden = BOOKKEEPING - {"task", "split", "model", "method", "compare", "controls", "language", "study"}
     hidden |= {DATA_READ}
     shared, differing = [], []
@@ -115,13 +121,13 @@ def _settings(runs: Sequence[Run]) -> dict[str, Rows]:
     return {"shared": shared, "differing": differing}
 
 
-def _origin(item: DataRead) -> str:
-    """Where a piece of data was found: a path, or a hub's id, configuration and commit."""
-    return ", ".join(part for part in (item.path, item.hub, item.config, item.revision) if part)
+def _origin(piece: DataRead) -> str:
+    """Return where a piece of data comes from: a path, or a hub's id, configuration and commit."""
+    return ", ".join(part for part in (piece.path, piece.hub, piece.config, piece.revision) if part)
 
 
 def _provenance(runs: Sequence[Run]) -> Rows:
-    """What the runs ran under, its values, and a flag where they differ or a commit had changes."""
+    """Return rows of a fact of provenance, its values, and a flag where they differ or a commit had changes."""
     values: dict[str, Counter[str]] = {}
     dirty = set()
     for run in runs:
@@ -140,7 +146,7 @@ def _provenance(runs: Sequence[Run]) -> Rows:
 
 
 def _facts(run: Run) -> Iterator[tuple[str, Any, bool]]:
-    """Name, value, and whether it is a commit with uncommitted changes, of each fact of a run's provenance."""
+    """Yield name and value of each fact of a run's provenance, and whether it is a commit with uncommitted changes."""
     facts = run.record.provenance
     git = facts.get("git")
     for what, where in (("deftx", "deftx"), ("working directory", "working_directory")):
@@ -153,7 +159,10 @@ def _facts(run: Run) -> Iterator[tuple[str, Any, bool]]:
         yield name, version, False
     for name in ("python", "platform", "cpu", "threads", "gpu"):
         yield name, facts.get(name), False
-    stages = [{**item.versions, "threads": item.threads, "device": item.device} for item in run.record.provenances]
+    stages = [
+        {**provenance.versions, "threads": provenance.threads, "device": provenance.device}
+        for provenance in run.record.provenances
+    ]
     for name, value in dict.fromkeys(pair for stage in stages for pair in stage.items()):
         yield f"{name}, of its stages", value, False
     for name, value in run.record.fingerprints.items():

@@ -1,4 +1,4 @@
-"""A report's folder, written whole or not at all: built beside its place, then renamed; nobody sees half of one."""
+"""Writes a report's folder whole or not at all: fills a sibling folder, then renames it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from deftx.report.collect import MARKER
 
 
 def refuse_foreign(out: Path) -> None:
-    """Refuse a place that holds anything but a report.
+    """Refuse an output path that holds anything but a report.
 
     Raises:
-        DeftxError: It does.
+        DeftxError: The path holds something else.
     """
     if out.is_symlink() and not out.exists():
         raise DeftxError(f"{out} is a link to nothing; choose another --out FOLDER")
@@ -38,10 +38,10 @@ def refuse_foreign(out: Path) -> None:
 
 
 def publish(out: Path, fill: Callable[[Path], None]) -> None:
-    """Let ``fill`` write a sibling folder, then put it in the place of an older report.
+    """Let ``fill`` write a sibling folder, then rename it to ``out``; an older report there is replaced.
 
     Raises:
-        DeftxError: The place holds something else, or cannot be written.
+        DeftxError: ``out`` holds something else, or cannot be written.
     """
     refuse_foreign(out)
     out = Path(os.path.abspath(out))  # noqa: PTH100 -- a link in the path stays one

@@ -1,4 +1,4 @@
-"""What a report says of its runs in words: how many, which failed and why, what they remark themselves."""
+"""Words about the runs of a report: how many there are, which failed and why, and their own remarks."""
 
 from __future__ import annotations
 
@@ -9,49 +9,49 @@ from deftx.report.collect import Collection, Trouble
 from deftx.tracking import Remark
 
 
-def counts(found: Collection) -> list[str]:
-    """How many results there are, and what was left out of the tables."""
-    lines = [f"{len(found.runs)} runs with scores"]
-    if found.without_scores:
-        lines[0] += f", {len(found.without_scores)} without (stages, SFTs)"
-    if found.repeated:
+def counts(collection: Collection) -> list[str]:
+    """Say how many results there are, and which the tables leave out or count once."""
+    lines = [f"{len(collection.runs)} runs with scores"]
+    if collection.without_scores:
+        lines[0] += f", {len(collection.without_scores)} without (stages, SFTs)"
+    if collection.repeated:
         lines.append(
-            f"{len(found.repeated)} results repeat others (same settings, seed and predictions) and count once: "
-            + ", ".join(f"{again.name} = {first.name}" for again, first in found.repeated[:4])
-            + (" ..." if len(found.repeated) > 4 else "")
+            f"{len(collection.repeated)} results repeat others (same settings, seed and predictions) and count once: "
+            + ", ".join(f"{again.name} = {first.name}" for again, first in collection.repeated[:4])
+            + (" ..." if len(collection.repeated) > 4 else "")
         )
     return lines
 
 
-def trouble_text(item: Trouble) -> str:
-    """One line on a job without a usable result."""
-    later = f"; finished in another launch: {item.finished_in}" if item.finished_in else ""
-    return f"{item.kind}: {item.name}: {item.reason}{later}"
+def trouble_text(trouble: Trouble) -> str:
+    """Return one line on a job without a usable result."""
+    later = f"; finished in another launch: {trouble.finished_in}" if trouble.finished_in else ""
+    return f"{trouble.kind}: {trouble.name}: {trouble.reason}{later}"
 
 
-def run_notes(found: Collection) -> dict[str, str]:
-    """What the runs themselves remark -> which of them do."""
+def run_notes(collection: Collection) -> dict[str, str]:
+    """Return the remarks of the runs, each with the runs that make it."""
     notes: dict[str, list[str]] = {}
-    for run in found.runs:
+    for run in collection.runs:
         for remark in run.record.notes:
             if remark.kind != "provenances_differ":  # their section's warning says it
-                notes.setdefault(_shown(remark), []).append(run.name)
-    every = len(found.runs)
+                notes.setdefault(_remark_text(remark), []).append(run.name)
+    total = len(collection.runs)
     return {
-        note: "every run" if len(names) == every else names[0] if len(names) == 1 else f"{len(names)} of {every} runs"
+        note: "every run" if len(names) == total else names[0] if len(names) == 1 else f"{len(names)} of {total} runs"
         for note, names in notes.items()
     }
 
 
-def _shown(remark: Remark) -> str:
-    """A remark; without the cells that it lists, which differ from run to run: their scores are in the tables."""
+def _remark_text(remark: Remark) -> str:
+    """Return a remark without its list of cells, which differs from run to run."""
     return f"in some cells {remark.text}" if remark.kind == "constant_predictions" else remark.line
 
 
-def rerun_commands(found: Collection) -> list[tuple[str, str]]:
-    """Name of each sweep, and the command that runs it again: one for a full grid, else one for each job."""
+def rerun_commands(collection: Collection) -> list[tuple[str, str]]:
+    """Return the name of each sweep and what runs it again: one command for a full grid, else one for each job."""
     commands = []
-    for name, sweep in found.sweeps:
+    for name, sweep in collection.sweeps:
         jobs = sweep.jobs
         if not jobs:
             continue

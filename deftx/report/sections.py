@@ -2,7 +2,7 @@
 
 A section is one study, task, split and model; nothing is averaged across sections. A column is a condition under the
 settings it reads (:mod:`deftx.report.knobs`), of runs that read the same data wherever they read the same language. A
-cell found in several runs is one cell: equal ones count once, and different ones are told of, the newest is shown.
+cell in several runs is one cell: equal scores count once; different ones give a warning, and the newest is shown.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ class Items:
     """The examples of one cell, sorted by id.
 
     Attributes:
-        ids: Of the examples.
-        key: Equal for cells over the same rows.
-        gold: Labels [n], as numbers of classes.
-        predicted: Predictions [variants, n].
+        ids: Ids of the examples.
+        key: A digest that cells over the same rows share.
+        gold: Class numbers of the labels, int64 [n].
+        predicted: Class numbers of the predictions, int64 [variants, n].
     """
 
     ids: tuple[str, ...]
@@ -62,10 +62,10 @@ class ScoreCell:
     """One score of one run.
 
     Attributes:
-        value: Fraction; None when it could not be computed.
-        n: Examples.
-        run: Where it comes from.
-        items: What it was computed from, where the predictions are there.
+        value: The score, from 0 to 1; None when it could not be computed.
+        n: Number of examples.
+        run: The run that holds it.
+        items: The examples it was computed from; None without usable predictions.
     """
 
     value: float | None
@@ -80,10 +80,10 @@ class Column:
 
     Attributes:
         condition: One of :data:`deftx.tracking.CONDITIONS`, or another name.
-        settings: What it reads.
-        data: Digests of the data behind its scores, by name; of all its runs together.
-        origins: Settings of the runs that hold it, whole.
-        knobs: What tells it from the other columns of its condition, under short names.
+        settings: The settings that it reads.
+        data: Digests of the data behind its scores in all its runs, by name.
+        origins: All settings of the runs that hold it.
+        knobs: The settings that differ from those of the condition's other columns, under short names.
         label: Its title in a table.
     """
 
@@ -96,12 +96,12 @@ class Column:
 
     @property
     def title(self) -> str:
-        """The condition's title, without settings."""
+        """The title of its condition, without settings."""
         return tracking.CONDITIONS.get(self.condition, self.condition)
 
     @property
     def setting(self) -> str:
-        """What tells it from the other columns of its condition: ``rank=16 density=0.1``."""
+        """Its knobs as a text: ``rank=16 density=0.1``."""
         return " ".join(text for name, value in self.knobs.items() if (text := knob_text(name, value)))
 
 
@@ -124,11 +124,11 @@ class Section:
 
     @property
     def metric_name(self) -> str:
-        """The metric as tables write it."""
+        """The metric's name in tables."""
         return METRIC_NAMES.get(self.metric, self.metric)
 
     def seeds(self, column: Column, language: str) -> list[int]:
-        """Seeds that have a value for a cell, sorted."""
+        """Return the seeds that have a score in a column and language, sorted."""
         return sorted(
             seed
             for (c, where, seed), cell in self.cells.items()
@@ -136,35 +136,35 @@ class Section:
         )
 
     def column_of(self, run: Run, condition: str) -> Column | None:
-        """The column that holds a run's own scores under a condition."""
+        """Return the column that holds a run's own scores under a condition."""
         return self._held.get((run, condition))
 
     def runs_of(self, column: Column) -> list[Run]:
-        """Runs that scored a column themselves."""
+        """Return the runs that scored a column themselves."""
         return [run for run in self.runs if self.column_of(run, column.condition) is column]
 
     @property
     def methods(self) -> list[str]:
         """Conditions that compose SFTs of a method: those in the table of methods, and given SFTs."""
-        there = {column.condition for column in self.columns}
-        return [name for name in (*METHODS, "composed") if name in there]
+        conditions = {column.condition for column in self.columns}
+        return [name for name in (*METHODS, "composed") if name in conditions]
 
     def named(self, conditions: Iterable[str]) -> list[Column]:
-        """Columns of some conditions, in order."""
-        wanted = set(conditions)
-        return [column for column in self.columns if column.condition in wanted]
+        """Return the columns of some conditions, in order."""
+        names = set(conditions)
+        return [column for column in self.columns if column.condition in names]
 
     def baseline_of(self, column: Column, name: str) -> Column | None:
-        """What a column is compared with: the condition ``name`` under its own settings.
+        """Return the column that another is compared with: the condition ``name`` under the same settings.
 
         Args:
             column: Any column.
-            name: A condition, or the label of one column, which is then everybody's baseline.
+            name: A condition, or the label of one column, which is then the baseline of all columns.
 
         Returns:
-            None for the baseline itself, and where no run or more than one setting fits.
+            None for the baseline itself, and where no column or more than one fits.
         """
-        fixed = next((item for item in self.columns if item.label == name), None)
+        fixed = next((candidate for candidate in self.columns if candidate.label == name), None)
         if fixed is not None:
             return None if fixed is column else fixed
         if column.condition == name:
@@ -173,24 +173,24 @@ class Section:
         held = {base for run in self.runs_of(column) if (base := self.column_of(run, name)) is not None}
         if held:
             return held.pop() if len(held) == 1 else None
-        found: list[Column] = []
+        candidates: list[Column] = []
         for key in dict.fromkeys(
             _column_key(name, read_by(name, as_method(name, origin))) for origin in column.origins
         ):
-            fits = [item for item in self._found.get(key, []) if agree(item.data, column.data)]
+            matches = [candidate for candidate in self._found.get(key, []) if agree(candidate.data, column.data)]
             # Of several data sets, the one that shares most of the column's.
-            shared = [len(item.data.keys() & column.data.keys()) for item in fits]
-            found += [item for item, count in zip(fits, shared, strict=True) if count == max(shared)]
-        return found[0] if len(found) == 1 else None
+            shared = [len(candidate.data.keys() & column.data.keys()) for candidate in matches]
+            candidates += [candidate for candidate, count in zip(matches, shared, strict=True) if count == max(shared)]
+        return candidates[0] if len(candidates) == 1 else None
 
     def add_column(self, run: Run, condition: str, settings: Settings) -> Column:
-        """The column of a condition under a run's settings and data, made if needed."""
+        """Return the column of a condition under a run's settings and data; creates it if needed."""
         read, data = read_by(condition, settings, run.record.cells), data_behind(condition, run.data)
-        alike = self._found.setdefault(_column_key(condition, read), [])
-        column = next((item for item in alike if agree(item.data, data)), None)
+        columns = self._found.setdefault(_column_key(condition, read), [])
+        column = next((held for held in columns if agree(held.data, data)), None)
         if column is None:
             column = Column(condition, read)
-            alike.append(column)
+            columns.append(column)
             self.columns.append(column)
         column.data |= data
         if settings not in column.origins:
@@ -214,13 +214,13 @@ def make_sections(runs: Sequence[Run], metric: str | None = None) -> list[Sectio
         DeftxError: No run has this metric.
     """
     if metric is not None:
-        there = sorted({item.metric for run in runs for item in run.record.metrics})
-        if metric not in there:
-            raise DeftxError(f"--metric {metric}: no result has it; available: {', '.join(there)}")
+        available = sorted({score.metric for run in runs for score in run.record.metrics})
+        if metric not in available:
+            raise DeftxError(f"--metric {metric}: no result has it; available: {', '.join(available)}")
     sections: dict[tuple[str, ...], Section] = {}
     for run in runs:
         name = metric or run.record.metrics[0].metric
-        if not any(item.metric == name for item in run.record.metrics):
+        if not any(score.metric == name for score in run.record.metrics):
             continue
         key = (*section_key(run.record), name)
         sections.setdefault(key, Section(key, name)).runs.append(run)
@@ -238,25 +238,25 @@ def _fill(section: Section) -> None:
     for run in section.runs:
         settings = score_settings(run.record.settings)
         items = _items(run, section)
-        for item in run.record.metrics:
-            if item.metric != section.metric:
+        for score in run.record.metrics:
+            if score.metric != section.metric:
                 continue
-            if item.language not in section.languages:
-                section.languages.append(item.language)
-            column = section.add_column(run, item.condition, settings)
-            value = None if item.value is None or not np.isfinite(item.value) else float(item.value)
-            cell = ScoreCell(value, item.n, run, items.get((item.language, item.condition)))
-            place = (column, item.language, run.record.seed or 0)
-            before = section.cells.get(place)
+            if score.language not in section.languages:
+                section.languages.append(score.language)
+            column = section.add_column(run, score.condition, settings)
+            value = None if score.value is None or not np.isfinite(score.value) else float(score.value)
+            cell = ScoreCell(value, score.n, run, items.get((score.language, score.condition)))
+            cell_key = (column, score.language, run.record.seed or 0)
+            before = section.cells.get(cell_key)
             if before is None:
-                section.cells[place] = cell
+                section.cells[cell_key] = cell
             elif _equal(before, cell):
                 shared += 1
                 if before.items is None:
-                    section.cells[place] = cell
+                    section.cells[cell_key] = cell
             else:
-                conflicts.setdefault((before.run.shown, run.shown), []).append(f"{item.language} {item.condition}")
-                section.cells[place] = cell
+                conflicts.setdefault((before.run.shown, run.shown), []).append(f"{score.language} {score.condition}")
+                section.cells[cell_key] = cell
     for (old, new), where in conflicts.items():
         section.warnings.append(
             f"{old} and {new} have the same settings and seed but other numbers ({listed(where, 4)}); "
@@ -264,7 +264,7 @@ def _fill(section: Section) -> None:
         )
     if shared:
         section.warnings.append(f"{shared} scores stand in more than one run (the same computation); each counts once")
-    section.languages.sort(key=_place_of([run.record.settings.get("language") for run in section.runs]))
+    section.languages.sort(key=_order_of([run.record.settings.get("language") for run in section.runs]))
     for language in section.languages:
         rows = {
             cell.run.record.fingerprints.get(f"{section.key[2]} {language}")
@@ -273,7 +273,7 @@ def _fill(section: Section) -> None:
         }
         if len(rows - {None}) > 1:
             section.warnings.append(f"{language}: the runs were evaluated on different rows (fingerprints differ)")
-    differing = tracking.provenance_differences([item for run in section.runs for item in run.record.provenances])
+    differing = tracking.provenance_differences([each for run in section.runs for each in run.record.provenances])
     if differing:
         section.warnings.append(
             "the stages behind these scores were computed under different versions, thread counts or devices: "
@@ -282,7 +282,7 @@ def _fill(section: Section) -> None:
 
 
 def _classes(runs: Sequence[Run]) -> list[str]:
-    """Names of the classes in the order of the task's numbers; empty for results that do not say."""
+    """Return the names of the classes in the order of their numbers; empty for results that do not say them."""
     for run in runs:
         labels = run.record.settings.get("data.labels")
         if labels:
@@ -291,13 +291,13 @@ def _classes(runs: Sequence[Run]) -> list[str]:
 
 
 def _items(run: Run, section: Section) -> dict[tuple[str, str], Items]:
-    """The examples of each language and condition of a run; empty, with a warning, where there are none to use."""
+    """Return a run's usable examples by language and condition; adds a warning for those it cannot use."""
     try:
         frame = read_predictions(run)
     except DeftxError as error:
         section.warnings.append(f"{error}: no intervals for its scores")
         return {}
-    found: dict[tuple[str, str], Items] = {}
+    usable: dict[tuple[str, str], Items] = {}
     values = {(m.language, m.condition): m.value for m in run.record.metrics if m.metric == section.metric}
     labels = _coded(section, frame["label"])
     predictions = _coded(section, frame["prediction"])
@@ -307,7 +307,7 @@ def _items(run: Run, section: Section) -> dict[tuple[str, str], Items]:
         where = (str(language), str(condition))
         if where not in values:
             continue
-        items = _one(rows, run.record.fingerprints.get(f"{section.key[2]} {language}", ""))
+        items = _cell_items(rows, run.record.fingerprints.get(f"{section.key[2]} {language}", ""))
         if items is None:
             doubled.append(" ".join(where))
             continue
@@ -315,7 +315,7 @@ def _items(run: Run, section: Section) -> dict[tuple[str, str], Items]:
         if again is None or values[where] is None or abs(again - float(values[where] or 0)) > 1e-4:
             wrong.append(" ".join(where))
         else:
-            found[where] = items
+            usable[where] = items
     if wrong and section.metric in METRICS:
         section.warnings.append(
             f"{run.shown}: its predictions do not give the {section.metric_name} that {tracking.RESULT} says "
@@ -325,11 +325,11 @@ def _items(run: Run, section: Section) -> dict[tuple[str, str], Items]:
         section.warnings.append(
             f"{run.shown}: an example twice, or missing, in {listed(doubled, 4)}; no intervals for them"
         )
-    return found
+    return usable
 
 
 def _coded(section: Section, column: pd.Series[Any]) -> npt.NDArray[np.int64]:
-    """Classes as numbers; new names go to the end of the section's list."""
+    """Return class numbers, int64 [n]; appends new names to the section's classes."""
     import pandas as pd
 
     if column.dtype.kind in "iu":
@@ -341,8 +341,13 @@ def _coded(section: Section, column: pd.Series[Any]) -> npt.NDArray[np.int64]:
     return np.array([section.classes.index(word) for word in words], dtype=np.int64)[numbers]
 
 
-def _one(rows: pd.DataFrame, fingerprint: str) -> Items | None:
-    """One cell's examples, sorted by variant and id; None where its variants do not hold the same ones, each once."""
+def _cell_items(rows: pd.DataFrame, fingerprint: str) -> Items | None:
+    """Return one cell's examples; None unless all its variants hold the same ones, each once.
+
+    Args:
+        rows: Columns ``variant``, ``id``, ``label`` (int) and ``prediction`` (int), sorted by variant and id.
+        fingerprint: Of the rows that were evaluated.
+    """
     variants = rows["variant"].nunique()
     if len(rows) % variants:
         return None
@@ -358,7 +363,7 @@ def _one(rows: pd.DataFrame, fingerprint: str) -> Items | None:
 
 
 def _metric(items: Items, section: Section) -> float | None:
-    """The metric, recomputed; the mean over variants."""
+    """Recompute the metric; the mean over variants."""
     if section.metric not in METRICS:
         return None
     weights = np.ones((1, len(items.ids)), dtype=np.float32)
@@ -377,24 +382,24 @@ def _equal(first: ScoreCell, second: ScoreCell) -> bool:
     return same and bool((first.items.predicted == second.items.predicted).all())
 
 
-def _place_of(lists: Sequence[Any]) -> Any:
-    """A sort key: languages in the order that the runs name them."""
+def _order_of(lists: Sequence[Any]) -> Any:
+    """Return a sort key for languages: the order in which the runs name them."""
     order = list(dict.fromkeys(str(code) for codes in lists if isinstance(codes, list) for code in codes))
     return lambda code: order.index(code) if code in order else len(order)
 
 
 def _name_columns(section: Section) -> None:
-    """Label columns by what differs between those of one condition, and put them into order."""
+    """Label columns by what differs between those of one condition, and sort them."""
     for condition in dict.fromkeys(column.condition for column in section.columns):
         columns = section.named([condition])
         differing = _differing_data(columns)
         for column, knobs in zip(columns, varying([column.settings for column in columns]), strict=True):
             column.knobs = knobs | {name: column.data[name][:8] for name in differing if name in column.data}
             column.label = f"{column.title} {column.setting}".strip()
-    known = list(tracking.CONDITIONS)
+    order = list(tracking.CONDITIONS)
     section.columns.sort(
         key=lambda column: (
-            known.index(column.condition) if column.condition in known else len(known),
+            order.index(column.condition) if column.condition in order else len(order),
             column.condition,
             [sort_key(value) for value in column.knobs.values()],
         )
@@ -402,13 +407,13 @@ def _name_columns(section: Section) -> None:
 
 
 def _differing_data(columns: Sequence[Column]) -> list[str]:
-    """Names of data that some columns read with another content."""
+    """Return the names of data whose content differs between columns."""
     names = dict.fromkeys(name for column in columns for name in column.data)
     return sorted(name for name in names if len({c.data[name] for c in columns if name in c.data}) > 1)
 
 
 def _name_sections(sections: Sequence[Section]) -> None:
-    """Titles and file names that tell the sections apart; the base's fingerprint only where nothing else does."""
+    """Give sections distinct titles and file names, with the base's fingerprint only where titles would be equal."""
     plain = [" · ".join(part for part in section.key[:4] if part) for section in sections]
     for section, title in zip(sections, plain, strict=True):
         base = f" · base {section.key[4][:8] or 'unknown'}" if plain.count(title) > 1 else ""

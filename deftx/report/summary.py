@@ -1,4 +1,4 @@
-"""Means over seeds, and differences to a baseline with their intervals, for every cell of a section's tables."""
+"""Computes means over seeds, and differences to a baseline with intervals, for every cell of a section's tables."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from deftx.report.sections import MEAN, Column, ScoreCell, Section
 if TYPE_CHECKING:
     import pandas as pd
 
-CELLS_AT_ONCE = 64  # of one matrix product: bounds its memory
+CELLS_AT_ONCE = 64  # cells in one matrix product; bounds its memory
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class Options:
 
     Attributes:
         samples: Number of resamples.
-        confidence: Of the intervals, such as 0.95.
-        seed: Of the draws.
+        confidence: Level of the intervals, such as 0.95.
+        seed: Seed of the draws.
     """
 
     samples: int = 2000
@@ -37,8 +37,8 @@ class Score:
     """A cell of the table of scores.
 
     Attributes:
-        values: By seed.
-        n: Examples of a seed's score.
+        values: Scores by seed.
+        n: Number of examples of one seed's score.
         missing: Languages that a mean lacks.
     """
 
@@ -48,7 +48,7 @@ class Score:
 
     @property
     def mean(self) -> float:
-        """Over seeds."""
+        """Mean over seeds."""
         return float(np.mean(list(self.values.values())))
 
     @property
@@ -64,8 +64,8 @@ class Difference:
     Attributes:
         value: Mean over the seeds.
         seeds: The common seeds.
-        low, high: Interval; None where there is none.
-        why: Why there is none.
+        low, high: Ends of the interval; None without one.
+        why: Why there is no interval.
     """
 
     value: float
@@ -86,13 +86,13 @@ class Summary:
 
     Attributes:
         baseline: Name of the baseline; None without one.
-        baselines: Of each column that has one.
+        baselines: The baseline's column of each column that has one.
         scores: By column and language, :data:`MEAN` included where there are several languages.
-        differences: The same.
-        resampled: Resampled scores [B] by column, language and seed.
+        differences: Differences to the baseline, also by column and language.
+        resampled: Resampled scores, float64 [B], by column, language and seed.
         parallel: Languages in groups that share items.
-        notes: What a reader has to know about the numbers.
-        diagnostics: Those of the runs and what could not be read, once a plot has asked for them.
+        notes: Remarks on the numbers, for the reader.
+        diagnostics: Diagnostics of the runs and what could not be read; None until a plot reads them.
     """
 
     section: Section
@@ -117,7 +117,7 @@ class Summary:
         return sorted({seed for _, _, seed in self.section.cells})
 
     def method(self) -> str:
-        """How the intervals were computed, in one sentence."""
+        """Say in one sentence how the intervals were computed."""
         options, seeds = self.options, len(self.seeds)
         several = [group for group in self.parallel if len(group) > 1]
         over = "of seeds and items" if seeds > 1 else "of items (one seed: the spread over seeds is not in them)"
@@ -131,12 +131,12 @@ class Summary:
 
 
 def summarise(section: Section, baseline: str | None, options: Options) -> Summary:
-    """Compute all of it.
+    """Compute scores, differences and notes of a section.
 
     Args:
-        section: Its cells.
+        section: The section.
         baseline: A condition's name or a column's label; None: no differences.
-        options: Of the intervals.
+        options: How intervals are computed.
     """
     summary = Summary(section, options, baseline)
     for column in section.columns:
@@ -154,9 +154,9 @@ def summarise(section: Section, baseline: str | None, options: Options) -> Summa
     resampler = Resampler(options.samples, options.seed)
     if baseline is not None:
         for column in section.columns:
-            found = section.baseline_of(column, baseline)
-            if found is not None:
-                summary.baselines[column] = found
+            base = section.baseline_of(column, baseline)
+            if base is not None:
+                summary.baselines[column] = base
         _resample(summary, resampler)
         for column in summary.baselines:
             for row in summary.rows:
@@ -166,22 +166,22 @@ def summarise(section: Section, baseline: str | None, options: Options) -> Summa
 
 
 def _mean(summary: Summary, column: Column) -> None:
-    """Mean over languages by seed, over the seeds that have all of the column's languages."""
+    """Add a column's mean over languages, for the seeds that have all of its languages."""
     section = summary.section
-    there = [language for language in section.languages if (column, language) in summary.scores]
-    if not there:
+    languages = [language for language in section.languages if (column, language) in summary.scores]
+    if not languages:
         return
-    values = [summary.scores[column, language].values for language in there]
+    values = [summary.scores[column, language].values for language in languages]
     common = sorted(set(values[0]).intersection(*values[1:]))
     if common:
-        means = {seed: float(np.mean([item[seed] for item in values])) for seed in common}
-        n = sum(summary.scores[column, language].n for language in there)
-        missing = tuple(language for language in section.languages if language not in there)
+        means = {seed: float(np.mean([by_seed[seed] for by_seed in values])) for seed in common}
+        n = sum(summary.scores[column, language].n for language in languages)
+        missing = tuple(language for language in section.languages if language not in languages)
         summary.scores[column, MEAN] = Score(means, n, missing)
 
 
 def _resample(summary: Summary, resampler: Resampler) -> None:
-    """Resampled scores of every cell that has predictions over the rows that most cells of its language have."""
+    """Resample every cell whose predictions are over the rows that most cells of its language have."""
     section = summary.section
     if section.metric not in METRICS:
         return
@@ -190,14 +190,14 @@ def _resample(summary: Summary, resampler: Resampler) -> None:
         if cell.items is not None and cell.value is not None:
             usable.setdefault(language, []).append((column, seed, cell))
     ids = {}
-    for language, found in usable.items():
-        keys = [cell.items.key for _, _, cell in found if cell.items]
+    for language, entries in usable.items():
+        keys = [cell.items.key for _, _, cell in entries if cell.items]
         most = max(dict.fromkeys(keys), key=keys.count)
-        usable[language] = [entry for entry in found if entry[2].items and entry[2].items.key == most]
-        others = len(found) - len(usable[language])
+        usable[language] = [entry for entry in entries if entry[2].items and entry[2].items.key == most]
+        others = len(entries) - len(usable[language])
         if others:
             summary.notes.append(
-                f"{language}: {others} of {len(found)} scores are of other examples or labels than the rest; "
+                f"{language}: {others} of {len(entries)} scores are of other examples or labels than the rest; "
                 "they cannot be paired and have no interval"
             )
         items = usable[language][0][2].items
@@ -205,11 +205,11 @@ def _resample(summary: Summary, resampler: Resampler) -> None:
     summary.parallel = shared_items(ids)
     weights = resampler.items(ids)
     metric = METRICS[section.metric]
-    for language, found in usable.items():
-        for start in range(0, len(found), CELLS_AT_ONCE):
+    for language, entries in usable.items():
+        for start in range(0, len(entries), CELLS_AT_ONCE):
             part = [
                 (column, seed, cell.items)
-                for column, seed, cell in found[start : start + CELLS_AT_ONCE]
+                for column, seed, cell in entries[start : start + CELLS_AT_ONCE]
                 if cell.items is not None
             ]
             predicted = np.concatenate([items.predicted for _, _, items in part])
@@ -252,7 +252,7 @@ def _difference(summary: Summary, column: Column, row: str, resampler: Resampler
 
 
 def _remark(summary: Summary) -> None:
-    """Say where numbers stand on fewer seeds or languages than the others, and where differences are missing."""
+    """Note which numbers have fewer seeds or languages than the others, and which differences are missing."""
     section = summary.section
     most = len(summary.seeds)
     for column in section.columns:

@@ -1,4 +1,4 @@
-"""Tables as values, and their forms: Markdown, LaTeX (booktabs), terminal; tidy CSV beside them."""
+"""Tables as values, written as Markdown, LaTeX (booktabs) and for the terminal; and tidy CSV files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WIDEST = 6  # columns of methods; more methods than this become rows
 
 @dataclass(frozen=True)
 class Text:
-    """What stands in a cell."""
+    """The text of a cell."""
 
     text: str
     bold: bool = False
@@ -30,11 +30,11 @@ class Table:
     """A table of texts.
 
     Attributes:
-        name: Of its files.
-        title: One line above.
+        name: Name of its files.
+        title: The line above it.
         header: Titles of the columns; the first column is text, the others are numbers.
-        rows: Cells.
-        ruled: Numbers of the rows that a line stands above.
+        rows: Its cells, row by row.
+        ruled: Numbers of the rows that have a line above them.
         caption: What a reader needs beside the numbers.
     """
 
@@ -47,12 +47,12 @@ class Table:
 
     @property
     def width(self) -> int:
-        """Columns that the terminal needs for it."""
+        """Its width on the terminal in characters."""
         rows = [self.header, *([cell.text for cell in row] for row in self.rows)]
         return sum(max(map(len, column)) + 3 for column in zip(*rows, strict=True)) + 1
 
     def markdown(self) -> str:
-        """GitHub's Markdown."""
+        """Return it as GitHub's Markdown."""
         rows = [
             [_markdown(cell.text) if not cell.bold else f"**{_markdown(cell.text)}**" for cell in row]
             for row in self.rows
@@ -64,7 +64,7 @@ class Table:
         return "\n".join([*lines, "", _markdown(self.caption), ""])
 
     def latex(self) -> str:
-        r"""A ``table`` with booktabs rules; the document needs ``\usepackage{booktabs}``."""
+        r"""Return it as a ``table`` with booktabs rules; the document needs ``\usepackage{booktabs}``."""
         import pandas as pd
 
         rows = [[f"\\textbf{{{latex(c.text)}}}" if c.bold else latex(c.text) for c in row] for row in self.rows]
@@ -81,7 +81,7 @@ class Table:
         return "% needs \\usepackage{booktabs}\n" + text.replace("\\centering", "\\centering\n\\small", 1)
 
     def rich(self) -> RichTable:
-        """For the terminal."""
+        """Return it as a table for the terminal."""
         from rich.table import Table as RichTable
         from rich.text import Text as RichText
 
@@ -96,7 +96,7 @@ class Table:
 
 
 def score_table(summary: Summary) -> Table:
-    """Languages × methods, mean ± standard deviation over seeds, × 100."""
+    """Lay out languages × methods, mean ± standard deviation over seeds, × 100."""
     section = summary.section
     most = len(summary.seeds)
     best = {
@@ -109,8 +109,8 @@ def score_table(summary: Summary) -> Table:
         score = summary.scores.get((column, row))
         if score is None:
             return Text("–")
-        known = len(section.languages) - len(score.missing)
-        marks = [f"{known} of {len(section.languages)}"] if score.missing else []
+        present = len(section.languages) - len(score.missing)
+        marks = [f"{present} of {len(section.languages)}"] if score.missing else []
         marks += [_seeds(len(score.values))] if len(score.values) < most else []
         text = score_text(score) + (f" ({', '.join(marks)})" if marks else "")
         return Text(text, bold=len(section.columns) > 1 and not marks and score.mean == best[row])
@@ -121,18 +121,18 @@ def score_table(summary: Summary) -> Table:
 
 
 def difference_table(summary: Summary) -> Table | None:
-    """The same for differences to the baseline, with intervals; None where nothing can be compared."""
+    """Lay out differences to the baseline with their intervals; None where nothing can be compared."""
     columns = [column for column in summary.section.columns if column in summary.baselines]
     if not columns or summary.baseline is None:
         return None
     most = len(summary.seeds)
 
     def cell(column: Column, row: str) -> Text:
-        found = summary.differences.get((column, row))
-        if found is None:
+        difference = summary.differences.get((column, row))
+        if difference is None:
             return Text("–")
-        marks = f" ({_seeds(len(found.seeds))})" if len(found.seeds) < most else ""
-        return Text(difference_text(found) + marks, bold=found.clear)
+        marks = f" ({_seeds(len(difference.seeds))})" if len(difference.seeds) < most else ""
+        return Text(difference_text(difference) + marks, bold=difference.clear)
 
     named = {
         baseline.title if baseline.condition == summary.baseline else baseline.label
@@ -145,7 +145,7 @@ def difference_table(summary: Summary) -> Table | None:
 
 
 def _laid_out(summary: Summary, columns: Sequence[Column], cell: Any, name: str, title: str, caption: str) -> Table:
-    """Rows are languages, or methods where there are many; the number of examples stands with the languages."""
+    """Build a table whose rows are languages, or methods where there are many, with numbers of examples."""
     rows = summary.rows
     sizes = {row: _size(summary, row) for row in rows}
     shown = {row: f"mean of {len(summary.section.languages)}" if row == MEAN else row for row in rows}
@@ -177,16 +177,16 @@ def _seeds(count: int) -> str:
 
 
 def score_text(score: Score) -> str:
-    """``61.3 ± 0.8``."""
+    """Return a score as ``61.3 ± 0.8``."""
     return f"{100 * score.mean:.1f}" + (f" ± {100 * score.std:.1f}" if score.std is not None else "")
 
 
-def difference_text(found: Difference) -> str:
-    """``+1.2 [−0.3, 2.7]``."""
-    text = _signed(found.value, plus=True)
-    if found.low is None or found.high is None:
+def difference_text(difference: Difference) -> str:
+    """Return a difference as ``+1.2 [−0.3, 2.7]``."""
+    text = _signed(difference.value, plus=True)
+    if difference.low is None or difference.high is None:
         return text
-    return f"{text} [{_signed(found.low)}, {_signed(found.high)}]"
+    return f"{text} [{_signed(difference.low)}, {_signed(difference.high)}]"
 
 
 def _signed(value: float, *, plus: bool = False) -> str:
@@ -204,7 +204,7 @@ NAMED = ("study", "task", "split", "model", "base", "metric", "condition", "sett
 
 
 def scores_csv(summaries: Sequence[Summary]) -> str:
-    """One row for each score of each seed, as fractions."""
+    """Return CSV with one row for each score of each seed, as fractions: :data:`NAMED`, seed, value, n, run."""
     rows = [
         [*_named(summary, column, language), seed, cell.value, cell.n, cell.run.name]
         for summary in summaries
@@ -214,7 +214,7 @@ def scores_csv(summaries: Sequence[Summary]) -> str:
 
 
 def summary_csv(summaries: Sequence[Summary]) -> str:
-    """One row for each cell of the tables: mean, spread, difference, interval."""
+    """Return CSV with one row for each cell of the tables: mean, spread, difference, interval."""
     header = [*NAMED, "mean", "std", "seeds", "n", "languages"]
     header += ["baseline", "difference", "low", "high", "confidence", "resamples"]
     rows = []
@@ -247,7 +247,7 @@ def _csv(header: list[str], rows: list[list[Any]]) -> str:
 
 
 def _safe(value: Any) -> Any:
-    """A text that a spreadsheet would run as a formula is shown instead."""
+    """Quote a text that a spreadsheet would run as a formula."""
     return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "@", "+", "\t") else value
 
 
@@ -277,7 +277,7 @@ _LATEX = {
 
 
 def latex(text: str) -> str:
-    """Text as LaTeX prints it."""
+    """Escape a text for LaTeX."""
     return "".join(_LATEX.get(char, char) for char in " ".join(text.split()))
 
 

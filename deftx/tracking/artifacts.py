@@ -84,9 +84,13 @@ def sft_artifact(sft: SFTFacts, folder: Path, *, whole: bool) -> Any:
     import wandb
 
     facts = json.loads((folder / SFT_FACTS).read_text(encoding="utf-8"))["metadata"]
-    told = {name: facts.get(name) for name in ("base_model", "base_fingerprint", "task", "rank", "residual", "seed")}
-    told |= {name: getattr(sft, name) for name in ("method", "languages", "k", "bytes", "sha256")} | {"role": sft.kind}
-    artifact = wandb.Artifact(sft_name(sft.kind, facts), type="sft", metadata=plain(told))
+    identity = {
+        name: facts.get(name) for name in ("base_model", "base_fingerprint", "task", "rank", "residual", "seed")
+    }
+    identity |= {name: getattr(sft, name) for name in ("method", "languages", "k", "bytes", "sha256")} | {
+        "role": sft.kind
+    }
+    artifact = wandb.Artifact(sft_name(sft.kind, facts), type="sft", metadata=plain(identity))
     for path in sorted(folder.rglob("*")) if whole else [folder / SFT_FACTS]:
         if path.is_file():
             artifact.add_file(str(path), name=path.relative_to(folder).as_posix())
@@ -104,8 +108,8 @@ def result_artifact(record: RunRecord, run_dir: Path, inputs: Sequence[str], *, 
     """
     import wandb
 
-    told = {"study": record.study, "job": record.job, "seed": record.seed, "sfts": list(inputs)}
-    artifact = wandb.Artifact(result_name(record), type="result", metadata=plain(told))
+    identity = {"study": record.study, "job": record.job, "seed": record.seed, "sfts": list(inputs)}
+    artifact = wandb.Artifact(result_name(record), type="result", metadata=plain(identity))
     for name in RUN_FILES.values() if whole else (RESULT, METRICS):
         if (run_dir / name).is_file():
             artifact.add_file(str(run_dir / name), name=name)

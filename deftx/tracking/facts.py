@@ -96,7 +96,7 @@ class SFTFacts(Term):
     @property
     def term(self) -> Term:
         """What a composition says of it."""
-        return Term(**{item.name: getattr(self, item.name) for item in fields(Term)})
+        return Term(**{attribute.name: getattr(self, attribute.name) for attribute in fields(Term)})
 
 
 @dataclass(frozen=True)
@@ -189,14 +189,14 @@ class DataRead:
         return f"{self.what} {self.language}"
 
 
-def data_setting(items: Iterable[DataRead]) -> dict[str, dict[str, str]]:
+def data_setting(reads: Iterable[DataRead]) -> dict[str, dict[str, str]]:
     """The value of the setting :data:`DATA_READ`; fields that do not apply are left out."""
-    return {item.name: {name: value for name, value in vars(item).items() if value is not None} for item in items}
+    return {read.name: {name: value for name, value in vars(read).items() if value is not None} for read in reads}
 
 
 def data_read(settings: Mapping[str, Any]) -> list[DataRead]:
     """What data a run read, from its settings; empty for results that do not say it."""
-    return [DataRead(**item) for item in (settings.get(DATA_READ) or {}).values()]
+    return [DataRead(**content) for content in (settings.get(DATA_READ) or {}).values()]
 
 
 # ---------------------------------------------------------------------------------------------------- provenance
@@ -230,28 +230,28 @@ def gather_provenances(stages: Iterable[tuple[str, Mapping[str, Any]]]) -> list[
     for kind, manifest in stages:
         versions = manifest.get("versions") or {}
         device = (manifest["gpu"] or "cpu") if "gpu" in manifest else None
-        known = {name: versions[name] for name in _VERSIONS if name in versions}
-        provenance = Provenance(known, manifest.get("threads"), device, stages={})
+        torch_versions = {name: versions[name] for name in _VERSIONS if name in versions}
+        provenance = Provenance(torch_versions, manifest.get("threads"), device, stages={})
         if provenance not in provenances:
             provenances.append(provenance)
             counts.append({})
         count = counts[provenances.index(provenance)]
         count[kind] = count.get(kind, 0) + 1
-    return [replace(item, stages=count) for item, count in zip(provenances, counts, strict=True)]
+    return [replace(each, stages=count) for each, count in zip(provenances, counts, strict=True)]
 
 
-def provenance_differences(found: Sequence[Provenance]) -> list[str]:
+def provenance_differences(provenances: Sequence[Provenance]) -> list[str]:
     """What differs, each with its values: ``torch 2.8.0 / 2.9.1``; empty where nothing does."""
     values: dict[str, dict[str, None]] = {}
-    for item in found:
-        for name, value in {**item.versions, "threads": item.threads, "device": item.device}.items():
+    for provenance in provenances:
+        for name, value in {**provenance.versions, "threads": provenance.threads, "device": provenance.device}.items():
             if value is not None:
                 values.setdefault(name, {})[str(value)] = None
     return [f"{name} {' / '.join(sorted(seen))}" for name, seen in values.items() if len(seen) > 1]
 
 
-def provenance_remark(found: Sequence[Provenance]) -> Remark | None:
+def provenance_remark(provenances: Sequence[Provenance]) -> Remark | None:
     """A remark where the stages of one result were computed under several versions, thread counts or devices."""
-    differing = provenance_differences(found)
+    differing = provenance_differences(provenances)
     text = "stages behind these numbers were computed under several versions, thread counts or devices"
     return Remark("provenances_differ", text, tuple(differing)) if differing else None

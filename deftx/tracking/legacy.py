@@ -97,13 +97,13 @@ class _Result:
             if sft["kind"] == "task" and "θ⁰+" in sft["name"]:
                 sft["on"] = under
 
-    def _sft(self, said: Mapping[str, Any]) -> dict[str, Any]:
+    def _sft(self, entry: Mapping[str, Any]) -> dict[str, Any]:
         """Return an SFT's fields from its result, else from its name, else from the settings."""
-        name = str(said["name"])
+        name = str(entry["name"])
         words = name.split()
-        kind = str(said.get("role") or words[0])
-        languages = said.get("languages") or (words[1:2] if kind == "language" else [])
-        method = said.get("method") or next((word for word in words if word in _METHODS), None)
+        kind = str(entry.get("role") or words[0])
+        languages = entry.get("languages") or (words[1:2] if kind == "language" else [])
+        method = entry.get("method") or next((word for word in words if word in _METHODS), None)
         values = dict(word.split("=", 1) for word in words if "=" in word)
         if method in _METHODS and ("rank" in values or method != "deftx"):
             mask = "random" if method == "random_mask" or "random mask" in name else "magnitude"
@@ -112,15 +112,15 @@ class _Result:
             policy = None
         self.policies[name] = policy
         scope = self._scope(kind, languages, policy)
-        asked = policy or self._asked(scope)
+        requested = policy or self._asked(scope)
         task = self.settings.get("train") or self.settings.get("task")
         return {
             "kind": kind,
             "key": name,
             "method": method,
-            **asked._asdict(),
+            **requested._asdict(),
             "exclude": self.settings.get(f"{scope}.exclude") or [],
-            "k": said.get("k"),
+            "k": entry.get("k"),
             "density": self.settings.get(f"{scope}.density"),
             "value_dtype": self.settings.get(f"{scope}.value_dtype") or "float32",
             "languages": languages,
@@ -128,9 +128,9 @@ class _Result:
             "seed": self.settings.get(f"{scope}.seed") if self.given else self.content.get("seed"),
             "base": self.content.get("fingerprints", {}).get("base"),
             "name": name,
-            "bytes": said.get("bytes"),
-            "sha256": said.get("sha256"),
-            "metrics": said.get("metrics") or {},
+            "bytes": entry.get("bytes"),
+            "sha256": entry.get("sha256"),
+            "metrics": entry.get("metrics") or {},
         }
 
     def _scope(self, kind: str, languages: Sequence[str], policy: _Policy | None) -> str:
@@ -189,7 +189,7 @@ class _Result:
             for stage in self.content.get("stages", [])
             if stage.get("kind") == "evaluate"
         }
-        scores = dict.fromkeys((item["language"], item["condition"]) for item in self.content["metrics"])
+        scores = dict.fromkeys((metric["language"], metric["condition"]) for metric in self.content["metrics"])
         cells = []
         for language, condition in scores:
             for variant, method, terms in self._compositions(str(language), str(condition)):
@@ -208,21 +208,23 @@ class _Result:
             languages = sorted(self._all("language"), key=lambda sft: list(sft["languages"]) != [language])
             terms = self._all("task")[:1] + (languages[:1] if condition == "composed" else [])
             return [("", main, terms)]
-        asked, lang = self._asked("task"), self._asked("lang")
+        task_policy, language_policy = self._asked("task"), self._asked("lang")
         if condition == "ltsft":
-            asked, lang = (policy._replace(rank=None, residual=None) for policy in (asked, lang))
+            task_policy, language_policy = (
+                policy._replace(rank=None, residual=None) for policy in (task_policy, language_policy)
+            )
         method = condition if condition in _METHODS else main
-        task = self._task(asked, method, alone=condition == "no_language_sft")
+        task = self._task(task_policy, method, alone=condition == "no_language_sft")
         if condition == "no_language_sft":
             return [("", method, (task,))]
         if condition == "source_sft":
             return [("", method, (task, self._source(self.sources[0]) if self.sources else None))]
         if condition == "other_language_sft":
-            others = [(code, self._pick(self._all("language", code), lang, method)) for code in self.targets]
+            others = [(code, self._pick(self._all("language", code), language_policy, method)) for code in self.targets]
             return [(code, method, (task, sft)) for code, sft in others if code != language and sft is not None]
         if condition not in _METHODS:
             return [("", method, ())]
-        return [("", method, (task, self._pick(self._all("language", language), lang, method)))]
+        return [("", method, (task, self._pick(self._all("language", language), language_policy, method)))]
 
 
 def _term(sft: Mapping[str, Any]) -> dict[str, Any]:

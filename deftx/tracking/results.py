@@ -1,4 +1,4 @@
-"""result.json and its companions: the record that reports read, written atomically, for failed runs too."""
+"""Reads and writes result.json and its companion files; writes are atomic, and failed runs have a record too."""
 
 from __future__ import annotations
 
@@ -169,9 +169,9 @@ class RunRecord:
         if _command_starts:
             self.times["imports"] = round(self._clock - _command_starts.pop(), 3)
         if error is not None:
-            # A user's mistake is told by its message; anything else needs its traceback.
-            told = isinstance(error, DeftxError | KeyboardInterrupt)
-            trace = None if told else "".join(traceback.format_exception(error))
+            # A message explains a user's mistake; any other error needs its traceback.
+            expected = isinstance(error, DeftxError | KeyboardInterrupt)
+            trace = None if expected else "".join(traceback.format_exception(error))
             self.error = {"type": type(error).__name__, "message": str(error), "traceback": trace}
 
 
@@ -179,35 +179,34 @@ _command_starts: list[float] = []  # of the command in this process, until its f
 
 
 def clock_imports() -> None:
-    """Note that a command starts; its first run records how long loading modules took until then."""
+    """Note that a command starts; its first run records the seconds from here to its own start as ``imports``."""
     _command_starts[:] = [time.perf_counter()]
 
 
 def score_rows(
     metrics: Iterable[Metric],
 ) -> tuple[dict[tuple[str, str, str], dict[str, Metric]], list[str]]:
-    """Lay scores out as rows, (metric, split, language) -> condition -> score, and name the conditions in order."""
+    """Return scores as (metric, split, language) -> condition -> score, and the conditions in order."""
     rows: dict[tuple[str, str, str], dict[str, Metric]] = {}
-    for item in metrics:
-        rows.setdefault((item.metric, item.split, item.language), {})[item.condition] = item
+    for score in metrics:
+        rows.setdefault((score.metric, score.split, score.language), {})[score.condition] = score
     present = {name: None for row in rows.values() for name in row}
     return rows, [name for name in CONDITIONS if name in present] + [n for n in present if n not in CONDITIONS]
 
 
 def mean_scores(record: RunRecord) -> dict[str, float]:
-    """Mean over the targets of each condition's score, in the task's own metric (a record's first)."""
+    """Return each condition's mean over the targets, in the task's own metric (the record's first)."""
     values: dict[str, list[float]] = {}
-    for item in record.metrics:
-        if item.metric == record.metrics[0].metric and item.value is not None:
-            values.setdefault(item.condition, []).append(item.value)
-    return {condition: sum(found) / len(found) for condition, found in values.items()}
+    for score in record.metrics:
+        if score.metric == record.metrics[0].metric and score.value is not None:
+            values.setdefault(score.condition, []).append(score.value)
+    return {condition: sum(fractions) / len(fractions) for condition, fractions in values.items()}
 
 
 def write_result(run_dir: str | os.PathLike[str], record: RunRecord) -> Path:
     """Write ``result.json`` and ``metrics.csv`` (one row for each score) into the run directory, atomically.
 
-    Values that JSON has no word for never spoil a finished run: NaN and infinity become null, paths and other
-    objects their text.
+    Values that JSON lacks raise no error: NaN and infinity become null, paths and other objects their text.
 
     Raises:
         DeftxError: the directory cannot be written.
@@ -217,11 +216,13 @@ def write_result(run_dir: str | os.PathLike[str], record: RunRecord) -> Path:
 
     content = {"schema_version": SCHEMA_VERSION}
     content |= {
-        item.name: getattr(record, item.name) for item in dataclasses.fields(record) if not item.name.startswith("_")
+        member.name: getattr(record, member.name)
+        for member in dataclasses.fields(record)
+        if not member.name.startswith("_")
     }
     rows = io.StringIO()
     table = csv.writer(rows, lineterminator="\n")
-    table.writerow([item.name for item in dataclasses.fields(Metric)])
+    table.writerow([column.name for column in dataclasses.fields(Metric)])
     table.writerows(dataclasses.astuple(metric) for metric in record.metrics)
     folder = Path(run_dir)
     write_file(folder / METRICS, lambda path: path.write_text(rows.getvalue(), encoding="utf-8"))
@@ -242,29 +243,29 @@ def read_record(
         build: makes the record from the schema's version and the rest of the content.
 
     Raises:
-        DeftxError: there is none, it is not one, or its schema is another.
+        DeftxError: the file is missing, is no such record, or has a schema that cannot be read.
     """
-    place = Path(path)
-    place = place / name if place.is_dir() else place
+    file = Path(path)
+    file = file / name if file.is_dir() else file
     oldest, newest = versions
     try:
-        content = json.loads(place.read_bytes())
+        content = json.loads(file.read_bytes())
         version = content.pop("schema_version")
         if not oldest <= version <= newest:
-            known = str(newest) if oldest == newest else f"{oldest} to {newest}"
-            raise DeftxError(f"{place} has schema version {version}; this deftx reads {known}")
+            readable = str(newest) if oldest == newest else f"{oldest} to {newest}"
+            raise DeftxError(f"{file} has schema version {version}; this deftx reads {readable}")
         return build(version, content)
     except OSError as error:
-        raise DeftxError(f"cannot read {place}: {error.strerror}") from error
+        raise DeftxError(f"cannot read {file}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DeftxError(f"{place} is not a {what} of deftx ({error})") from error
+        raise DeftxError(f"{file} is not a {what} of deftx ({error})") from error
 
 
 def read_result(path: str | os.PathLike[str]) -> RunRecord:
     """Read a ``result.json``, or the one in a run directory.
 
     Raises:
-        DeftxError: there is none, it is not one, or its schema is another.
+        DeftxError: the file is missing, is no such record, or has a schema that cannot be read.
     """
 
     def build(version: int, content: Any) -> RunRecord:
@@ -274,8 +275,8 @@ def read_result(path: str | os.PathLike[str]) -> RunRecord:
         content["sfts"] = [SFTFacts(**sft) for sft in content["sfts"]]
         content["cells"] = [CellFacts.read(cell) for cell in content["cells"]]
         content["notes"] = [Remark(**remark) for remark in content["notes"]]
-        content["provenances"] = [Provenance(**item) for item in content["provenances"]]
-        data_read(content.get("settings", {}))  # refused now rather than where it is needed
+        content["provenances"] = [Provenance(**provenance) for provenance in content["provenances"]]
+        data_read(content.get("settings", {}))  # raises here, not where it is needed
         return RunRecord(**content)
 
     return read_record(path, RESULT, "result", (OLDEST_READ, SCHEMA_VERSION), build)
@@ -283,8 +284,9 @@ def read_result(path: str | os.PathLike[str]) -> RunRecord:
 
 @contextlib.contextmanager
 def recording(run_dir: str | os.PathLike[str], record: RunRecord) -> Iterator[RunRecord]:
-    """Write the record when the block begins (``running``: what a killed run leaves) and when it ends, also when it
-    fails; the exception goes on.
+    """Write the record when the block begins and when it ends, also when it fails; re-raises the exception.
+
+    A killed run leaves a record with the status ``running``.
 
     Raises:
         DeftxError: the run directory cannot be written, or holds a finished run.
@@ -304,12 +306,12 @@ def recording(run_dir: str | os.PathLike[str], record: RunRecord) -> Iterator[Ru
     write_result(run_dir, record)
 
 
-def _refuse_finished(place: Path) -> None:
-    if not place.is_file():
+def _refuse_finished(result: Path) -> None:
+    if not result.is_file():
         return
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        if json.loads(place.read_bytes()).get("status") == "done":
-            raise DeftxError(f"{place.parent} holds a finished run; nothing is overwritten: give another folder")
+        if json.loads(result.read_bytes()).get("status") == "done":
+            raise DeftxError(f"{result.parent} holds a finished run; nothing is overwritten: give another folder")
 
 
 def write_predictions(run_dir: str | os.PathLike[str], frame: pd.DataFrame) -> Path:
@@ -341,7 +343,7 @@ def write_diagnostics(run_dir: str | os.PathLike[str], frame: pd.DataFrame) -> P
 
 
 def write_file(path: Path, fill: Callable[[Path], Any]) -> Path:
-    """Let ``fill`` write a temporary sibling, sync it and rename it: readers see the old file or the new one.
+    """Write a file atomically: ``fill`` writes a temporary sibling, which is synced and renamed.
 
     Raises:
         DeftxError: the folder cannot be written.
@@ -364,19 +366,19 @@ def finite(value: float | None) -> float | None:
 
 
 def plain(value: Any) -> Any:
-    """Return what JSON can say of a value: NaN and infinity become None, paths and objects their text."""
+    """Return a value in JSON's types: NaN and infinity become None, paths and other objects their text."""
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {item.name: plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
+        return {member.name: plain(getattr(value, member.name)) for member in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): plain(element) for key, element in value.items()}
     if hasattr(value, "_asdict"):
         return plain(value._asdict())
     if isinstance(value, list | tuple | set | frozenset):
-        return [plain(item) for item in value]
+        return [plain(element) for element in value]
     if type(value).__module__ in ("numpy", "torch") and getattr(value, "ndim", 1) == 0:
         return plain(value.item())
     return str(value)

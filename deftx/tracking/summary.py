@@ -41,7 +41,7 @@ def results_rows(metrics: Iterable[Metric]) -> tuple[list[str | int], list[Itera
     """Return the columns of the table ``results`` and a row for each target, split and metric; None for no score."""
     rows, conditions = score_rows(metrics)
     data: list[Iterable[Any]] = [
-        [language, split, metric, max(item.n for item in row.values())]
+        [language, split, metric, max(score.n for score in row.values())]
         + [finite(row[name].value) if name in row else None for name in conditions]
         for (metric, split, language), row in rows.items()
     ]
@@ -83,8 +83,8 @@ def _minus(left: float | None, right: float | None) -> float | None:
 
 
 def _with_mean(column: Mapping[str, float | None]) -> dict[str, float | None]:
-    known = [value for value in column.values() if value is not None]
-    return {**column, names.MEAN: sum(known) / len(known) if len(known) == len(column) else None}
+    scores = [value for value in column.values() if value is not None]
+    return {**column, names.MEAN: sum(scores) / len(scores) if len(scores) == len(column) else None}
 
 
 def _costs(record: RunRecord) -> dict[str, float | int | None]:

@@ -38,9 +38,9 @@ def results_table(metrics: Sequence[Metric], *, metric: str | None = None) -> Ta
     from rich.text import Text
 
     metric = metric or (metrics[0].metric if metrics else "")
-    chosen = [item for item in metrics if item.metric == metric]
+    chosen = [score for score in metrics if score.metric == metric]
     rows, conditions = score_rows(chosen)
-    counts = Counter((item.language, item.condition, item.split) for item in chosen)
+    counts = Counter((score.language, score.condition, score.split) for score in chosen)
     for (language, condition, _), count in counts.items():
         if count > 1:
             raise ValueError(f"two scores for {language}, {condition}: show one run at a time")
@@ -51,7 +51,7 @@ def results_table(metrics: Sequence[Metric], *, metric: str | None = None) -> Ta
     for name in conditions:
         table.add_column(Text(CONDITIONS.get(name, name)), justify="right")
     for (_, split, language), row in rows.items():
-        sizes = sorted({item.n for item in row.values()})
+        sizes = sorted({score.n for score in row.values()})
         size = str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]}–{sizes[-1]}"
         values = [finite(row[name].value) if name in row else None for name in conditions]
         texts = [
@@ -67,12 +67,12 @@ def results_table(metrics: Sequence[Metric], *, metric: str | None = None) -> Ta
         means: list[float | None] = []
         texts = []
         for name in conditions:
-            known = [value for row in targets if name in row and (value := finite(row[name].value)) is not None]
-            mean = sum(known) / len(known) if known else None
-            complete = len(known) == len(targets)
+            scored = [value for row in targets if name in row and (value := finite(row[name].value)) is not None]
+            mean = sum(scored) / len(scored) if scored else None
+            complete = len(scored) == len(targets)
             means.append(mean if complete else None)
             text = "–" if mean is None else f"{100 * mean:.1f}"
-            texts.append(text if complete or mean is None else f"{text} ({len(known)} of {len(targets)})")
+            texts.append(text if complete or mean is None else f"{text} ({len(scored)} of {len(targets)})")
         table.add_row(_of_split(f"mean of {len(targets)}", split), "", *_bold(texts, means))
     return table
 
@@ -84,8 +84,8 @@ def _of_split(label: str, split: str) -> str:
 def _bold(texts: Sequence[str], values: Sequence[float | None]) -> list[Any]:
     from rich.text import Text
 
-    known = [value for value in values if value is not None]
-    best = max(known) if len(known) > 1 else None
+    present = [value for value in values if value is not None]
+    best = max(present) if len(present) > 1 else None
     pairs = zip(texts, values, strict=True)
     return [Text(text, style="bold" if value is not None and value == best else "") for text, value in pairs]
 
@@ -112,7 +112,7 @@ def print_results(
     from rich.console import Console
 
     console = console or Console()
-    for name in dict.fromkeys(item.metric for item in metrics):
+    for name in dict.fromkeys(score.metric for score in metrics):
         shown = f"{_NAMES.get(name, name)} × 100"
         _print_line(f"{title}: {shown}" if title else shown, console, style="bold")
         console.print(results_table(metrics, metric=name))
@@ -121,7 +121,7 @@ def print_results(
     lines = [f"note: {note}" for note in notes]
     lines += [f"failed: {name}: {reason}" for name, reason in (failed or {}).items()]
     width = max((len(name) for name in where or {}), default=0)
-    lines += [f"{name:<{width}}  {place}" for name, place in (where or {}).items()]
+    lines += [f"{name:<{width}}  {path}" for name, path in (where or {}).items()]
     for line in lines:
         _print_line(line, console)
 
@@ -142,7 +142,7 @@ def print_steps(sfts: Sequence[SFTFacts], *, console: Console | None = None) -> 
             seconds = facts.get("profile") or {}
             step = sum(seconds.values())
             if step:
-                shares = ", ".join(f"{part} {taken / step:.0%}" for part, taken in seconds.items())
+                shares = ", ".join(f"{part} {part_seconds / step:.0%}" for part, part_seconds in seconds.items())
                 lines.append(
                     f"{sft.name}, {phase} phase: {1000 * step:.1f} ms ({shares}), "
                     f"{facts['tokens_per_second']:,.0f} tokens/s, padding {facts['padding']:.0%}, "
@@ -166,8 +166,8 @@ def print_sweep(jobs: Sequence[tuple[str, Mapping[str, float], str | None]], *, 
     from rich.table import Table
     from rich.text import Text
 
-    asked = {condition for _, scores, _ in jobs for condition in scores}
-    conditions = [name for name in CONDITIONS if name in asked]
+    present = {condition for _, scores, _ in jobs for condition in scores}
+    conditions = [name for name in CONDITIONS if name in present]
     table = Table()
     table.add_column("job", overflow="fold")  # cut short, two jobs could read the same
     for name in conditions:

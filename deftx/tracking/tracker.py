@@ -204,23 +204,23 @@ class Tracker:
 
     def _declare(self, record: RunRecord, sfts: Mapping[str, Path]) -> None:
         """Artifacts: SFTs as inputs or outputs, a composing job's result as output."""
-        known: list[str] = []
+        artifact_names: list[str] = []
         whole = self.settings.artifacts
         for sft in (sft for sft in record.sfts if sft.key in sfts):
             with self._forgiving(f"logging the artifact of {sft.name}"), self._staging():
                 artifact = sft_artifact(sft, sfts[sft.key], whole=whole)
                 declare(self.run, artifact, used=is_input(record, sft))
-                known.append(artifact.name)
+                artifact_names.append(artifact.name)
         if record.metrics:
             with self._forgiving("logging the artifact of the result"), self._staging():
-                declare(self.run, result_artifact(record, self.run_dir, known, whole=whole), used=False)
+                declare(self.run, result_artifact(record, self.run_dir, artifact_names, whole=whole), used=False)
 
     def _can_write(self) -> bool:
         # wandb itself would fall back to the system's temporary folder, and lose the run there.
-        place = self.folder / "wandb"
-        with self._forgiving(f"writing {place}"):
-            place.mkdir(exist_ok=True)
-            with tempfile.TemporaryFile(dir=place) as probe:
+        folder = self.folder / "wandb"
+        with self._forgiving(f"writing {folder}"):
+            folder.mkdir(exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder) as probe:
                 probe.write(bytes(1 << 16))
             return True
         return False

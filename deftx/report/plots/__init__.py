@@ -1,4 +1,4 @@
-"""Plots of a section: which there are, where each is drawn, and what is said of those whose data is not there.
+"""The plots of a section: draws those with data, and gives the reason for each that is left out.
 
 Every plot is a function that returns a figure with its caption, or the reason why it is left out.
 """
@@ -20,11 +20,11 @@ __all__ = ["Plots", "make_plots"]
 
 @dataclass(frozen=True)
 class Plots:
-    """What was drawn for one section.
+    """The plots of one section.
 
     Attributes:
-        drawn: Title, caption, SVG text of each.
-        left_out: Title -> why.
+        drawn: Title, caption and SVG text of each plot.
+        left_out: Title -> reason.
     """
 
     drawn: list[tuple[str, str, str]]
@@ -32,11 +32,11 @@ class Plots:
 
 
 def make_plots(summary: Summary, folder: Path) -> Plots:
-    """Draw what there is data for, as SVG and PNG files.
+    """Draw every plot that has data, as SVG and PNG files.
 
     Args:
-        summary: Of the section.
-        folder: Where the files go.
+        summary: The section's summary.
+        folder: The folder of the files.
     """
     from deftx.report.plots import facts, layers, scores
 

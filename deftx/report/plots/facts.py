@@ -1,4 +1,4 @@
-"""Plots that set scores against facts: overlap of the composed SFTs, cost, and the morphology of the languages."""
+"""Plots of scores against the overlap of the composed SFTs, against cost, and against the languages' morphology."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ MEASURES = {
     "words_per_sentence": "words a sentence",
 }
 OF_SAMPLE = "type_token_ratio"
-"""The measure that falls as a sample grows, so that only samples of one size compare."""
-WORDS = "words"  # how many it is over
+"""The measure that falls as a sample grows; only samples of equal size are compared."""
+WORDS = "words"  # size of the sample
 _NAMED = 6
 EXACT = 8  # languages up to which every permutation is counted
 
 
 def overlap(summary: Summary) -> Drawn | str:
-    """How a composition's two masks meet, against its score; a point is a language, setting and seed."""
+    """Draw overlap and sign conflicts of a composition's masks against its score; a point is a language and run."""
     frame, missing = facts_of(summary)
     if frame is None:
         return missing[0] if missing else "no diagnostics"
@@ -43,11 +43,11 @@ def overlap(summary: Summary) -> Drawn | str:
     points: list[tuple[str, str, float, float, float]] = []
     section = summary.section
     seen = set()
-    for place, run in enumerate(section.runs):
+    for run_number, run in enumerate(section.runs):
         # What is composed with φ_T: a target's own language SFT, under its method's condition.
         own = (cell for cell in run.record.cells if cell.condition in (cell.method, "composed"))
         for cell in sorted(own, key=lambda cell: (cell.condition, cell.language)):
-            counts = pairs.get((place, *(cell.pair or ())))
+            counts = pairs.get((run_number, *(cell.pair or ())))
             column = section.column_of(run, cell.condition)
             score = section.cells.get((column, cell.language, run.record.seed or 0)) if column is not None else None
             if counts is None or cell.pair is None or score is None or score.value is None or cell.key in seen:
@@ -55,26 +55,26 @@ def overlap(summary: Summary) -> Drawn | str:
             if cell.key:  # older results may not say it
                 seen.add(cell.key)  # several runs may hold one evaluation
             both = float(counts["overlap"])
-            size = sum(float(sizes.get((place, key), 0)) for key in cell.pair)
+            size = sum(float(sizes.get((run_number, key), 0)) for key in cell.pair)
             if size > both:
                 conflicts = float(counts["sign_conflicts"]) / both if both else math.nan
                 points.append((cell.language, cell.condition, both / (size - both), conflicts, 100 * score.value))
     if len(points) < 3:
         return f"{len(points)} compositions with a score are too few"
-    made, axes = panels(2, height=3.1, sharey=True)
+    figure, axes = panels(2, height=3.1, sharey=True)
     methods = list(METHODS)
-    places = {code: order for order, code in enumerate(section.languages)}
+    positions = {code: order for order, code in enumerate(section.languages)}
     labels = ("overlap of the masks (Jaccard index)", "shared coordinates whose signs conflict (share)")
     for axis, which, label in zip(axes, (2, 3), labels, strict=True):
         for language, condition in dict.fromkeys((point[0], point[1]) for point in points):
-            mine = [point for point in points if point[:2] == (language, condition)]
-            colour = COLOURS[places[language] % len(COLOURS)]
+            series = [point for point in points if point[:2] == (language, condition)]
+            colour = COLOURS[positions[language] % len(COLOURS)]
             # A method's own filling: full, hollow, then grey.
             filling = [colour, "none", "#dddddd"][min(methods.index(condition), 2) if condition in methods else 0]
             axis.scatter(
-                [point[which] for point in mine],
-                [point[4] for point in mine],
-                marker=MARKERS[places[language] % len(MARKERS)],
+                [point[which] for point in series],
+                [point[4] for point in series],
+                marker=MARKERS[positions[language] % len(MARKERS)],
                 s=34,
                 edgecolors=colour,
                 facecolors=filling,
@@ -87,9 +87,9 @@ def overlap(summary: Summary) -> Drawn | str:
         titled(axis, f"Spearman's ρ within languages: {rho:+.2f} (n\u00a0=\u00a0{n})" if n else "too few points for ρ")
         axis.xaxis.set_major_locator(_few_ticks())
     axes[0].set_ylabel(f"{section.metric_name} × 100")
-    legend(made, axes[0], 4)
+    legend(figure, axes[0], 4)
     return Drawn(
-        made,
+        figure,
         "How language and task masks meet against the score of their composition; a point is a target, a "
         "setting and a seed, ρ is of ranks taken within each language. Points share SFTs and seeds, so no "
         "p-value is given.",
@@ -97,7 +97,7 @@ def overlap(summary: Summary) -> Drawn | str:
 
 
 def _within(points: list[tuple[str, str, float, float, float]], which: int) -> tuple[float, int]:
-    """Spearman's ρ of ranks within languages, and of how many points: an easy language makes no correlation."""
+    """Return Spearman's ρ of ranks within languages, and its number of points; easy languages make no correlation."""
     from scipy.stats import rankdata
 
     ranks = []
@@ -116,7 +116,7 @@ def _within(points: list[tuple[str, str, float, float, float]], which: int) -> t
 
 
 def cost(summary: Summary) -> Drawn | str:
-    """Training time, peak memory and size of the SFTs against the score of each setting."""
+    """Draw training time, peak memory and size of the SFTs against the score of each setting."""
     section = summary.section
     row = MEAN if len(section.languages) > 1 else section.languages[0]
     points: dict[str, list[tuple[Column, float]]] = {"time": [], "memory": [], "size": []}
@@ -133,23 +133,23 @@ def cost(summary: Summary) -> Drawn | str:
         "memory": "peak memory of training (GiB)",
         "size": "size of two SFTs' files (MiB)",
     }
-    there = [key for key, found in points.items() if found]
-    if not there:
+    measured = [key for key, columns in points.items() if columns]
+    if not measured:
         return "the results hold no times, memory or sizes of their SFTs"
-    made, axes = panels(len(there), height=3.0, sharey=True)
-    kinds = list(dict.fromkeys(column.condition for key in there for column, _ in points[key]))
-    for axis, key in zip(axes, there, strict=True):
+    figure, axes = panels(len(measured), height=3.0, sharey=True)
+    kinds = list(dict.fromkeys(column.condition for key in measured for column, _ in points[key]))
+    for axis, key in zip(axes, measured, strict=True):
         for condition in kinds:
-            mine = [(column, x) for column, x in points[key] if column.condition == condition]
-            scores = [summary.scores[column, row] for column, _ in mine]
+            series = [(column, x) for column, x in points[key] if column.condition == condition]
+            scores = [summary.scores[column, row] for column, _ in series]
             bars = [100 * (score.std or 0.0) for score in scores]
-            if mine:
+            if series:
                 axis.errorbar(
-                    [x for _, x in mine],
+                    [x for _, x in series],
                     [100 * score.mean for score in scores],
                     yerr=bars if any(bars) else None,
                     capsize=2,
-                    label=mine[0][0].title,
+                    label=series[0][0].title,
                     **{**look_of(condition), "linestyle": "none"},
                 )
         if len(points[key]) <= _NAMED:  # more names would cover points; the tables hold them all
@@ -159,11 +159,11 @@ def cost(summary: Summary) -> Drawn | str:
         # From zero: of memory and size, differences of a thousandth would fill the panel.
         axis.set_xlim(left=0.0, right=1.3 * max(x for _, x in points[key]))
     axes[0].set_ylabel(f"{section.metric_name} × 100, {'mean over languages' if row == MEAN else row}")
-    legend(made, axes[0])
-    absent = [labels[key] for key in labels if key not in there]
+    legend(figure, axes[0])
+    absent = [labels[key] for key in labels if key not in measured]
     lacking = f" Not in these results: {', '.join(absent)}." if absent else ""
     return Drawn(
-        made,
+        figure,
         "What each setting costs against what it scores: the time is that of the training itself, full and sparse "
         "phase, wherever it happened (a cached stage keeps its own); the size is of one language and one task SFT."
         + lacking,
@@ -171,7 +171,7 @@ def cost(summary: Summary) -> Drawn | str:
 
 
 def _annotate(axis: Any, points: list[tuple[float, float, str]]) -> None:
-    """Settings beside their points; one that would cover another stays away (the tables hold them all)."""
+    """Write settings beside their points; leaves out those that would cover another."""
     wide = max(x for x, _, _ in points) - min(x for x, _, _ in points) or 1.0
     high = max(y for _, y, _ in points) - min(y for _, y, _ in points) or 1.0
     placed: list[tuple[float, float]] = []
@@ -182,10 +182,10 @@ def _annotate(axis: Any, points: list[tuple[float, float, str]]) -> None:
 
 
 def _cost(run: Run, condition: str) -> dict[str, float]:
-    """Seconds as minutes, memory as GiB, size as MiB, of the SFTs that a condition's compositions use."""
-    mine = run.record.composed(condition)
+    """Return time (minutes), memory (GiB) and size (MiB) of the SFTs that a condition's compositions use."""
+    composed = run.record.composed(condition)
     # What a task SFT was trained on was trained for it, but is no part of what is composed.
-    used = mine | {key for sft in run.record.sfts if sft.key in mine for key in sft.on}
+    used = composed | {key for sft in run.record.sfts if sft.key in composed for key in sft.on}
     seconds, memory = 0.0, 0.0
     sizes: dict[str, list[float]] = {"language": [], "task": []}
     for sft in run.record.sfts:
@@ -194,20 +194,20 @@ def _cost(run: Run, condition: str) -> dict[str, float]:
         full = sft.metrics.get("full") or {}
         seconds += (sft.metrics.get("seconds") or 0.0) + (full.get("seconds") or 0.0)
         memory = max(memory, sft.metrics.get("peak_memory") or 0, full.get("peak_memory") or 0)
-        if sft.bytes and sft.key in mine:
+        if sft.bytes and sft.key in composed:
             sizes[sft.kind].append(float(sft.bytes))
-    found = {}
+    costs = {}
     if seconds:
-        found["time"] = seconds / 60
+        costs["time"] = seconds / 60
     if memory:
-        found["memory"] = memory / 2**30
+        costs["memory"] = memory / 2**30
     if all(sizes.values()):
-        found["size"] = sum(float(np.mean(values)) for values in sizes.values()) / 2**20
-    return found
+        costs["size"] = sum(float(np.mean(values)) for values in sizes.values()) / 2**20
+    return costs
 
 
 def morphology(summary: Summary) -> Drawn | str:
-    """The density that scores highest in each language against measures of its text."""
+    """Draw the density that scores highest in each language against measures of its text."""
     section = summary.section
     columns = section.named(section.methods[:1])
     key = knob_of(columns, "density") or knob_of(columns, "k")
@@ -219,12 +219,12 @@ def morphology(summary: Summary) -> Drawn | str:
     facts: dict[str, dict[str, float]] = {}
     unspaced: set[str] = set()
     for run in section.runs:
-        for code, known in run.record.languages.items():
-            if known.get("spaced") is False:
+        for code, language_facts in run.record.languages.items():
+            if language_facts.get("spaced") is False:
                 unspaced.add(code)
                 continue
-            found = {name: value for name in (*MEASURES, WORDS) if (value := number(known.get(name))) is not None}
-            facts.setdefault(code, {}).update(found)
+            values = {name: number(language_facts.get(name)) for name in (*MEASURES, WORDS)}
+            facts.setdefault(code, {}).update((name, value) for name, value in values.items() if value is not None)
     best: dict[str, tuple[float, float, float]] = {}
     for language in section.languages:
         scored = [
@@ -244,7 +244,7 @@ def morphology(summary: Summary) -> Drawn | str:
             "fewer than three languages have measures of their text in the results (fertility, type-token ratio, ...)"
         )
     tried = sorted(value for column in columns if (value := number(column.knobs[key])))
-    made, axes = panels(len(measures), height=3.3, sharey=True)
+    figure, axes = panels(len(measures), height=3.3, sharey=True)
     for axis, name in zip(axes, measures, strict=True):
         codes = [code for code in best if name in facts.get(code, {})]
         x = np.array([facts[code][name] for code in codes])
@@ -265,30 +265,30 @@ def morphology(summary: Summary) -> Drawn | str:
                 code, (x[order], y[order]), xytext=(1, 5), textcoords="offset points", fontsize=7.5, rotation=55
             )
         rho, p = spearman(x, y, seed=summary.options.seed)
-        told = f"ρ = {rho:+.2f}, p = {p:.2f}, n = {len(codes)}" if not math.isnan(rho) else "ρ is undefined: no spread"
-        axis.set_title(told)
+        title = f"ρ = {rho:+.2f}, p = {p:.2f}, n = {len(codes)}" if not math.isnan(rho) else "ρ is undefined: no spread"
+        axis.set_title(title)
         axis.set_xlabel(MEASURES[name])
         axis.set_yscale("log", base=2)
         axis.set_yticks(tried, [f"{value:g}" for value in tried])
         axis.set_ylim(tried[0] / 1.3, tried[-1] * 1.7)
         axis.margins(x=0.12)
     axes[0].set_ylabel(f"best {key}")
-    bars_told = "; bars: where resamples of items and seeds find the best one" if summary.resampled else ""
+    bars_text = "; bars: where resamples of items and seeds find the best one" if summary.resampled else ""
     n = max(sum(name in facts.get(code, {}) for code in best) for name in measures)
     left_out = f" Without {', '.join(sorted(unspaced))}: no words between spaces to count." if unspaced else ""
     if short:
         left_out += f" The type-token ratio is without {', '.join(sorted(short))}: of fewer words than {most:,.0f}."
     small = f" {n} languages are few: a ρ of this size says little on its own." if n < 20 else ""
     return Drawn(
-        made,
+        figure,
         f"The {key} with the highest {section.metric_name} in each language against measures of its text"
-        f"{bars_told}. Spearman's ρ with a two-sided permutation p, not corrected for {len(measures)} "
+        f"{bars_text}. Spearman's ρ with a two-sided permutation p, not corrected for {len(measures)} "
         f"measures.{small}{left_out} The best {key} is chosen on the split that is shown.",
     )
 
 
 def _best_with_range(summary: Summary, language: str, columns: list[Column], key: str) -> tuple[float, float, float]:
-    """The best value of a knob, and the middle share of the best ones in resamples (itself where there are none)."""
+    """Return the best value of a knob and its interval over resamples; without resamples the value three times."""
     values = np.array([number(column.knobs[key]) or 0.0 for column in columns])
     means = np.array([summary.scores[column, language].mean for column in columns])
     best = float(values[means.argmax()])
@@ -304,14 +304,17 @@ def _best_with_range(summary: Summary, language: str, columns: list[Column], key
             for column in columns
         ]
     )
-    found = np.sort(values[drawn.argmax(axis=0)])
+    best_values = np.sort(values[drawn.argmax(axis=0)])
     tail = (1 - summary.options.confidence) / 2
-    low, high = np.quantile(found, [tail, 1 - tail], method="nearest")
+    low, high = np.quantile(best_values, [tail, 1 - tail], method="nearest")
     return best, float(low), float(high)
 
 
 def spearman(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64], *, seed: int) -> tuple[float, float]:
-    """Spearman's ρ, and its two-sided permutation p: exact up to eight points, else of 20,000 permutations."""
+    """Return Spearman's ρ of x and y, float64 [n], and its two-sided permutation p.
+
+    p is exact up to :data:`EXACT` points, else of 20,000 permutations.
+    """
     from scipy.stats import permutation_test, rankdata
 
     # Centred ranks are multiples of a half, so their products add up exactly and ties between orders count as ties.
@@ -330,7 +333,7 @@ def spearman(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64], *, seed: in
 
 
 def _correlation(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) -> float:
-    """Pearson's r; not a number where one of the two has no spread."""
+    """Return Pearson's r; NaN where x or y has no spread."""
     from scipy.stats import pearsonr
 
     return float(pearsonr(x, y).statistic) if np.ptp(x) and np.ptp(y) else math.nan

@@ -29,8 +29,9 @@ MOST_LINES = 7
 
 
 def facts_of(summary: Summary) -> tuple[pd.DataFrame | None, list[str]]:
-    """Diagnostics of a section's runs below each other, with the columns ``run`` (its number) and those of
-    :func:`_about`; and what could not be read.
+    """Return the concatenated diagnostics of a section's runs, and messages about those that cannot be read.
+
+    Beside :data:`_COLUMNS` the frame has ``run`` (its number in the section) and the columns of :func:`_sft_columns`.
     """
     if summary.diagnostics is None:
         summary.diagnostics = _read(summary)
@@ -51,12 +52,12 @@ def _read(summary: Summary) -> tuple[pd.DataFrame | None, list[str]]:
         if lacking:
             missing.append(f"{run.name}/{DIAGNOSTICS} lacks the columns {', '.join(lacking)}")
         else:
-            frames.append(frame.assign(run=number, **_about(frame, run)))
+            frames.append(frame.assign(run=number, **_sft_columns(frame, run)))
     return (pd.concat(frames, ignore_index=True) if frames else None), missing
 
 
-def _about(frame: pd.DataFrame, run: Run) -> dict[str, Any]:
-    """``kind`` and rank ``policy`` of each row's SFT, and whether the run's methods compose it."""
+def _sft_columns(frame: pd.DataFrame, run: Run) -> dict[str, Any]:
+    """Return the columns ``kind``, ``policy`` (of the rank) and ``composed`` (bool) of each row's SFT."""
     keys, sfts = frame["key"], run.record.sfts
     return {
         "kind": keys.map({sft.key: sft.kind for sft in sfts}),
@@ -66,7 +67,7 @@ def _about(frame: pd.DataFrame, run: Run) -> dict[str, Any]:
 
 
 def energy(summary: Summary) -> Drawn | str:
-    """Share of the squared Frobenius norm of each weight change that its kept directions hold."""
+    """Draw the share of each weight change's squared Frobenius norm that its kept directions hold, by layer."""
     return _by_layer(
         summary,
         "energy",
@@ -76,7 +77,7 @@ def energy(summary: Summary) -> Drawn | str:
 
 
 def kept_rank(summary: Summary) -> Drawn | str:
-    """Number of directions kept."""
+    """Draw the number of directions kept, by layer."""
     return _by_layer(summary, "rank", "kept rank", "Directions kept of each matrix")
 
 
@@ -90,7 +91,7 @@ def _by_layer(summary: Summary, what: str, label: str, sentence: str) -> Drawn |
     ordered = ordered_values(frame["policy"])
     shown = _spread_out(ordered)
     kinds = [kind for kind in KINDS if (frame["kind"] == kind).any()]
-    made, axes = panels(len(kinds), height=3.0, sharey=True)
+    figure, axes = panels(len(kinds), height=3.0, sharey=True)
     layers = sorted(frame["layer"].unique())
     for axis, kind in zip(axes, kinds, strict=True):
         for order, policy in enumerate(shown):
@@ -106,20 +107,20 @@ def _by_layer(summary: Summary, what: str, label: str, sentence: str) -> Drawn |
     else:
         axes[0].set_ylim(bottom=0)
         axes[0].set_ylabel(f"{label} (directions)")
-    legend(made, axes[0])
+    legend(figure, axes[0])
     some = f"; {len(shown)} of {len(ordered)} policies are drawn" if len(shown) < len(ordered) else ""
-    return Drawn(made, f"{sentence}: means over a layer's matrices, composed SFTs and seeds{some}.")
+    return Drawn(figure, f"{sentence}: means over a layer's matrices, composed SFTs and seeds{some}.")
 
 
 def _spread_out(values: list[str]) -> list[str]:
-    """At most :data:`MOST_LINES` of them, first and last included."""
+    """Return at most :data:`MOST_LINES` evenly spaced values, the first and the last among them."""
     if len(values) <= MOST_LINES:
         return values
     return [values[round(number * (len(values) - 1) / (MOST_LINES - 1))] for number in range(MOST_LINES)]
 
 
 def spectra(summary: Summary) -> Drawn | str:
-    """Singular values of the full phase's weight changes; they do not depend on rank or density."""
+    """Draw singular values of the full phase's weight changes; they do not depend on rank or density."""
     for run in summary.section.runs:
         try:
             frame = read_diagnostics(run, ("what", "key", "layer", "module", "singular_values"))
@@ -135,12 +136,12 @@ def spectra(summary: Summary) -> Drawn | str:
 
 
 def _spectra(frame: pd.DataFrame, run: Run) -> Figure | None:
-    """One language SFT of a target, one of the source, one task SFT: the others look alike and would crowd the page."""
+    """Draw one language SFT of a target, one of another language and one task SFT; the others look alike."""
     targets = {str(code) for code in run.record.settings.get("language") or []}
-    known = {sft.key: sft for sft in run.record.sfts}
+    sfts = {sft.key: sft for sft in run.record.sfts}
     denoised = frame.loc[frame["singular_values"].notna(), "key"]
     picked: dict[tuple[str, bool], SFTFacts] = {}
-    for sft in (known[key] for key in dict.fromkeys(denoised) if key in known):
+    for sft in (sfts[key] for key in dict.fromkeys(denoised) if key in sfts):
         picked.setdefault((sft.kind, sft.kind == "language" and not targets.isdisjoint(sft.languages)), sft)
     return inside.spectra(
         [
@@ -154,7 +155,7 @@ def _spectra(frame: pd.DataFrame, run: Run) -> Figure | None:
 
 
 def mask_density(summary: Summary) -> Drawn | str:
-    """Where the selected coordinates lie: a heat map for each kind of SFT and method."""
+    """Draw the density of the masks: a heat map, module × layer, for each kind of SFT and method."""
     frame, missing = facts_of(summary)
     if frame is None:
         return missing[0] if missing else "no diagnostics"
@@ -178,7 +179,7 @@ def mask_density(summary: Summary) -> Drawn | str:
 
 
 def _composed_in(column: Column, frame: pd.DataFrame, summary: Summary) -> npt.NDArray[np.bool_]:
-    """Whether each row is of an SFT that a run composes for a column's scores."""
+    """Return for each row whether a run composes its SFT for a column's scores, bool [rows]."""
     runs = summary.section.runs_of(column)
     keys = {
         (number, key)
@@ -196,7 +197,7 @@ def _best(summary: Summary, condition: str) -> Column | None:
         for column in summary.section.named([condition])
         if (score := summary.scores.get((column, row))) is not None
     ]
-    return max(scored, key=lambda item: item[0])[1] if scored else None
+    return max(scored, key=lambda pair: pair[0])[1] if scored else None
 
 
 def _several(summary: Summary) -> bool:
