@@ -123,31 +123,31 @@ def _command(name: str, arguments: list[str]) -> int:
     from deftx.tracking import clock_imports
 
     clock_imports()
-    known, overrides = _parse(arguments)
+    options, overrides = _parse(arguments)
     from deftx.config import check_command, check_search, first_configuration, hydra_session
 
-    with hydra_session(known.config_dir):
-        if known.cfg:
+    with hydra_session(options.config_dir):
+        if options.cfg:
             from omegaconf import OmegaConf
 
-            config = first_configuration(name, overrides, multirun=known.multirun)
-            print(OmegaConf.to_yaml(config, resolve=known.resolve), end="")
+            config = first_configuration(name, overrides, multirun=options.multirun)
+            print(OmegaConf.to_yaml(config, resolve=options.resolve), end="")
             return 0
         look = partial(_job_problems, name, {})
-        command = check_command(name, overrides, multirun=known.multirun, look=look)
+        command = check_command(name, overrides, multirun=options.multirun, look=look)
         if command.jobs[0].config.search.space:
             check_search(name, overrides, command, look)
     configs = [job.config for job in command.jobs]
     if command.multirun and any(config.trainer.devices > 1 for config in configs):
         raise DeftxError("trainer.devices: a job of a sweep has one device; several would each repeat the sweep")
-    if (command.multirun or known.dry_run) and any(config.only for config in configs):
+    if (command.multirun or options.dry_run) and any(config.only for config in configs):
         raise DeftxError(
             "only=[...] makes parts of one study; it is neither swept nor planned: leave out only= (a sweep makes what "
             "its jobs share by itself), or -m and --dry-run"
         )
-    if command.multirun or known.dry_run:
-        return _sweep(name, command, known)
-    return _single(name, command.jobs[0].overrides, known.config_dir)
+    if command.multirun or options.dry_run:
+        return _sweep(name, command, options)
+    return _single(name, command.jobs[0].overrides, options.config_dir)
 
 
 def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -168,12 +168,14 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--config-dir", "-cd")
     parser.add_argument("overrides", nargs="*")
     # Intermixed, so that options may stand anywhere among the overrides.
-    known = parser.parse_intermixed_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     # The shell leaves the ~ of key=~/folder alone, and Hydra's grammar has no word for it.
-    texts = [re.sub(r"^([\w.]+=)~(?=/|$)", lambda found: found[1] + str(Path.home()), text) for text in known.overrides]
+    texts = [
+        re.sub(r"^([\w.]+=)~(?=/|$)", lambda found: found[1] + str(Path.home()), text) for text in options.overrides
+    ]
     # Hydra wants ++ for a new key of an open mapping, which is all that these are.
     opened = tuple(f"{name}." for name in OPEN_MAPPINGS)
-    return known, [f"++{text}" if text.startswith(opened) else text for text in texts]
+    return options, [f"++{text}" if text.startswith(opened) else text for text in texts]
 
 
 def _device(job: CheckedJob, multirun: bool) -> str:
@@ -181,16 +183,18 @@ def _device(job: CheckedJob, multirun: bool) -> str:
     return job.config.launcher.device(job.config.trainer.accelerator) if multirun else ""
 
 
-def _job_problems(name: str, known: dict[str, list[str]], job: CheckedJob, multirun: bool) -> list[str]:
-    """What is wrong with the folders and files that a job names; ``known`` is what other jobs found in equal ones."""
+def _job_problems(name: str, checked: dict[str, list[str]], job: CheckedJob, multirun: bool) -> list[str]:
+    """What is wrong with the folders and files that a job names; ``checked`` is what other jobs found in equal ones."""
     from deftx.config import written_folders
     from deftx.stages.preflight import given_problems, preflight
 
     config = job.config
-    what = {"sft": f"sft {config.kind}", "pretrain": "pretrain text" if config.text else name}.get(name, name)
+    command = {"sft": f"sft {config.kind}", "pretrain": "pretrain text" if config.text else name}.get(name, name)
     out = Path(config.out).expanduser() if config.out else None
-    here = not _device(job, multirun)
-    problems = preflight(job.study, what, written_folders(config), out, here=here, known=known)
+    on_this_machine = not _device(job, multirun)
+    problems = preflight(
+        job.study, command, written_folders(config), out, on_this_machine=on_this_machine, checked=checked
+    )
     if name == "eval":
         problems += given_problems(job.study, str(config.task_sft), config.language_sft)
     return problems
@@ -206,12 +210,12 @@ def _single(name: str, overrides: Sequence[str], config_dir: str | None) -> int:
     return 1 if end.error else 0
 
 
-def _sweep(name: str, command: CheckedCommand, known: argparse.Namespace) -> int:
+def _sweep(name: str, command: CheckedCommand, options: argparse.Namespace) -> int:
     """Run a sweep or a search, or say what a sweep or a single run would compute."""
     from deftx.launch import check
     from deftx.sweeps.run import Sweep, dry_run, run_search, run_sweep
 
-    if known.dry_run and name != "run":
+    if options.dry_run and name != "run":
         raise DeftxError(f"--dry-run belongs to deftx run, not to deftx {name}")
     devices = [_device(job, command.multirun) for job in command.jobs]
     studies = [replace(job.study, device=device) for job, device in zip(command.jobs, devices, strict=True)]
@@ -221,12 +225,12 @@ def _sweep(name: str, command: CheckedCommand, known: argparse.Namespace) -> int
         [job.overrides for job in command.jobs],
         Path(command.folder).absolute(),
         config.launcher,
-        known.config_dir,
+        options.config_dir,
         studies if name == "run" else [],
         devices,
     )
     check(sweep.launcher)
-    if known.dry_run:
+    if options.dry_run:
         if config.search.space:
             print("a search: its trials are not known yet; this is the plan of one run at the base settings")
         dry_run(sweep)

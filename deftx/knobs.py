@@ -120,12 +120,12 @@ def knob(default: Any, allowed: Range | None = None, **facts: Any) -> Any:
         allowed: Its range; a group's fields have their own.
         **facts: The other facts.
     """
-    known = Knob(default, allowed, **facts)
+    declared_facts = Knob(default, allowed, **facts)
     if isinstance(default, type):
-        return field(default_factory=default, metadata={_KNOB: known})
+        return field(default_factory=default, metadata={_KNOB: declared_facts})
     if isinstance(default, list | dict):
-        return field(default_factory=lambda: deepcopy(default), metadata={_KNOB: known})
-    return field(default=default, metadata={_KNOB: known})
+        return field(default_factory=lambda: deepcopy(default), metadata={_KNOB: declared_facts})
+    return field(default=default, metadata={_KNOB: declared_facts})
 
 
 def declared(settings: Any) -> dict[str, Knob]:
@@ -135,8 +135,8 @@ def declared(settings: Any) -> dict[str, Knob]:
 
 def labelled(settings: Any) -> tuple[str, ...]:
     """Knobs with a place in labels, in their order."""
-    places = {name: facts.label for name, facts in declared(settings).items() if facts.label}
-    return tuple(sorted(places, key=places.__getitem__))
+    orders = {name: facts.label for name, facts in declared(settings).items() if facts.label}
+    return tuple(sorted(orders, key=orders.__getitem__))
 
 
 # ------------------------------------------------------------------------------------------------------ readings
@@ -150,13 +150,13 @@ def problems(settings: Any, prefix: str = "", *, follows: Any = None) -> list[st
         prefix: What names in messages begin with, such as ``corpus.``.
         follows: Other settings with fields of the same names; a field with the other's value is theirs to report.
     """
-    found = []
+    messages = []
     for name, facts in declared(settings).items():
         value = getattr(settings, name)
         if facts.range is not None and (follows is None or value != getattr(follows, name, value)):
-            found.append(facts.range.problem(prefix + name, value))
+            messages.append(facts.range.problem(prefix + name, value))
     conditions = settings.conditions() if hasattr(settings, "conditions") else []
-    return [text for text in found if text is not None] + [prefix + text for text in conditions]
+    return [text for text in messages if text is not None] + [prefix + text for text in conditions]
 
 
 def refuse(settings: Any, prefix: str = "") -> None:
@@ -165,9 +165,9 @@ def refuse(settings: Any, prefix: str = "") -> None:
     Raises:
         DeftxError: A value is out of its range.
     """
-    found = problems(settings, prefix)
-    if found:
-        raise DeftxError("\n".join(found))
+    messages = problems(settings, prefix)
+    if messages:
+        raise DeftxError("\n".join(messages))
 
 
 def read_settings(settings: Any, *readers: str) -> dict[str, Any]:
@@ -186,14 +186,14 @@ def read_settings(settings: Any, *readers: str) -> dict[str, Any]:
 
 def values(settings: Any, prefix: str = "", *readers: str) -> dict[str, Any]:
     """Every knob of some settings by full name, groups opened; None where one of the readers ignores it."""
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for name, facts in declared(settings).items():
         value = getattr(settings, name)
         if is_dataclass(value) and declared(value):
-            found |= values(value, f"{prefix}{name}.", *readers)
+            result |= values(value, f"{prefix}{name}.", *readers)
         else:
-            found[prefix + name] = None if facts.ignored_by & set(readers) else value
-    return found
+            result[prefix + name] = None if facts.ignored_by & set(readers) else value
+    return result
 
 
 def table(settings: type, prefix: str = "", group: Knob | None = None) -> dict[str, Knob]:
@@ -201,13 +201,13 @@ def table(settings: type, prefix: str = "", group: Knob | None = None) -> dict[s
 
     What ignores a group ignores its knobs, and what reads a group whatever its fields say reads them.
     """
-    found, hints, group = {}, get_type_hints(settings), group or Knob()
+    knobs, hints, group = {}, get_type_hints(settings), group or Knob()
     for name, facts in declared(settings).items():
         read_by = facts.read_by | group.read_by
         facts = replace(facts, ignored_by=(facts.ignored_by | group.ignored_by) - read_by, read_by=read_by)
-        found[prefix + name] = facts
+        knobs[prefix + name] = facts
         kinds = (hints[name], *get_args(hints[name])) if get_origin(hints[name]) is not dict else ()
         for kind in kinds:
             if is_dataclass(kind) and isinstance(kind, type):
-                found |= table(kind, f"{prefix}{name}.", facts)
-    return found
+                knobs |= table(kind, f"{prefix}{name}.", facts)
+    return knobs

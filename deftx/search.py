@@ -33,21 +33,21 @@ class SearchSettings:
 
     def conditions(self) -> list[str]:
         """What is wrong with the space."""
-        found = []
+        messages = []
         for name, values in self.space.items():
             if isinstance(values, Mapping):
-                found += _range_problems(name, values)
+                messages += _range_problems(name, values)
             elif not isinstance(values, list | tuple) or not values:
-                found.append(f"space.{name}={values!r}: give a list of values or {{low, high}}")
-        return found
+                messages.append(f"space.{name}={values!r}: give a list of values or {{low, high}}")
+        return messages
 
     def examples(self) -> list[list[str]]:
         """Overrides that reach every value and every end of a range once, to be validated before the first trial."""
         choices = {name: _ends(values) for name, values in self.space.items()}
         longest = max((len(values) for values in choices.values()), default=0)
         return [
-            [override(name, values[min(place, len(values) - 1)]) for name, values in choices.items()]
-            for place in range(longest)
+            [override(name, values[min(position, len(values) - 1)]) for name, values in choices.items()]
+            for position in range(longest)
         ]
 
 

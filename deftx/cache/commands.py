@@ -147,10 +147,10 @@ def run(arguments: Sequence[str]) -> int:
         raise DeftxError(f"cannot read the stage cache {cache.root}: {error.strerror or error}") from error
 
 
-def _root(given: str | None) -> Path:
+def _root(root: str | None) -> Path:
     """The folder as conf/run.yaml's ``paths.cache`` has it."""
-    if given is not None:
-        return Path(given)
+    if root is not None:
+        return Path(root)
     if "DEFTX_CACHE" in os.environ:
         return Path(os.environ["DEFTX_CACHE"])
     around = os.environ.get("XDG_CACHE_HOME", f"{os.environ.get('HOME', '.')}/.cache")
@@ -163,10 +163,10 @@ def parse_age(text: str) -> float:
     Raises:
         DeftxError: it is none of these.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([mhdw])", text.strip())
-    if found is None:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([mhdw])", text.strip())
+    if match is None:
         raise DeftxError(f"--older-than {text}: an age is a number with m, h, d or w, such as 12h or 30d")
-    return float(found[1]) * AGES[found[2]]
+    return float(match[1]) * AGES[match[2]]
 
 
 def parse_size(text: str) -> int:
@@ -175,18 +175,20 @@ def parse_size(text: str) -> int:
     Raises:
         DeftxError: it is none of these.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
-    if found is None:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    if match is None:
         raise DeftxError(f"--larger-than {text}: a size is a number with K, M, G or T, such as 500M or 1.5G")
-    return int(float(found[1]) * 1024 ** SIZES[found[2].upper()])
+    return int(float(match[1]) * 1024 ** SIZES[match[2].upper()])
 
 
-def _kinds(cache: StageCache, given: Sequence[str]) -> tuple[str, ...]:
-    kinds = tuple(kind for text in given for kind in text.split(","))
-    there = sorted({folder.parent.name for folder in all_folders(cache.root)})
+def _kinds(cache: StageCache, texts: Sequence[str]) -> tuple[str, ...]:
+    kinds = tuple(kind for text in texts for kind in text.split(","))
+    available = sorted({folder.parent.name for folder in all_folders(cache.root)})
     for kind in kinds:
-        if kind not in there:
-            raise DeftxError(f"--kind {kind}: the cache has {', '.join(there) or 'nothing'}{did_you_mean(kind, there)}")
+        if kind not in available:
+            raise DeftxError(
+                f"--kind {kind}: the cache has {', '.join(available) or 'nothing'}{did_you_mean(kind, available)}"
+            )
     return kinds
 
 
@@ -334,8 +336,10 @@ def _verify(cache: StageCache, options: argparse.Namespace) -> int:
             if reason is not None:
                 damaged.append((folder, reason))
     for folder, reason in damaged:
-        place = set_aside(cache.root, folder, reason) if options.set_aside else None
-        print(f"damaged: {folder.relative_to(cache.root)}: {reason}" + (f"; set aside as {place}" if place else ""))
+        moved_to = set_aside(cache.root, folder, reason) if options.set_aside else None
+        print(
+            f"damaged: {folder.relative_to(cache.root)}: {reason}" + (f"; set aside as {moved_to}" if moved_to else "")
+        )
     print(f"{len(folders)} entries verified ({size_text(total)}), {len(damaged)} damaged")
     if damaged and not options.set_aside:
         print("next: deftx cache verify --set-aside, or just run again: a damaged entry is set aside and recomputed")
@@ -346,34 +350,34 @@ def _verify(cache: StageCache, options: argparse.Namespace) -> int:
 def _prune(cache: StageCache, options: argparse.Namespace) -> int:
     age = None if options.older_than is None else parse_age(options.older_than)
     size = None if options.larger_than is None else parse_size(options.larger_than)
-    wanted = Filter(age, size, _kinds(cache, options.kind))
-    if not (wanted.given or options.damaged or options.leftovers):
+    criteria = Filter(age, size, _kinds(cache, options.kind))
+    if not (criteria.given or options.damaged or options.leftovers):
         raise DeftxError(
             "deftx cache prune: say what may go: --older-than AGE, --larger-than SIZE, --kind KIND, --damaged, "
             "--leftovers; with --dry-run it is only shown"
         )
     # With --damaged or --leftovers alone, no result is meant; an age then is theirs.
-    results = size is not None or bool(wanted.kinds) or not (options.damaged or options.leftovers)
-    go, kept = prunable(cache.root, list(cache.entries()), wanted) if results else ([], [])
+    results = size is not None or bool(criteria.kinds) or not (options.damaged or options.leftovers)
+    chosen, refused = prunable(cache.root, list(cache.entries()), criteria) if results else ([], [])
     rest = _prunable_leftovers(cache, options, age)
-    gone, freed = 0, 0
+    removed, freed = 0, 0
     verb = "would go" if options.dry_run else "gone"
-    for entry in sorted(go, key=lambda item: -item.size):
+    for entry in sorted(chosen, key=lambda item: -item.size):
         if options.dry_run or remove(cache.root, entry):
-            gone, freed = gone + 1, freed + entry.size
+            removed, freed = removed + 1, freed + entry.size
             used = time_text(time.time() - last_used(entry)) if options.dry_run else ""
             about = f"  used {used} ago" if used else ""
             print(f"{verb}: {entry.kind} {entry.label} [{entry.key[:16]}]  {size_text(entry.size)}{about}")
     for item in rest:
         if options.dry_run or item.remove(cache.root):
-            gone, freed = gone + 1, freed + item.size
+            removed, freed = removed + 1, freed + item.size
             print(f"{verb}: {item.sort} {item.path.relative_to(cache.root)}  {size_text(item.size)}")
-    for entry, reason in kept:
+    for entry, reason in refused:
         print(f"kept: {entry.kind} {entry.label} [{entry.key[:16]}]  {reason}")
     if options.dry_run:
-        print(f"{gone} would go, {size_text(freed)}, nothing was removed")
+        print(f"{removed} would go, {size_text(freed)}, nothing was removed")
     else:
-        print(f"{gone} removed, {size_text(freed)} freed")
+        print(f"{removed} removed, {size_text(freed)} freed")
     return 0
 
 

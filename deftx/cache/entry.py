@@ -89,8 +89,8 @@ class Entry:
     @property
     def digest(self) -> str:
         """Digest of the result's bits (:func:`product_digest`)."""
-        known = self.manifest.get("digest")  # manifests of format 1 do not say it
-        return str(known) if known else product_digest(self.manifest["files"], ())
+        recorded = self.manifest.get("digest")  # manifests of format 1 do not say it
+        return str(recorded) if recorded else product_digest(self.manifest["files"], ())
 
     @property
     def provenance(self) -> Mapping[str, Any]:

@@ -35,7 +35,7 @@ def fingerprint_files(
     *,
     memo: Path | None = None,
     remember: bool = True,
-    known: dict[str, list[Any]] | None = None,
+    hashes_by_path: dict[str, list[Any]] | None = None,
 ) -> str:
     """Return one sha256 for the contents of files, wherever they lie.
 
@@ -46,7 +46,7 @@ def fingerprint_files(
             not, only contents and their order count: moving or renaming a file keeps the fingerprint.
         memo: a JSON file that remembers hashes of unchanged files (path, inode, size, times); may be absent.
         remember: whether new hashes are written into it.
-        known: the same in memory, to be read and added to.
+        hashes_by_path: the same in memory, to be read and added to.
 
     Raises:
         DeftxError: a path does not exist or cannot be read.
@@ -54,8 +54,8 @@ def fingerprint_files(
     named: list[tuple[str, Path]] = []
     for path in map(Path, paths):
         if path.is_dir():
-            inside = sorted((found.relative_to(path).as_posix(), found) for found in path.rglob("*") if found.is_file())
-            inside = [(name, found) for name, found in inside if not any(p.startswith(".") for p in name.split("/"))]
+            inside = sorted((file.relative_to(path).as_posix(), file) for file in path.rglob("*") if file.is_file())
+            inside = [(name, file) for name, file in inside if not any(p.startswith(".") for p in name.split("/"))]
             if not inside:
                 raise DeftxError(f"{path} has no files")
         elif path.is_file():
@@ -65,8 +65,8 @@ def fingerprint_files(
         named += inside
     if root is not None:
         named = sorted((os.path.relpath(path, root).replace(os.sep, "/"), path) for _, path in named)
-    known = {} if known is None else known
-    hashes = {**_read_memo(memo), **known}
+    hashes_by_path = {} if hashes_by_path is None else hashes_by_path
+    hashes = {**_read_memo(memo), **hashes_by_path}
     total = hashlib.sha256()
     fresh: dict[str, list[Any]] = {}
     for name, path in named:
@@ -79,7 +79,7 @@ def fingerprint_files(
         if settled(stat, now) and hashes.get(identity) != [*mark, digest]:
             fresh[identity] = [*mark, digest]
         total.update(json.dumps([name, digest]).encode())
-    known |= fresh
+    hashes_by_path |= fresh
     if memo is not None and fresh and remember:
         # Losing this file costs time only: a cache that cannot be written is not an error here.
         with contextlib.suppress(OSError):

@@ -38,13 +38,13 @@ _POLL = (0.05, 2.0)
 _REMIND_EVERY = 600.0
 
 
-def lock_mode(given: str | None = None) -> str:
-    """Return the lock to use: ``given``, else ``DEFTX_LOCK``, else ``auto``.
+def lock_mode(mode: str | None = None) -> str:
+    """Return the lock to use: ``mode``, else ``DEFTX_LOCK``, else ``auto``.
 
     Raises:
         DeftxError: It is not one of :data:`MODES`.
     """
-    mode = given or os.environ.get(VARIABLE) or "auto"
+    mode = mode or os.environ.get(VARIABLE) or "auto"
     if mode not in MODES:
         raise DeftxError(f"{VARIABLE}={mode}: available are {', '.join(MODES)}{did_you_mean(mode, MODES)}")
     return mode
@@ -159,7 +159,7 @@ def _wait(lock: BaseFileLock, root: Path, name: str, label: str, published: Call
     """Take the lock, or return the result that was published while another process held it."""
     from filelock import LeaseSettingsMismatch, Timeout
 
-    pause, told = _POLL[0], 0.0
+    pause, reminded = _POLL[0], 0.0
     watch = _Watch(lock, root, name) if _is_lease(lock) else None
     started = time.monotonic()
     while True:
@@ -169,19 +169,19 @@ def _wait(lock: BaseFileLock, root: Path, name: str, label: str, published: Call
             pass
         else:
             return None
-        if (found := published()) is not None:
-            return found
+        if (result := published()) is not None:
+            return result
         now = time.monotonic()
-        if now - started > 0.2 and (not told or now - told > _REMIND_EVERY):
-            log.warning("%s: %s computes it; waiting for its result", label, _who(root, name))
-            told = now
+        if now - started > 0.2 and (not reminded or now - reminded > _REMIND_EVERY):
+            log.warning("%s: %s computes it; waiting for its result", label, _owner_text(root, name))
+            reminded = now
         if watch is not None:
             watch.look()
         time.sleep(pause)
         pause = min(_POLL[1], 1.5 * pause)
 
 
-def _who(root: Path, name: str) -> str:
+def _owner_text(root: Path, name: str) -> str:
     """Say who computes a stage and since when, if its claim tells."""
     claim = claim_in_force(root, name)
     if claim is None or claim.process is None or claim.free:

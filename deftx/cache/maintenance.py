@@ -108,17 +108,17 @@ class Filter:
         )
 
 
-def prunable(root: Path, entries: Sequence[Entry], wanted: Filter) -> tuple[list[Entry], list[tuple[Entry, str]]]:
+def prunable(root: Path, entries: Sequence[Entry], criteria: Filter) -> tuple[list[Entry], list[tuple[Entry, str]]]:
     """Return the selected entries that may go, and those that must stay, with the reason."""
     used, now = in_use(root), time.time()
-    go: list[Entry] = []
-    kept: list[tuple[Entry, str]] = []
+    chosen: list[Entry] = []
+    refused: list[tuple[Entry, str]] = []
     for entry in entries:
-        if wanted.takes(entry, now):
+        if criteria.takes(entry, now):
             reason = _reason_to_keep(root, entry, used)
-            kept += [] if reason is None else [(entry, reason)]
-            go += [entry] if reason is None else []
-    return go, kept
+            refused += [] if reason is None else [(entry, reason)]
+            chosen += [entry] if reason is None else []
+    return chosen, refused
 
 
 def _reason_to_keep(root: Path, entry: Entry, used: dict[str, Process]) -> str | None:

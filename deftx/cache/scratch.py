@@ -146,8 +146,8 @@ def claim_scratch(root: Path, stage: Stage, *, locked: bool, leased: bool) -> Sc
         number, folder = (last.number + 1, last.folder) if last else (1, name)
         fenced = False
         if last is not None and not last.free:
-            here = last.process is not None and last.process.here
-            if not (locked if here else leased):
+            on_this_machine = last.process is not None and last.process.here
+            if not (locked if on_this_machine else leased):
                 break
             # Its owner may still live and write by name, so rename the folder.
             folder, fenced = f"{name}.{mark()}", True

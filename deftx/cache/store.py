@@ -182,7 +182,7 @@ class StageCache:
     def fingerprint(self, paths: Sequence[str | os.PathLike[str]], root: str | os.PathLike[str] | None = None) -> str:
         """Return :func:`fingerprint_files` with this cache's memo, so that unchanged files are read once."""
         memo = self.root / FINGERPRINTS
-        return fingerprint_files(paths, root, memo=memo, remember=self._remember, known=self._digests)
+        return fingerprint_files(paths, root, memo=memo, remember=self._remember, hashes_by_path=self._digests)
 
     def get_or_compute(
         self,
@@ -214,9 +214,9 @@ class StageCache:
                     if entry is None:
                         outcome = "computed"
                         if provenance is None:
-                            asked = time.perf_counter()
+                            started = time.perf_counter()
                             provenance = self.provenance
-                            self._inner_seconds += time.perf_counter() - asked  # not this stage's work
+                            self._inner_seconds += time.perf_counter() - started  # not this stage's work
                         entry = self._compute(stage, compute, provenance, lock)
         finally:
             total = time.perf_counter() - started
@@ -263,13 +263,13 @@ class StageCache:
         except BaseException as error:
             problem = self._explain(error)
             shutil.rmtree(out, ignore_errors=True)
-            lost = scratch is not None and scratch.lost
+            was_lost = scratch is not None and scratch.lost
             if scratch is not None:
                 scratch.release()
             # Another process may have published meanwhile, and removed the scratch folder we worked in.
             published = self.find(stage) if isinstance(error, Exception) and folder.is_dir() else None
             if published is None:
-                if lost and isinstance(error, Exception):
+                if was_lost and isinstance(error, Exception):
                     log.warning("%s: another process took it over, and this one failed (%s)", stage, error)
                     return None
                 if problem is not None:
@@ -350,15 +350,15 @@ class StageCache:
 
 def _ancestry(inputs: Mapping[str, Entry]) -> dict[str, Any]:
     """Return what a manifest says about its ancestors; equal provenances, which are the rule, appear once."""
-    known: dict[str, Ancestor] = {}
+    by_key: dict[str, Ancestor] = {}
     for entry in inputs.values():
-        known |= {item.key: item for item in entry.lineage}
+        by_key |= {item.key: item for item in entry.lineage}
     provenances: list[Mapping[str, Any]] = []
-    for item in known.values():
+    for item in by_key.values():
         if item.provenance not in provenances:
             provenances.append(item.provenance)
-    told = [item._asdict() | {"provenance": provenances.index(item.provenance)} for item in known.values()]
-    return {"ancestors": sorted(told, key=lambda item: (item["kind"], item["key"])), "provenances": provenances}
+    rows = [item._asdict() | {"provenance": provenances.index(item.provenance)} for item in by_key.values()]
+    return {"ancestors": sorted(rows, key=lambda item: (item["kind"], item["key"])), "provenances": provenances}
 
 
 def _contains(name: Any, root: Path) -> bool:

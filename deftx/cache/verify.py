@@ -138,22 +138,22 @@ def set_aside(
     Raises:
         DeftxError: It cannot be moved.
     """
-    what = reason.what if isinstance(reason, DamageError) else DamageError.what
+    state = reason.what if isinstance(reason, DamageError) else DamageError.what
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
-    place = root / DAMAGED / f"{folder.parent.name}-{folder.name}-{stamp}-{os.urandom(2).hex()}"
+    target = root / DAMAGED / f"{folder.parent.name}-{folder.name}-{stamp}-{os.urandom(2).hex()}"
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        folder.rename(place)
-        moved = identity(place)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder.rename(target)
+        moved = identity(target)
         if judged is not None and moved is not None and moved[:2] != judged[:2]:  # renaming changes the third
             with contextlib.suppress(OSError):
-                place.rename(folder)
+                target.rename(folder)
                 return None
     except FileNotFoundError:
         return None
     except OSError as error:
         raise DeftxError(
-            f"the cache entry {folder} is {what} ({reason}) and cannot be moved aside: {error.strerror}"
+            f"the cache entry {folder} is {state} ({reason}) and cannot be moved aside: {error.strerror}"
         ) from error
-    log.warning("the cache entry %s is %s (%s); it was set aside as %s", folder, what, reason, place)
-    return place
+    log.warning("the cache entry %s is %s (%s); it was set aside as %s", folder, state, reason, target)
+    return target

@@ -91,10 +91,10 @@ def check_command(
 
     def check(config: DictConfig, overrides: list[str], multirun: bool) -> list[str]:
         settings = typed(config)
-        found = [] if not any(text.startswith("+") for text in overrides) else _added(settings, name)
+        added = [] if not any(text.startswith("+") for text in overrides) else _added(settings, name)
         study, more = resolve_command(name, settings)
-        if study is None or found:
-            return found + more
+        if study is None or added:
+            return added + more
         passed.append(CheckedJob(overrides, settings, study))
         return look(passed[-1], multirun)
 
@@ -108,14 +108,14 @@ def first_configuration(name: str, overrides: Sequence[str], *, multirun: bool) 
     Raises:
         DeftxError: One message with everything that does not compose.
     """
-    found: list[DictConfig] = []
+    configs: list[DictConfig] = []
 
     def keep(config: DictConfig, *_: object) -> list[str]:
-        found.append(config)
+        configs.append(config)
         return []
 
     _each_job(name, overrides, multirun, keep)
-    return found[0]
+    return configs[0]
 
 
 def check_search(name: str, overrides: Sequence[str], command: CheckedCommand, look: JobCheck) -> None:
@@ -131,20 +131,20 @@ def check_search(name: str, overrides: Sequence[str], command: CheckedCommand, l
         DeftxError: One message with every problem.
     """
     settings, top = command.jobs[0].config.search, declared(RunConfig)
-    found = problems(settings, "search.") + [
+    messages = problems(settings, "search.") + [
         f"search.space.{knob}: it says what is studied or how it runs: no knob of the method"
         for knob in settings.space
         if knob in ("task", "experiment") or knob.startswith("hydra") or top.get(knob.split(".")[0], Knob()).fixed
     ]
     if len(command.jobs) > 1:
-        found.append("a search proposes its own values: it cannot be swept; give search.space.KNOB=[...] instead")
-    for proposal in settings.examples() if not found else []:
+        messages.append("a search proposes its own values: it cannot be swept; give search.space.KNOB=[...] instead")
+    for proposal in settings.examples() if not messages else []:
         try:
             check_command(name, [*overrides, *proposal], multirun=True, look=look)
         except DeftxError as error:
-            found += str(error).splitlines()
-    if found:
-        raise DeftxError("\n".join(dict.fromkeys(found)))
+            messages += str(error).splitlines()
+    if messages:
+        raise DeftxError("\n".join(dict.fromkeys(messages)))
 
 
 # ------------------------------------------------------------------------------------------------------ composing
@@ -160,7 +160,7 @@ def _each_job(name: str, overrides: Sequence[str], multirun: bool, check: Config
         DeftxError: One message with every problem.
     """
     composer = Composer(name)
-    found: list[str] = []
+    messages: list[str] = []
     parsed: list[Override] = []
     for text in overrides:
         try:
@@ -169,37 +169,37 @@ def _each_job(name: str, overrides: Sequence[str], multirun: bool, check: Config
             quoted = (
                 ", values with spaces, commas or other letters in inner quotes: key='\"value\"'" if "=" in text else ""
             )
-            found.append(f"{text!r} is no override; write key=value{quoted}")
-    found += [
+            messages.append(f"{text!r} is no override; write key=value{quoted}")
+    messages += [
         f"{item.input_line}: deftx starts the jobs of a sweep itself; choose launcher=basic, joblib, slurm, ..."
         for item in parsed
         if item.key_or_group.startswith(_NOT_OURS)
     ]
-    found += [text for item in parsed for text in _group_problems(item)]
+    messages += [text for item in parsed for text in _group_problems(item)]
     swept = [item.key_or_group for item in parsed if item.is_sweep_override()]
-    found += [f"{key} is swept twice: give all of its values at once" for key in swept if swept.count(key) > 1]
-    found += _unread(name, [item.key_or_group for item in parsed])
-    if not found:
+    messages += [f"{key} is swept twice: give all of its values at once" for key in swept if swept.count(key) > 1]
+    messages += _unread(name, [item.key_or_group for item in parsed])
+    if not messages:
         try:
             sweep, jobs, folder = _jobs(parsed, composer, multirun)
-            found = [text for config, texts in jobs for text in check(config, texts, sweep)]
-            if not found:
+            messages = [text for config, texts in jobs for text in check(config, texts, sweep)]
+            if not messages:
                 return sweep, folder
         except COMPOSE_ERRORS as error:
-            found = _override_problems(parsed, composer, check, multirun) or [_first_line(error)]
+            messages = _override_problems(parsed, composer, check, multirun) or [_first_line(error)]
     else:
-        found += _override_problems(parsed, composer, check, multirun)
-    raise DeftxError("\n".join(dict.fromkeys(found)))
+        messages += _override_problems(parsed, composer, check, multirun)
+    raise DeftxError("\n".join(dict.fromkeys(messages)))
 
 
 def _unread(name: str, keys: Sequence[str]) -> list[str]:
     """One message for each key of overrides that a command would ignore."""
-    found, top = [], declared(RunConfig)
+    messages, top = [], declared(RunConfig)
     for key in keys:
         facts = top.get(key.split(".")[0].split("@")[0])
         if facts is not None and name not in facts.commands:
-            found.append(f"{key} is not read by deftx {name}; it belongs to deftx {', '.join(facts.commands)}")
-    return found
+            messages.append(f"{key} is not read by deftx {name}; it belongs to deftx {', '.join(facts.commands)}")
+    return messages
 
 
 def _jobs(
@@ -228,8 +228,8 @@ def _jobs(
             del base["hydra"]
         return False, iter([(base, _lines(single))]), ""
     # What is given on the command line stands in place of the experiment's own grid, key by key.
-    given = {item.key_or_group for item in items}
-    params = {key: value for key, value in (base.hydra.sweeper.get("params") or {}).items() if key not in given}
+    overridden = {item.key_or_group for item in items}
+    params = {key: value for key, value in (base.hydra.sweeper.get("params") or {}).items() if key not in overridden}
     every = [composer.parse(f"{key}={value}") for key, value in params.items()] + list(items)
     wrong = [text for item in every for text in _group_problems(item)]
     if wrong:
@@ -239,21 +239,23 @@ def _jobs(
     if not jobs:
         swept = [item.input_line or "" for item in every if item.is_sweep_override()]
         raise DeftxError(f"{', '.join(swept)}: no value, so the sweep has no jobs; write key=a,b,c")
-    kept = [item.input_line or "" for item in items if is_hydra(item) and not item.key_or_group.startswith(_OF_SWEEPS)]
-    return True, ((composer(job), [*job, *kept]) for job in jobs), str(base.hydra.sweep.dir)
+    of_hydra = [
+        item.input_line or "" for item in items if is_hydra(item) and not item.key_or_group.startswith(_OF_SWEEPS)
+    ]
+    return True, ((composer(job), [*job, *of_hydra]) for job in jobs), str(base.hydra.sweep.dir)
 
 
 def _added(settings: Any, name: str, prefix: str = "") -> list[str]:
     """One message for each key that was added where nothing reads it; Hydra takes ``+key=value`` anywhere."""
-    found = []
-    known = {item.name for item in fields(settings)}
+    messages = []
+    names = {item.name for item in fields(settings)}
     for key, value in vars(settings).items():
-        if key not in known:
+        if key not in names:
             full = prefix + key
-            found.append(f"unknown key {full!r}{did_you_mean(full, KNOBS)}; `deftx {name} --help` lists the knobs")
+            messages.append(f"unknown key {full!r}{did_you_mean(full, KNOBS)}; `deftx {name} --help` lists the knobs")
         elif is_dataclass(value):
-            found += _added(value, name, f"{prefix}{key}.")
-    return found
+            messages += _added(value, name, f"{prefix}{key}.")
+    return messages
 
 
 def _lines(items: Sequence[Override]) -> list[str]:
@@ -294,7 +296,7 @@ def _override_problems(items: Sequence[Override], composer: Composer, check: Con
     except COMPOSE_ERRORS as error:
         return [_first_line(error)]
     keys = set(_keys(OmegaConf.to_container(config)))
-    found: list[str] = []
+    messages: list[str] = []
     for item in items:
         key = item.key_or_group
         if is_group(item) or key.startswith("hydra"):
@@ -302,7 +304,7 @@ def _override_problems(items: Sequence[Override], composer: Composer, check: Con
         ordinary = not item.is_add() and not item.is_force_add() and not item.is_delete()
         if ordinary and key not in keys:
             close = did_you_mean(key, [*sorted(keys), *GROUPS])
-            found.append(f"unknown key {key!r}{close}; `deftx {composer.name} --help` lists the knobs")
+            messages.append(f"unknown key {key!r}{close}; `deftx {composer.name} --help` lists the knobs")
             continue
         for text in _each(item):
             try:
@@ -311,12 +313,12 @@ def _override_problems(items: Sequence[Override], composer: Composer, check: Con
                 else:
                     composer([*chosen, text])
             except COMPOSE_ERRORS as error:
-                found.append(f"{text}: {_first_line(error.__cause__ or error)}")
+                messages.append(f"{text}: {_first_line(error.__cause__ or error)}")
     try:
-        found += check(config, [], multirun)
+        messages += check(config, [], multirun)
     except COMPOSE_ERRORS as error:
-        found.append(_first_line(error))
-    return found
+        messages.append(_first_line(error))
+    return messages
 
 
 def _each(item: Override) -> list[str]:
@@ -342,5 +344,5 @@ def _first_line(error: BaseException) -> str:
         return "; ".join(line.strip() for line in lines)
     # Hydra says where, its cause says what.
     cause = error.__cause__
-    said = [lines[0], *(str(cause).strip().splitlines()[:1] if cause is not None else [])]
-    return " ".join(dict.fromkeys(text for text in said if text))
+    texts = [lines[0], *(str(cause).strip().splitlines()[:1] if cause is not None else [])]
+    return " ".join(dict.fromkeys(text for text in texts if text))

@@ -31,9 +31,9 @@ def study_settings(config: RunConfig | DictConfig, command: str = "run") -> Stud
     Raises:
         DeftxError: One message with every problem found.
     """
-    settings, found = resolve(config if isinstance(config, RunConfig) else typed(config), command)
-    if found or settings is None:
-        raise DeftxError("\n".join(found))
+    settings, messages = resolve(config if isinstance(config, RunConfig) else typed(config), command)
+    if messages or settings is None:
+        raise DeftxError("\n".join(messages))
     return settings
 
 
@@ -43,51 +43,51 @@ def resolve(config: RunConfig, command: str = "run") -> tuple[StudySettings | No
     from deftx.stages.graph import check_parts
 
     methods = [config.method.name, *(name for name in config.compare if name != config.method.name)]
-    found = [unknown("method", name, list(METHODS)) for name in methods if name not in METHODS]
+    messages = [unknown("method", name, list(METHODS)) for name in methods if name not in METHODS]
     for name in ("", "corpus", "data", "synthetic", "trainer", "logger", "launcher"):
-        found += problems(getattr(config, name), f"{name}.") if name else problems(config)
-    with collected(found):
+        messages += problems(getattr(config, name), f"{name}.") if name else problems(config)
+    with collected(messages):
         task_spec(config.task.name, config.data)
     task = TASKS.get(config.task.name)
     if task is not None and config.split not in task.evaluated and config.split in ("test", "dev"):
-        found.append(f"split={config.split}: task={task.name} has {' and '.join(task.evaluated)} sets only")
+        messages.append(f"split={config.split}: task={task.name} has {' and '.join(task.evaluated)} sets only")
     if not config.language:
-        found.append("no target language: language=ace or language=[ace,ban]")
-    found += [
+        messages.append("no target language: language=ace or language=[ace,ban]")
+    messages += [
         f"language/{code}.yaml says code: {language.code}; file name, `# @package language.{code}` and code must agree"
         for code, language in config.language.items()
         if language.code != code
     ]
     if task is not None and (command in ("run", "eval") or task.generated):
-        found += _targets_without_rows(task, config)
+        messages += _targets_without_rows(task, config)
     source = None
     if not config.task.source:
-        found.append(f"task={config.task.name} needs task.source=CODE: the language its labelled rows are in")
+        messages.append(f"task={config.task.name} needs task.source=CODE: the language its labelled rows are in")
     else:
-        source = _language(config.task.source, found)
-        found += _source_problems(SETS.get(config.task.train), config)
-    more = {code: _language(code, found) for code in config.task.more_sources}
+        source = _language(config.task.source, messages)
+        messages += _source_problems(SETS.get(config.task.train), config)
+    more = {code: _language(code, messages) for code in config.task.more_sources}
     pretrained_on = [*config.model.languages, *config.model.vocabulary] if config.model.pretrain else []
-    pretrain = {code: _language(code, found) for code in pretrained_on}
+    pretrain = {code: _language(code, messages) for code in pretrained_on}
 
-    language_sft = _sft("lang", config.lang, config, config.sparsity.language, found)
-    task_sft = _sft("task", config.task, config, config.sparsity.task, found)
+    language_sft = _sft("lang", config.lang, config, config.sparsity.language, messages)
+    task_sft = _sft("task", config.task, config, config.sparsity.task, messages)
     source_sft = None
     if config.source.enabled:
-        source_sft = _sft("source", config.source, config, config.sparsity.language, found)
+        source_sft = _sft("source", config.source, config, config.sparsity.language, messages)
         source_sft = source_sft.by(source_sft.method) if source_sft is not None else None
     if language_sft is not None and task_sft is not None and not set(methods) - set(METHODS):
         methods = _called(methods, language_sft, task_sft)
-    found += _ablation_problems(config)
+    messages += _ablation_problems(config)
     if task is not None and task.generated and config.data.root is not None and command != "pretrain":
-        found.append(
+        messages.append(
             f"data.root={config.data.root}: task={task.name} reads generated files only; choose task=nusax, ..."
         )
     if not (config.model.path or config.model.hub or config.model.pretrain):
-        found.append("the model needs model.path=FOLDER, model.hub=ID or model=tiny")
-    found = list(dict.fromkeys(found))
-    if found or language_sft is None or task_sft is None or source is None:
-        return None, found
+        messages.append("the model needs model.path=FOLDER, model.hub=ID or model=tiny")
+    messages = list(dict.fromkeys(messages))
+    if messages or language_sft is None or task_sft is None or source is None:
+        return None, messages
     study = StudySettings(
         name=config.study,
         seed=config.seed,
@@ -113,30 +113,30 @@ def resolve(config: RunConfig, command: str = "run") -> tuple[StudySettings | No
         cache_root=str(Path(config.paths.cache).expanduser()),
         only=tuple(config.only),
     )
-    with collected(found):
+    with collected(messages):
         check_parts(study)
-    return (None if found else study), found
+    return (None if messages else study), messages
 
 
-def _sft(name: str, own: SFTKnobs, config: RunConfig, default: SizeKnobs, found: list[str]) -> SFTSettings | None:
-    """Resolve one kind of SFT, appending what is wrong with it to ``found``."""
-    before = len(found)
+def _sft(name: str, own: SFTKnobs, config: RunConfig, default: SizeKnobs, messages: list[str]) -> SFTSettings | None:
+    """Resolve one kind of SFT, appending what is wrong with it to ``messages``."""
+    before = len(messages)
     # What language and task SFTs have from the top is checked there. φ_S stands apart: it is no ablation's business.
     top = config if name != "source" else None
-    found += problems(own, f"{name}.", follows=top) + problems(own.training, f"{name}.training.")
+    messages += problems(own, f"{name}.", follows=top) + problems(own.training, f"{name}.training.")
     rank = residual = None
-    with collected(found):
+    with collected(messages):
         rank = RankPolicy.parse(own.rank)
-    with collected(found):
+    with collected(messages):
         residual = ResidualPolicy.parse(own.residual)
-    given = [size for size in (own, top) if size is not None and (size.k, size.density) != (None, None)]
+    sizes = [size for size in (own, top) if size is not None and (size.k, size.density) != (None, None)]
     # Of the sparsity group's two, where both are set, K.
-    size = given[0] if given else SizeKnobs(default.k, default.density if default.k is None else None)
-    if not given:
-        found += problems(size, f"sparsity.{'task' if name == 'task' else 'language'}.")
+    size = sizes[0] if sizes else SizeKnobs(default.k, default.density if default.k is None else None)
+    if not sizes:
+        messages += problems(size, f"sparsity.{'task' if name == 'task' else 'language'}.")
         if (size.k, size.density) == (None, None):
-            found.append(f"no mask size for {name}: set k, density or the sparsity group")
-    if len(found) > before or rank is None or residual is None:
+            messages.append(f"no mask size for {name}: set k, density or the sparsity group")
+    if len(messages) > before or rank is None or residual is None:
         return None
     knobs = {item: getattr(own, item) for item in declared(SFTKnobs)}
     knobs |= {"rank": None if rank.kind == "none" else rank, "residual": residual, "exclude": sorted(own.exclude)}
@@ -151,21 +151,21 @@ def _called(methods: Sequence[str], *sfts: SFTSettings) -> list[str]:
     """
     names = []
     for name in methods:
-        made = [sft.by(name) for sft in sfts]
-        same = [other for other in {sft.method for sft in made} if [sft.by(other) for sft in sfts] == made]
+        variants = [sft.by(name) for sft in sfts]
+        same = [other for other in {sft.method for sft in variants} if [sft.by(other) for sft in sfts] == variants]
         names.append(same[0] if len(same) == 1 else name)
     return list(dict.fromkeys(names))
 
 
 def _ablation_problems(config: RunConfig) -> list[str]:
     """An ablation whose own knob was set to something else is none."""
-    kept = {
+    parts = {
         "denoising": ("rank=none", str(config.rank) == "none"),
         "sparsity": ("density=1.0", config.density == 1.0 and config.k is None),
         "second_phase": ("second_phase=false", config.second_phase is False),
         "selection": ("mask=random", config.mask == "random"),
     }
-    knob, whole = kept.get(config.ablate, ("", True))
+    knob, whole = parts.get(config.ablate, ("", True))
     return (
         [] if whole else [f"ablate={config.ablate} is {knob}, and the command sets it to something else: leave out one"]
     )
@@ -173,12 +173,12 @@ def _ablation_problems(config: RunConfig) -> list[str]:
 
 def _source_problems(train: TaskSpec | None, config: RunConfig) -> list[str]:
     task, codes = config.task, [config.task.source, *config.task.more_sources]
-    found = []
+    messages = []
     if len(set(codes)) < len(codes):
-        found.append(f"task.source={task.source} and task.more_sources={task.more_sources}: a language twice")
+        messages.append(f"task.source={task.source} and task.more_sources={task.more_sources}: a language twice")
     if train is not None and not train.several and task.more_sources:
-        found.append(f"task.more_sources: {train.name} has labelled rows in {task.source} only{train.rows.hint}")
-    return found
+        messages.append(f"task.more_sources: {train.name} has labelled rows in {task.source} only{train.rows.hint}")
+    return messages
 
 
 def _targets_without_rows(task: TaskSpec, config: RunConfig) -> list[str]:
@@ -197,30 +197,30 @@ def _targets_without_rows(task: TaskSpec, config: RunConfig) -> list[str]:
     ]
 
 
-def _language(code: str, found: list[str]) -> LanguageSettings | None:
-    with collected(found):
+def _language(code: str, messages: list[str]) -> LanguageSettings | None:
+    with collected(messages):
         return language_settings(code)
     return None
 
 
 def resolve_command(name: str, config: RunConfig) -> tuple[StudySettings | None, list[str]]:
     """Resolve the settings of any command; see :func:`resolve`."""
-    study, found = resolve(config, name)
+    study, messages = resolve(config, name)
     if name == "sft" and config.kind not in ("language", "task"):
-        found.append(f"kind={config.kind!r}: must be language or task")
+        messages.append(f"kind={config.kind!r}: must be language or task")
     if name == "eval" and not config.task_sft:
-        found.append("task_sft=FOLDER is needed: the task SFT to compose with; `deftx sft kind=task` trains one")
+        messages.append("task_sft=FOLDER is needed: the task SFT to compose with; `deftx sft kind=task` trains one")
     if name == "eval":
-        found += [
+        messages += [
             f"language_sft.{code}: no such target; add it with language=[{code}]"
             for code in config.language_sft
             if code not in config.language
         ]
     if name == "pretrain" and not config.out:
-        found.append("out=FOLDER is needed: where the model goes")
+        messages.append("out=FOLDER is needed: where the model goes")
     if name == "pretrain" and not config.model.pretrain:
-        found.append("model.pretrain is needed: use model=tiny and override its shape")
-    return (None if found else study), found
+        messages.append("model.pretrain is needed: use model=tiny and override its shape")
+    return (None if messages else study), messages
 
 
 def written_folders(config: RunConfig) -> dict[str, Path]:

@@ -87,9 +87,9 @@ def run_job(
         DeftxError: Its folder cannot be made.
     """
     hydra = _hydra(config_dir)
-    places = ["hydra.mode=RUN"] if folder is None else ["hydra.mode=RUN", f"hydra.run.dir={quoted(folder)}"]
+    hydra_overrides = ["hydra.mode=RUN"] if folder is None else ["hydra.mode=RUN", f"hydra.run.dir={quoted(folder)}"]
     try:
-        ended = hydra.run(name, lambda config: job(typed(config)), [*overrides, *places])
+        ended = hydra.run(name, lambda config: job(typed(config)), [*overrides, *hydra_overrides])
         return cast(T, ended.return_value)
     except OSError as error:
         raise DeftxError(
@@ -133,12 +133,12 @@ def defaults_of(name: str) -> Callable[[str], Any]:
     return lambda key: OmegaConf.select(config, key)
 
 
-def unknown(what: str, value: str, options: Sequence[str]) -> str:
+def unknown(kind: str, value: str, options: Sequence[str]) -> str:
     """One message for an unknown name."""
-    if what == "language" and value in LANGUAGE_ALIASES:
+    if kind == "language" and value in LANGUAGE_ALIASES:
         return f"unknown language {value!r}; it is called {LANGUAGE_ALIASES[value]!r} here"
-    own = "; one of your own: a folder with language/CODE.yaml, and --config-dir FOLDER" if what == "language" else ""
-    return f"unknown {what} {value!r}{did_you_mean(value, options)}; available: {', '.join(options)}{own}"
+    own = "; one of your own: a folder with language/CODE.yaml, and --config-dir FOLDER" if kind == "language" else ""
+    return f"unknown {kind} {value!r}{did_you_mean(value, options)}; available: {', '.join(options)}{own}"
 
 
 def language_settings(code: str) -> LanguageSettings:
@@ -159,8 +159,8 @@ def language_settings(code: str) -> LanguageSettings:
 @cache
 def _language(code: str) -> LanguageSettings:
     # Read alone: composing a whole configuration around it takes fifty times as long.
-    found = _repository().load_config(f"language/{code}")
-    return cast(LanguageSettings, OmegaConf.to_object(OmegaConf.merge(LanguageSettings, found.config)))
+    result = _repository().load_config(f"language/{code}")
+    return cast(LanguageSettings, OmegaConf.to_object(OmegaConf.merge(LanguageSettings, result.config)))
 
 
 def typed(config: DictConfig) -> RunConfig:

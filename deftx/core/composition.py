@@ -109,11 +109,11 @@ class Composition:
             raise
         self._terms[name] = _Term(float(scale), parts)
         for key, part in parts.items():
-            for other, (here, there) in part.shared.items():
-                self._terms[other].parts[key].shared[name] = there, here
+            for other, (positions, other_positions) in part.shared.items():
+                self._terms[other].parts[key].shared[name] = other_positions, positions
         for key, part in parts.items():
-            for other, (here, places_there) in part.shared.items():
-                part.base[here] = self._terms[other].parts[key].base[places_there]
+            for other, (positions, other_positions) in part.shared.items():
+                part.base[positions] = self._terms[other].parts[key].base[other_positions]
         self._settle(parts)
 
     def remove(self, name: str) -> None:
@@ -122,7 +122,7 @@ class Composition:
         Raises:
             DeftxError: there is no such term.
         """
-        term = self._known(name)
+        term = self._term(name)
         self._walk(term.parts, _restore)
         del self._terms[name]
         self._settle(term.parts)
@@ -136,7 +136,7 @@ class Composition:
         Raises:
             DeftxError: there is no such term, or the factor is not finite.
         """
-        term = self._known(name)
+        term = self._term(name)
         _check_scale(name, factor)
         term.scale = float(factor)
         self._walk(term.parts, _scaling(term.scale))
@@ -151,7 +151,7 @@ class Composition:
     def _flat(self, key: str) -> Tensor:
         return self._parameters[key].detach().view(-1)
 
-    def _known(self, name: str) -> _Term:
+    def _term(self, name: str) -> _Term:
         if name not in self._terms:
             hint = did_you_mean(name, self._terms)
             raise DeftxError(f"the composition has no term {name!r}{hint} (it has: {', '.join(self.terms) or 'none'})")
@@ -184,8 +184,8 @@ class Composition:
         for key, part in parts.items():
             if not part.shared:
                 continue
-            places = [here for here, _ in part.shared.values()]
-            met = places[0] if len(places) == 1 else torch.unique(torch.cat(places))
+            positions_met = [positions for positions, _ in part.shared.values()]
+            met = positions_met[0] if len(positions_met) == 1 else torch.unique(torch.cat(positions_met))
             total = part.base.index_select(0, met).double()
             for name in sorted(self._terms):
                 term = self._terms[name]
@@ -196,12 +196,12 @@ class Composition:
                 if other is part:
                     total += term.scale * part.value.index_select(0, met).double()
                 else:
-                    here, there = part.shared[name]
-                    change = term.scale * other.value.index_select(0, there).double()
-                    if here is met:
+                    positions, other_positions = part.shared[name]
+                    change = term.scale * other.value.index_select(0, other_positions).double()
+                    if positions is met:
                         total += change
                     else:
-                        total.index_add_(0, torch.searchsorted(met, here), change)
+                        total.index_add_(0, torch.searchsorted(met, positions), change)
             flat = self._flat(key)
             flat.index_copy_(0, part.index.index_select(0, met).to(flat.device), total.float().to(flat.device))
 
@@ -258,11 +258,11 @@ def compare(a: SparseDelta, b: SparseDelta) -> OverlapReport:
     parameters = {}
     for name in sorted(set(a.indices) | set(b.indices)):
         first, second = a.indices.get(name, empty), b.indices.get(name, empty)
-        here, there = _common(first, second)
+        in_a, in_b = _common(first, second)
         conflicts = 0
-        if here.numel():
-            conflicts = int((a.values[name][here].sign() * b.values[name][there].sign() < 0).sum())
-        parameters[name] = Overlap(first.numel(), second.numel(), here.numel(), conflicts)
+        if in_a.numel():
+            conflicts = int((a.values[name][in_a].sign() * b.values[name][in_b].sign() < 0).sum())
+        parameters[name] = Overlap(first.numel(), second.numel(), in_a.numel(), conflicts)
     total = Overlap(
         sum(entry.a for entry in parameters.values()),
         sum(entry.b for entry in parameters.values()),
@@ -353,14 +353,14 @@ def _common(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     if not a.numel() or not b.numel():
         return none, none
     if a.device.type != "cpu":
-        place = torch.searchsorted(b, a).clamp_(max=b.numel() - 1)
-        here = (b[place] == a).nonzero().flatten()
-        return here, place[here]
+        position = torch.searchsorted(b, a).clamp_(max=b.numel() - 1)
+        in_a = (b[position] == a).nonzero().flatten()
+        return in_a, position[in_a]
 
     entries = int(max(a[-1], b[-1])) + 1
     counts = [_counts(index, entries, _MARKED) for index in (a, b)]
-    found = torch.zeros(a.numel(), dtype=torch.uint8, device=a.device)  # 1 where b holds it, too
-    pieces = zip(*map(torch.split, (a, found, b), (counts[0], counts[0], counts[1])), strict=True)
+    shared = torch.zeros(a.numel(), dtype=torch.uint8, device=a.device)  # 1 where b holds it, too
+    pieces = zip(*map(torch.split, (a, shared, b), (counts[0], counts[0], counts[1])), strict=True)
     marks = torch.zeros(_MARKED, dtype=torch.uint8, device=a.device)
     for window, (ours, met, theirs) in enumerate(pieces):
         # another for each window, so that few need clearing
@@ -370,8 +370,8 @@ def _common(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         if ours.numel() and theirs.numel():
             marks.index_fill_(0, theirs - window * _MARKED, stamp)
             torch.eq(marks.index_select(0, ours - window * _MARKED), stamp, out=met)
-    here = found.nonzero().flatten()
-    return here, torch.searchsorted(b, a.index_select(0, here))
+    in_a = shared.nonzero().flatten()
+    return in_a, torch.searchsorted(b, a.index_select(0, in_a))
 
 
 def _check_scale(name: str, scale: float) -> None:

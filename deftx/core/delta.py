@@ -164,10 +164,10 @@ class SparseDelta:
         Raises:
             DeftxError: the metadata does not name one.
         """
-        found = self.metadata.get("base_fingerprint")
-        if not isinstance(found, str) or not found:
+        fingerprint = self.metadata.get("base_fingerprint")
+        if not isinstance(fingerprint, str) or not fingerprint:
             raise DeftxError("the sparse fine-tuning does not say which base it is for: base_fingerprint is missing")
-        return found
+        return fingerprint
 
     @property
     def k(self) -> int:
@@ -182,16 +182,16 @@ class SparseDelta:
         """Changed coordinates by part of the model, in its order: ``embeddings``, ``layer.0``, …, ``pooler``."""
         counts: dict[str, int] = {}
         for name, index in self.indices.items():
-            found = re.search(r"(?:^|\.)layers?\.(\d+)\.", name)
-            part = f"layer.{found[1]}" if found else name.split(".")[0]
+            match = re.search(r"(?:^|\.)layers?\.(\d+)\.", name)
+            part = f"layer.{match[1]}" if match else name.split(".")[0]
             counts[part] = counts.get(part, 0) + index.numel()
         order = {"embeddings": -1, "pooler": math.inf}
 
-        def place(part: str) -> tuple[float, str]:
+        def sort_key(part: str) -> tuple[float, str]:
             number = re.fullmatch(r"layer\.(\d+)", part)
             return (float(number[1]) if number else order.get(part, 1e9), part)
 
-        return {part: counts[part] for part in sorted(counts, key=place)}
+        return {part: counts[part] for part in sorted(counts, key=sort_key)}
 
     def statistics(self) -> dict[str, Any]:
         """Counts and magnitudes as plain JSON.
@@ -357,5 +357,5 @@ def _dtype(name: str) -> torch.dtype:
     if name not in VALUE_DTYPES:
         hint = did_you_mean(str(name), VALUE_DTYPES)
         raise DeftxError(f"unknown value_dtype {name!r}{hint} (available: {', '.join(VALUE_DTYPES)})")
-    found: torch.dtype = getattr(torch, name)
-    return found
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype

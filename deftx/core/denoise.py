@@ -271,15 +271,19 @@ def denoise(
         if progress is not None:
             progress(name)
         matrix = delta[name].detach()
-        given = (decompositions or {}).get(name)
-        decomposition = _decompose_named(name, matrix, method) if given is None else _checked(name, matrix, given)
+        precomputed = (decompositions or {}).get(name)
+        decomposition = (
+            _decompose_named(name, matrix, method) if precomputed is None else _checked(name, matrix, precomputed)
+        )
         r = min(resolve_rank(decomposition, rank), decomposition.singular_values.numel())
         energies = decomposition.singular_values.square()
-        share, kept = 1.0, 0
+        share, residual_kept = 1.0, 0
         if r < energies.numel():
             share = float(energies[:r].sum() / energies.sum())
-            result[name], kept = _truncate(matrix, decomposition, r, residual.keep)
-        reports.append(MatrixReport(name, decomposition.shape, r, share, kept, decomposition.singular_values.cpu()))
+            result[name], residual_kept = _truncate(matrix, decomposition, r, residual.keep)
+        reports.append(
+            MatrixReport(name, decomposition.shape, r, share, residual_kept, decomposition.singular_values.cpu())
+        )
     return result, reports
 
 
@@ -393,7 +397,7 @@ def _truncate(matrix: Tensor, decomposition: Decomposition, r: int, keep: float)
         else:
             turned[0][part] = block.sub_(projected)
     if count:
-        kept = select_topk({"R": residue}, count)["R"]
-        row, column = compact.rows[kept // shape[1]], compact.columns[kept % shape[1]]
-        low.view(-1)[kept] = matrix[row, column]
+        selected = select_topk({"R": residue}, count)["R"]
+        row, column = compact.rows[selected // shape[1]], compact.columns[selected % shape[1]]
+        low.view(-1)[selected] = matrix[row, column]
     return compact.spread(low), count

@@ -82,7 +82,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
         DeftxError: as :func:`read_folder`, but for a tensor file that is whole and no safetensors file.
     """
     try:
-        _refuse_what_is_no_folder(folder)
+        _check_folder(folder)
         with (folder / TENSORS).open("rb") as file:
             start = file.read(_HEADER_AT + 1)
             file.seek(0)
@@ -100,8 +100,8 @@ def read_facts(folder: Path) -> dict[str, Any]:
     if version not in READABLE_VERSIONS:
         readable = " and ".join(map(str, READABLE_VERSIONS))
         raise DeftxError(f"{folder} has format version {version}; this deftx reads versions {readable}: update deftx")
-    for name, found in ((TENSORS, digest), (FACTS, _digest(facts))):
-        if digests.get(name) != found:
+    for name, digest_found in ((TENSORS, digest), (FACTS, _digest(facts))):
+        if digests.get(name) != digest_found:
             raise DeftxError(f"{folder / name} was truncated or edited after it was written (sha256 differs): {_AGAIN}")
     return facts
 
@@ -176,7 +176,7 @@ def _digest(facts: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _refuse_what_is_no_folder(folder: Path) -> None:
+def _check_folder(folder: Path) -> None:
     if not folder.exists():
         raise DeftxError(f"there is no sparse fine-tuning at {folder}: no such folder")
     if not folder.is_dir():
@@ -185,14 +185,14 @@ def _refuse_what_is_no_folder(folder: Path) -> None:
         if folder.suffix.lower() in PICKLES or _is_pickle(start):
             raise DeftxError(_pickle_message(folder))
         raise DeftxError(f"{folder} is a file; a sparse fine-tuning is the folder that holds {TENSORS} and {FACTS}")
-    found = sorted(path.name for path in folder.iterdir())
-    missing = [name for name in (TENSORS, FACTS) if name not in found]
-    pickles = [name for name in found if Path(name).suffix.lower() in PICKLES]
+    names = sorted(path.name for path in folder.iterdir())
+    missing = [name for name in (TENSORS, FACTS) if name not in names]
+    pickles = [name for name in names if Path(name).suffix.lower() in PICKLES]
     if missing and pickles:
         raise DeftxError(_pickle_message(folder / pickles[0]))
     if missing:
-        there = ", ".join(found[:8]) or "nothing"
-        raise DeftxError(f"{folder} is no sparse fine-tuning: {' and '.join(missing)} missing (found: {there})")
+        listing = ", ".join(names[:8]) or "nothing"
+        raise DeftxError(f"{folder} is no sparse fine-tuning: {' and '.join(missing)} missing (found: {listing})")
 
 
 def _is_pickle(start: bytes) -> bool:

@@ -39,14 +39,14 @@ def pack(indices: Tensor) -> Tensor:
     lengths = torch.ones_like(rest)
     for digits in range(1, _LONGEST - 1):
         lengths += rest >= 1 << _BITS * digits
-    place = escaped + lengths.cumsum(0) - lengths + 1  # of each escaped gap's second byte
+    position = escaped + lengths.cumsum(0) - lengths + 1  # of each escaped gap's second byte
     packed = torch.empty(len(first) + int(lengths.sum()), dtype=torch.uint8)
     is_first = torch.ones_like(packed, dtype=torch.bool)
     while rest.numel():
         more = rest >= _MORE
-        is_first[place] = False
-        packed[place] = torch.where(more, rest % _MORE + _MORE, rest).to(torch.uint8)
-        rest, place = rest[more] >> _BITS, place[more] + 1
+        is_first[position] = False
+        packed[position] = torch.where(more, rest % _MORE + _MORE, rest).to(torch.uint8)
+        rest, position = rest[more] >> _BITS, position[more] + 1
     return packed.masked_scatter_(is_first, first)
 
 
@@ -73,17 +73,17 @@ def unpack(packed: Tensor) -> Tensor:
     is_first = torch.ones_like(more)
     is_first[1:] = ~more[:-1]
     gaps = packed[is_first].to(torch.int64)
-    place = (more & is_first).nonzero().flatten()
-    escaped = place - torch.searchsorted((~is_first).nonzero().flatten(), place)  # which gap begins there
+    position = (more & is_first).nonzero().flatten()
+    escaped = position - torch.searchsorted((~is_first).nonzero().flatten(), position)  # which gap begins there
     gaps[escaped] -= _MORE
     for digit in range(1, _LONGEST):
-        place = place + 1
-        byte = packed[place].to(torch.int64)
+        position = position + 1
+        byte = packed[position].to(torch.int64)
         if bool((byte == 0).any()):
             raise DeftxError("a gap takes more bytes than it needs")
         gaps[escaped] += (byte % _MORE) << _BITS * digit
         going = byte >= _MORE
-        escaped, place = escaped[going], place[going]
+        escaped, position = escaped[going], position[going]
         if not escaped.numel():
             return _summed(gaps)
     raise DeftxError(f"a gap takes more than {_LONGEST} bytes")

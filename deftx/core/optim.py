@@ -71,9 +71,9 @@ class SparseAdamW(torch.optim.Optimizer):
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas {betas} must lie in [0, 1)")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        known = {parameter for group in self.param_groups for parameter in group["params"]}
+        optimized = {parameter for group in self.param_groups for parameter in group["params"]}
         for parameter, index in selections.items():
-            if parameter not in known:
+            if parameter not in optimized:
                 raise ValueError(f"a selection is for a tensor of shape {tuple(parameter.shape)} that is not optimized")
             if not parameter.is_contiguous():
                 raise ValueError(f"a partly trained parameter of shape {tuple(parameter.shape)} is not contiguous")
@@ -107,7 +107,7 @@ class SparseAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for pieces in _together(self._pieces(group), lambda piece: (piece.value, piece.step)):
+            for pieces in _batches(self._pieces(group), lambda piece: (piece.value, piece.step)):
                 _update(group, pieces)
         return loss
 
@@ -231,13 +231,13 @@ class SelectedGradients:
         if index.device != gradient.device:
             index = self._selections[parameter] = index.to(gradient.device)
         if gradient.is_sparse:
-            found = self._from_rows(parameter, gradient, index)
+            selected = self._from_rows(parameter, gradient, index)
         else:
             pieces = list(_gathered(gradient, index))
-            found = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+            selected = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         parameter.grad = None
         held = self.values.get(parameter)
-        self.values[parameter] = found if held is None else held.add_(found)
+        self.values[parameter] = selected if held is None else held.add_(selected)
 
     def _from_rows(self, parameter: Tensor, gradient: Tensor, index: Tensor) -> Tensor:
         """Selected entries of a row-sparse gradient of a matrix; zero where the row did not occur."""
@@ -253,11 +253,11 @@ class SelectedGradients:
         total = int(counts.sum())
         # place of every selected entry of the rows that occurred: each row's run, one after the other
         shift = starts[rows] - (counts.cumsum(0) - counts)
-        places = torch.arange(total, device=index.device) + shift.repeat_interleave(counts, output_size=total)
-        which = torch.arange(rows.numel(), device=index.device).repeat_interleave(counts, output_size=total)
-        found = torch.zeros(index.numel(), dtype=values.dtype, device=index.device)
-        found[places] = values[which, index[places] - rows[which] * width]
-        return found
+        positions = torch.arange(total, device=index.device) + shift.repeat_interleave(counts, output_size=total)
+        row_of = torch.arange(rows.numel(), device=index.device).repeat_interleave(counts, output_size=total)
+        selected = torch.zeros(index.numel(), dtype=values.dtype, device=index.device)
+        selected[positions] = values[row_of, index[positions] - rows[row_of] * width]
+        return selected
 
 
 def trained_norm(
@@ -280,7 +280,7 @@ def trained_norm(
     )
     norms = [
         norm
-        for batch in _together(pieces, lambda piece: (piece, None))
+        for batch in _batches(pieces, lambda piece: (piece, None))
         for norm in torch._foreach_norm(batch, 2, dtype=torch.float64)
     ]
     if not norms:
@@ -311,7 +311,7 @@ def clip_trained(
             return norm  # times 1 changes no bit; on a GPU, asking would wait for it
         trained = list(_trained_gradients(params, selections, gradients))
         whole = (gradient for gradient, index in trained if index is None)
-        for batch in _together(whole, lambda gradient: (gradient, gradient.dtype)):
+        for batch in _batches(whole, lambda gradient: (gradient, gradient.dtype)):
             torch._foreach_mul_(batch, coefficient.to(batch[0].device, batch[0].dtype))
         for gradient, index in trained:
             if index is None:
@@ -344,7 +344,7 @@ def _parts(count: int, is_cuda: bool) -> Iterator[slice]:
         yield slice(start, min(start + size, count))
 
 
-def _together(items: Iterable[Item], of: Callable[[Item], tuple[Tensor, object]]) -> Iterator[list[Item]]:
+def _batches(items: Iterable[Item], of: Callable[[Item], tuple[Tensor, object]]) -> Iterator[list[Item]]:
     """Batch what is computed at once: one item, or many where ``_AT_ONCE`` says so.
 
     Args:

@@ -194,15 +194,15 @@ def _gather(tensors: Mapping[str, Tensor], bound: int, keys: _Keys, limit: int) 
     # one buffer a device: many small tensors that stay would scatter the allocator's heap
     buffers: dict[torch.device, tuple[Tensor, Tensor]] = {}
     blocks, held = [], 0
-    for name, start, places, key in _reaching(tensors, bound, keys):
+    for name, start, offsets, key in _reaching(tensors, bound, keys):
         if held + key.numel() > limit:
             return None
         if key.device not in buffers:
-            buffers[key.device] = (places.new_empty(limit), key.new_empty(limit))
-        kept = _Block(name, start, *(buffer[held : held + key.numel()] for buffer in buffers[key.device]))
-        kept.places.copy_(places)
-        kept.key.copy_(key)
-        blocks.append(kept)
+            buffers[key.device] = (offsets.new_empty(limit), key.new_empty(limit))
+        block = _Block(name, start, *(buffer[held : held + key.numel()] for buffer in buffers[key.device]))
+        block.places.copy_(offsets)
+        block.key.copy_(key)
+        blocks.append(block)
         held += key.numel()
     return blocks
 
@@ -222,7 +222,7 @@ def _kth(blocks: list[_Block], k: int, upper: int) -> tuple[int, int] | None:
 
 def _radix(tensors: Mapping[str, Tensor], k: int, keys: _Keys) -> tuple[int, int]:
     """As :func:`_kth` over the tensors: the threshold's bits from the highest, one histogram a pass."""
-    prefix, wanted, low = 0, k, keys.bits
+    prefix, remaining, low = 0, k, keys.bits
     while low > 0:
         width = min(_DIGIT, low)
         high, low = low, low - width
@@ -238,10 +238,10 @@ def _radix(tensors: Mapping[str, Tensor], k: int, keys: _Keys) -> tuple[int, int
                 histogram += torch.bincount(digit, minlength=1 << width).cpu()
             del flat
         reached = histogram.flip(0).cumsum(0)  # how many coordinates have this digit or a larger one
-        place = int(torch.searchsorted(reached, wanted))
-        wanted -= int(reached[place - 1]) if place else 0
-        prefix = (prefix << width) | ((1 << width) - 1 - place)
-    return prefix, wanted
+        rank = int(torch.searchsorted(reached, remaining))
+        remaining -= int(reached[rank - 1]) if rank else 0
+        prefix = (prefix << width) | ((1 << width) - 1 - rank)
+    return prefix, remaining
 
 
 def _take(
@@ -257,13 +257,13 @@ def _take(
     for name, group in groupby(blocks, key=lambda block: block.name):
         room = torch.empty(min(k, sizes[name]), dtype=torch.int64, device=devices[name])
         filled = 0
-        for _, start, places, key in group:
+        for _, start, offsets, key in group:
             chosen = key > threshold
             if ties:
                 equal = (key == threshold).nonzero().flatten()[:ties]
                 chosen[equal] = True
                 ties -= equal.numel()
-            flat = places[chosen].long().add_(start)
+            flat = offsets[chosen].long().add_(start)
             room[filled : filled + flat.numel()] = flat
             filled += flat.numel()
         result[name] = room[:filled].clone()

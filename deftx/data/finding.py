@@ -59,8 +59,8 @@ class OwnFiles:
             )
         else:
             path = root / self.folder / language.code / f"{name}.tsv"
-        made = family.name_of(path) if family is not None else None
-        if not (path.is_file() if family is None or made is None else made in family.names):
+        generated = family.name_of(path) if family is not None else None
+        if not (path.is_file() if family is None or generated is None else generated in family.names):
             raise MissingSplitError(f"{self.name} has no {split} file for {language.code!r}: {path}")
         return Place(dataset=self.name, form=form, split=split, language=language.code, files=(path,), family=family)
 
@@ -129,14 +129,14 @@ class PublicSet:
 
     def _where(self, data: DataSettings) -> Path | str:
         """Folder or hub id; an empty id means the address."""
-        given = getattr(data, self.name)
-        if given is not None:
-            folder = Path(given).expanduser()
+        source = getattr(data, self.name)
+        if source is not None:
+            folder = Path(source).expanduser()
             if folder.is_dir():
                 return folder
-            if HUB_ID.fullmatch(given):
-                return str(given)
-            raise DeftxError(f"data.{self.name}={given}: no such folder, and not a hub id (owner/name)")
+            if HUB_ID.fullmatch(source):
+                return str(source)
+            raise DeftxError(f"data.{self.name}={source}: no such folder, and not a hub id (owner/name)")
         if data.root is None:
             return self.hub
         root = Path(data.root).expanduser()

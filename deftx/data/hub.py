@@ -109,11 +109,11 @@ def resolve_commit(repo_id: str, revision: str | None, repo_type: str) -> str:
             f"{repo_type} {repo_id!r} has no revision {name!r} on the hub; give a branch, a tag or a full commit"
         ) from error
     except Exception as error:
-        known = ""
+        noted = ""
         with contextlib.suppress(OSError):
-            known = note.read_text(encoding="utf-8").strip()
-        if COMMIT.fullmatch(known):
-            return known
+            noted = note.read_text(encoding="utf-8").strip()
+        if COMMIT.fullmatch(noted):
+            return noted
         raise DeftxError(
             f"{repo_type} {repo_id!r}: the hub does not say which commit {name!r} is ({reason(error)}), and the local "
             f"cache does not know it; without a network, {WITHOUT_NETWORK[repo_type]}"
@@ -239,8 +239,8 @@ def label_words(values: Sequence[Any], feature: Any, order: Sequence[str], origi
         elif value is not None and 0 <= int(value) < len(names):
             words.append(names[int(value)])
         else:
-            known = f"0 to {len(names) - 1} ({', '.join(names)})"
-            raise DeftxError(f"{origin}: row {number}: unknown label {value!r}; known are {known}")
+            expected = f"0 to {len(names) - 1} ({', '.join(names)})"
+            raise DeftxError(f"{origin}: row {number}: unknown label {value!r}; known are {expected}")
     return words
 
 

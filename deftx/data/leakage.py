@@ -227,10 +227,10 @@ class LeakFilter:
         near = 2 * np.minimum(*lengths) >= self.threshold * (lengths[0] + lengths[1])
         worth = near | (shares >= _INSIDE_SHARE)
         rows, positions, shares = rows[worth], positions[worth], shares[worth]
-        found: list[list[tuple[int, float]]] = [[] for _ in texts]
+        candidates: list[list[tuple[int, float]]] = [[] for _ in texts]
         for line, position, share in zip(rows.tolist(), positions.tolist(), shares.tolist(), strict=True):
-            found[line].append((position, share))
-        return found
+            candidates[line].append((position, share))
+        return candidates
 
 
 def _weight(text: str) -> int:
@@ -259,12 +259,12 @@ def summarise(
     matches: Sequence[Match | None], texts: Sequence[str], protected: Sequence[str], limit: int = 5
 ) -> dict[str, Any]:
     """What a filter dropped: counts by kind and a few examples, most doubtful first, as plain values for a report."""
-    found = [(match, text) for match, text in zip(matches, texts, strict=True) if match is not None]
+    matched = [(match, text) for match, text in zip(matches, texts, strict=True) if match is not None]
     kinds = ("exact", "near", "contained", "fragment")
-    examples = sorted(found, key=lambda item: item[0].similarity)[:limit]
+    examples = sorted(matched, key=lambda item: item[0].similarity)[:limit]
     return {
-        "dropped": len(found),
-        "by_kind": {kind: sum(match.kind == kind for match, _ in found) for kind in kinds},
+        "dropped": len(matched),
+        "by_kind": {kind: sum(match.kind == kind for match, _ in matched) for kind in kinds},
         "examples": [
             {
                 "text": text,

@@ -75,12 +75,12 @@ class TextDataModule(pl.LightningDataModule):
             DeftxError: either part holds less than one block of tokens.
         """
         blocks = []
-        for what, lines in (("training", list(train)), ("validation", list(valid))):
+        for split, lines in (("training", list(train)), ("validation", list(valid))):
             blocks.append(tokenise_blocks(lines, tokenizer, block_length, cache_dir))
             if not len(blocks[-1]):
                 tokens = sum(map(len, tokenizer(lines)["input_ids"])) if lines else 0
                 raise DeftxError(
-                    f"too little {what} text: {len(lines)} lines make {tokens} tokens, fewer than one block of "
+                    f"too little {split} text: {len(lines)} lines make {tokens} tokens, fewer than one block of "
                     f"{block_length}; add text or lower max_length"
                 )
         return cls(_Blocks(blocks[0], blocks[1], tokenizer, mlm_probability), seed=seed)
@@ -100,9 +100,9 @@ class TextDataModule(pl.LightningDataModule):
         Raises:
             DeftxError: a frame without rows.
         """
-        for what, frame in (("training", train), ("validation", valid)):
+        for split, frame in (("training", train), ("validation", valid)):
             if not len(frame):
-                raise DeftxError(f"there are no {what} rows")
+                raise DeftxError(f"there are no {split} rows")
         return cls(_Rows(train, valid, tokenizer, max_length), seed=seed)
 
     def schedule(
@@ -287,9 +287,9 @@ class _Blocks(_Source):
         else:
             inputs, chosen = self.mask(tokens, seed)
         total = int(chosen.sum())
-        mine = _share(len(rows), part, parts)
-        if len(mine):
-            inputs, chosen, tokens = inputs[mine], chosen[mine], tokens[mine]
+        own_rows = _share(len(rows), part, parts)
+        if len(own_rows):
+            inputs, chosen, tokens = inputs[own_rows], chosen[own_rows], tokens[own_rows]
         else:  # fewer rows than parts: a row without loss keeps the devices in step
             inputs, chosen, tokens = tokens[:1], np.zeros_like(chosen[:1]), tokens[:1]
         positions = np.flatnonzero(chosen)
@@ -339,16 +339,18 @@ class _Rows(_Source):
         return self.sources.get(split, super().groups(split))
 
     def batch(self, split: str, rows: np.ndarray, seed: int, part: int, parts: int) -> Batch:
-        mine = rows[_share(len(rows), part, parts)]
-        padding_row = not len(mine)
+        own_rows = rows[_share(len(rows), part, parts)]
+        padding_row = not len(own_rows)
         if padding_row:
-            mine = rows[:1]
-        batch = pad({name: [column[row] for row in mine] for name, column in self.encoded[split].items()}, self.padding)
-        labels = torch.from_numpy(self.labels[split][mine])
+            own_rows = rows[:1]
+        batch = pad(
+            {name: [column[row] for row in own_rows] for name, column in self.encoded[split].items()}, self.padding
+        )
+        labels = torch.from_numpy(self.labels[split][own_rows])
         if padding_row:
             labels = torch.full_like(labels, -100)  # F.cross_entropy's ignore_index: no loss from this row
         normalizer = torch.tensor(len(rows) / parts, dtype=torch.float32)
-        source = {"source": int(self.sources[split][mine[0]])} if self.sources else {}
+        source = {"source": int(self.sources[split][own_rows[0]])} if self.sources else {}
         return {**batch, **source, "labels": labels, "normalizer": normalizer}
 
 

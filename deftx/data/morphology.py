@@ -38,10 +38,10 @@ def text_measures(lines: Sequence[str], count_pieces: Callable[[list[str]], int]
     sentences = total = letters = unspaced = 0
     for line in lines:
         for sentence in filter(None, (part.strip() for part in _SENTENCE_END.split(line))):
-            found = words_of(sentence)
-            sentences += bool(found)
-            total += len(found)
-            words += found[: SAMPLE_WORDS - len(words)]
+            sentence_words = words_of(sentence)
+            sentences += bool(sentence_words)
+            total += len(sentence_words)
+            words += sentence_words[: SAMPLE_WORDS - len(words)]
     for word in words[:1000]:
         letters += len(word)
         unspaced += sum(unicodedata.name(letter, "").startswith(_UNSPACED) for letter in word)

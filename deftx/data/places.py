@@ -91,9 +91,9 @@ class Origin:
             # Where a card does not say it, the names decide which files make a split.
             names = [path.relative_to(self.hub.folder).as_posix() for path in self.local_files]
             return {"files": names, "digest": digest(self.local_files), **config}
-        given = [path for path in self.files if self._made(path) is None]
+        files = [path for path in self.files if self._made(path) is None]
         content = {"files": [self._made(path) or self._form(path) for path in self.files]}
-        return content | ({"digest": digest(given)} if given else {})
+        return content | ({"digest": digest(files)} if files else {})
 
     def fingerprint(self, digest: Digest = digest_files) -> str:
         """SHA-256 of :meth:`identity`, for keys."""

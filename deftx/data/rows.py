@@ -97,7 +97,7 @@ def _common(table: pd.DataFrame, form: Form, origin: str) -> Rows:
     labels = {word.casefold(): index for index, word in enumerate(form.labels)}
     labels |= {spelling: labels[word] if word else -1 for spelling, word in form.spellings}
     dropped = {"empty": 0, "unlabelled": 0}
-    kept: list[tuple[str, str, str | None, int]] = []
+    rows: list[tuple[str, str, str | None, int]] = []
     for number, (row_id, word, *cells) in enumerate(zip(ids, words, *columns, strict=True), 1):
         text, *other = map(clean_line, cells)
         label = labels.get(word.strip().casefold())
@@ -108,8 +108,8 @@ def _common(table: pd.DataFrame, form: Form, origin: str) -> Rows:
         elif not all((text, *other)):
             dropped["empty"] += 1
         else:
-            kept.append((row_id.strip(), text, other[0] if other else None, label))
-    frame = pd.DataFrame(kept, columns=["id", "text", "text_pair", "label"])
-    frame["text_pair"] = pd.Series([row[2] for row in kept], dtype=object)
+            rows.append((row_id.strip(), text, other[0] if other else None, label))
+    frame = pd.DataFrame(rows, columns=["id", "text", "text_pair", "label"])
+    frame["text_pair"] = pd.Series([row[2] for row in rows], dtype=object)
     frame["label"] = frame["label"].astype("int64")
     return Rows(frame, dropped)

@@ -243,9 +243,9 @@ class SyntheticSettings:
     def conditions(self) -> list[str]:
         """What values must have in common."""
         repeated = sorted({code for code in self.members if self.members.count(code) > 1})
-        found = [f"members={self.members}: codes must differ; repeated: {', '.join(repeated)}"] if repeated else []
+        messages = [f"members={self.members}: codes must differ; repeated: {', '.join(repeated)}"] if repeated else []
         if not self.high_resource:
-            found.append("high_resource is empty; the encoder needs at least one member beside the source")
+            messages.append("high_resource is empty; the encoder needs at least one member beside the source")
         if not self.targets:
-            found.append("targets is empty; give at least one low-resource member")
-        return found
+            messages.append("targets is empty; give at least one low-resource member")
+        return messages

@@ -54,7 +54,9 @@ def run_all(settings: LauncherSettings, batch: TaskBatch) -> None:
                 for number in now:
                     batch.began(number)
             # One question to the cluster a round, about all jobs.
-            over = [number for place, (number, job) in enumerate(jobs.items()) if job.done(force_check=place == 0)]
+            over = [
+                number for position, (number, job) in enumerate(jobs.items()) if job.done(force_check=position == 0)
+            ]
             for number in over:
                 batch.ended(number, _answer(jobs.pop(number)))
             if not over:
@@ -116,20 +118,20 @@ def _without_accounts() -> None:
             self.seen: set[str] = set()
 
         def _make_command(self) -> list[str] | None:
-            known = sorted({name.split("_")[0] for name in self._registered - self._finished})
-            if not known:
+            job_ids = sorted({name.split("_")[0] for name in self._registered - self._finished})
+            if not job_ids:
                 return None
-            return ["squeue", "-r", "-a", "-h", "-t", "all", "-o", "%i|%T|%N", "-j", ",".join(known)]
+            return ["squeue", "-r", "-a", "-h", "-t", "all", "-o", "%i|%T|%N", "-j", ",".join(job_ids)]
 
         def read_info(self, string: bytes | str) -> dict[str, dict[str, str]]:
             """States by job id, from lines ``id|state|nodes``."""
             text = string if isinstance(string, str) else string.decode()
             rows = [line.split("|") for line in text.splitlines() if line.count("|") == 2]
-            found = {name: {"JobID": name, "State": state, "NodeList": nodes} for name, state, nodes in rows}
+            states = {name: {"JobID": name, "State": state, "NodeList": nodes} for name, state, nodes in rows}
             # The queue forgets a job some minutes after its end: one that was there and is not any more has ended.
-            gone = {name: {"JobID": name, "State": "FORGOTTEN"} for name in self.seen - found.keys()}
-            self.seen |= found.keys()
-            return found | gone
+            forgotten = {name: {"JobID": name, "State": "FORGOTTEN"} for name in self.seen - states.keys()}
+            self.seen |= states.keys()
+            return states | forgotten
 
     SlurmJob.watcher = QueueWatcher(delay_s=30)
 

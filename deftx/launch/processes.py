@@ -88,9 +88,9 @@ def _answer(work: Callable[[Any], Any], task: Any) -> Any:
 
 def visible_gpus() -> list[str]:
     """Ids of the GPUs that this process may use, without loading torch; empty where there are none."""
-    told = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if told is not None:
-        return [name.strip() for name in told.split(",") if name.strip()]
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if listed is not None:
+        return [name.strip() for name in listed.split(",") if name.strip()]
     try:
         answer = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=False)
     except (OSError, subprocess.TimeoutExpired):

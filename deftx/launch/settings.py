@@ -46,8 +46,8 @@ class LauncherSettings:
 
     def conditions(self) -> list[str]:
         """What values must have in common."""
-        here = self.name == "joblib" or (self.name == "submitit" and self.cluster == "local")
-        if not here or self.workers is not None:
+        on_this_machine = self.name == "joblib" or (self.name == "submitit" and self.cluster == "local")
+        if not on_this_machine or self.workers is not None:
             return []
         return [f"workers is needed with launcher.name={self.name}: how many jobs at a time"]
 

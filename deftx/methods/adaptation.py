@@ -58,20 +58,20 @@ class AdaptedClassifier:
         self._head = {name: parameter.data for name, parameter in head_parameters(model).items()}
         self._drawn = {name: tensor.clone() for name, tensor in self._head.items()}
 
-    def wear(self, wanted: Mapping[str, Adaptation]) -> None:
+    def wear(self, adaptations: Mapping[str, Adaptation]) -> None:
         """Take off what is not wanted, then put on what is not there yet.
 
         Args:
-            wanted: Adaptations by role: ``task``, ``language``.
+            adaptations: Adaptations by role: ``task``, ``language``.
 
         Raises:
             DeftxError: One does not fit this base or this task.
         """
         for role, adaptation in list(self.worn.items()):
-            if role not in wanted or wanted[role].key != adaptation.key:
+            if role not in adaptations or adaptations[role].key != adaptation.key:
                 adaptation.take_off(role, self)
                 del self.worn[role]
-        for role, adaptation in wanted.items():
+        for role, adaptation in adaptations.items():
             if role not in self.worn:
                 adaptation.put_on(role, self)
                 self.worn[role] = adaptation

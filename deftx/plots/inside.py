@@ -38,7 +38,7 @@ def mask_density(parts: Sequence[tuple[str, str, pd.DataFrame]]) -> Figure:
     figure, axes = panels(len(drawn), height=1.1 + 0.22 * len(modules), most=2)
     for axis, (kind, title, table) in zip(axes, drawn, strict=True):
         table = table.reindex([module for module in modules if module in table.index])
-        same = [other.to_numpy() for its, _, other in drawn if its == kind]
+        same = [other.to_numpy() for other_kind, _, other in drawn if other_kind == kind]
         limits = (min(float(np.nanmin(shares)) for shares in same), max(float(np.nanmax(shares)) for shares in same))
         names, layers = [_short(name) for name in table.index], layer_names(table.columns)
         heat_map(axis, table.to_numpy(), names, layers, label="selected (%)", limits=limits)

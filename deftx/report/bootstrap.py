@@ -116,8 +116,8 @@ class Resampler:
 def shared_items(ids: Mapping[str, Sequence[str]]) -> list[list[str]]:
     """Group languages whose test sets share items, directly or through a third one."""
     groups: list[tuple[set[str], list[str]]] = []
-    for language, its in ids.items():
-        items, members = set(its), [language]
+    for language, item_ids in ids.items():
+        items, members = set(item_ids), [language]
         apart = []
         for other in groups:
             if other[0] & items:

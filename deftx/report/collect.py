@@ -74,9 +74,11 @@ class Run:
 
     def made_up_by(self, other: Run) -> bool:
         """Whether a finished run is the same job, as far as this one recorded its base and its data."""
-        mine, its = self.record.fingerprints, other.record.fingerprints
-        shared = [name for name in ("base", "base files") if mine.get(name) and its.get(name)]
-        return self.job == other.job and all(mine[name] == its[name] for name in shared) and self._read_the_same(other)
+        own, others = self.record.fingerprints, other.record.fingerprints
+        shared = [name for name in ("base", "base files") if own.get(name) and others.get(name)]
+        return (
+            self.job == other.job and all(own[name] == others[name] for name in shared) and self._read_the_same(other)
+        )
 
     def _read_the_same(self, other: Run) -> bool:
         return agree(digests(self.data), digests(other.data))

@@ -221,5 +221,5 @@ def _show(request: Request, collection: Collection, tables: Sequence[tuple[Summa
         line(text)
     for trouble in collection.troubles:
         line(trouble_text(trouble))
-    for what, file in (("page", "report.html"), ("tables", "tables"), ("plots", "plots"), ("scores", "scores.csv")):
-        line(f"{what:<7} {request.out / file}")
+    for name, file in (("page", "report.html"), ("tables", "tables"), ("plots", "plots"), ("scores", "scores.csv")):
+        line(f"{name:<7} {request.out / file}")

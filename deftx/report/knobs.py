@@ -43,18 +43,18 @@ def score_settings(settings: Mapping[str, Any]) -> Settings:
 
     The data is compared by :func:`data_behind`, because a run names only the languages that it has.
     """
-    kept = {key: value for key, value in settings.items() if key not in BOOKKEEPING and key != DATA_READ}
-    groups = {key.rpartition(".")[0] for key in kept}
+    result = {key: value for key, value in settings.items() if key not in BOOKKEEPING and key != DATA_READ}
+    groups = {key.rpartition(".")[0] for key in result}
     for name, default in _LATER.items():
         if name.rpartition(".")[0] in groups:
-            kept.setdefault(name, default)  # a later knob: older results were computed with its default
+            result.setdefault(name, default)  # a later knob: older results were computed with its default
     for key in declared(ShortKnobs):
-        if f"lang.{key}" in kept and f"task.{key}" in kept:
-            kept.pop(key, None)
-    kept = {key: value for key, value in kept.items() if value is not None}  # null is as good as absent
+        if f"lang.{key}" in result and f"task.{key}" in result:
+            result.pop(key, None)
+    result = {key: value for key, value in result.items() if value is not None}  # null is as good as absent
     if isinstance(targets := settings.get("language"), list):
-        kept[TARGETS] = sorted(map(str, targets))
-    return kept
+        result[TARGETS] = sorted(map(str, targets))
+    return result
 
 
 def read_by(condition: str, settings: Mapping[str, Any], cells: Iterable[CellFacts] = ()) -> Settings:
@@ -70,17 +70,19 @@ def read_by(condition: str, settings: Mapping[str, Any], cells: Iterable[CellFac
     def reads(key: str) -> bool:
         return condition not in _facts(key).ignored_by
 
-    kept = {key: value for key, value in settings.items() if reads(key)}
+    result = {key: value for key, value in settings.items() if reads(key)}
     if condition != "other_language_sft":
-        kept.pop(TARGETS, None)
+        result.pop(TARGETS, None)
     for term in (term for cell in cells if cell.condition == condition for term in cell.terms):
         scope = _SCOPES[term.kind]
         if term.rank is None and reads(scope):
-            kept = {key: value for key, value in kept.items() if key not in {f"{scope}.{name}" for name in DENOISING}}
+            result = {
+                key: value for key, value in result.items() if key not in {f"{scope}.{name}" for name in DENOISING}
+            }
         for name in ("mask", "second_phase"):
-            if f"{scope}.{name}" in kept:
-                kept[f"{scope}.{name}"] = getattr(term, name)
-    return kept
+            if f"{scope}.{name}" in result:
+                result[f"{scope}.{name}"] = getattr(term, name)
+    return result
 
 
 def as_method(method: str, settings: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -113,8 +115,8 @@ def data_behind(condition: str, data: Sequence[DataRead]) -> dict[str, str]:
 def digests(data: Iterable[DataRead]) -> dict[str, str]:
     """Return digests of some data, and of what filters left of it, by name."""
     pieces = list(data)
-    kept = {f"{piece.name} kept": piece.kept for piece in pieces if piece.kept is not None}
-    return {piece.name: piece.digest for piece in pieces} | kept
+    kept_rows = {f"{piece.name} kept": piece.kept for piece in pieces if piece.kept is not None}
+    return {piece.name: piece.digest for piece in pieces} | kept_rows
 
 
 def agree(first: Mapping[str, str], second: Mapping[str, str]) -> bool:

@@ -131,17 +131,17 @@ def _provenance(runs: Sequence[Run]) -> Rows:
     values: dict[str, Counter[str]] = {}
     dirty = set()
     for run in runs:
-        for what, value, changed in _facts(run):
-            values.setdefault(what, Counter())[shown_value(value) if value is not None else "not known"] += 1
+        for fact, value, changed in _facts(run):
+            values.setdefault(fact, Counter())[shown_value(value) if value is not None else "not known"] += 1
             if changed:
-                dirty.add(what)
+                dirty.add(fact)
     rows = []
-    for what, runs_of in sorted(values.items(), key=lambda row: len(row[1]) == 1):
+    for fact, runs_of in sorted(values.items(), key=lambda row: len(row[1]) == 1):
         # A target that some runs lack is no difference; two values of one thing are.
         differs = len(runs_of) > 1
         shown = [f"{value} ({count} runs)" if differs else value for value, count in runs_of.items()]
-        flag = "differs" if differs else "uncommitted changes" if what in dirty else ""
-        rows.append([what, " · ".join(shown), flag])
+        flag = "differs" if differs else "uncommitted changes" if fact in dirty else ""
+        rows.append([fact, " · ".join(shown), flag])
     return rows
 
 
@@ -149,11 +149,11 @@ def _facts(run: Run) -> Iterator[tuple[str, Any, bool]]:
     """Yield name and value of each fact of a run's provenance, and whether it is a commit with uncommitted changes."""
     facts = run.record.provenance
     git = facts.get("git")
-    for what, where in (("deftx", "deftx"), ("working directory", "working_directory")):
+    for name, where in (("deftx", "deftx"), ("working directory", "working_directory")):
         commit = git.get(where) if isinstance(git, Mapping) else None
         if isinstance(commit, Mapping):
             changed = bool(commit.get("dirty"))
-            yield f"commit of {what}", f"{commit.get('commit')}{' with changes' if changed else ''}", changed
+            yield f"commit of {name}", f"{commit.get('commit')}{' with changes' if changed else ''}", changed
     versions = facts.get("versions")
     for name, version in (versions if isinstance(versions, Mapping) else {}).items():
         yield name, version, False

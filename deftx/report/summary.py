@@ -225,11 +225,11 @@ def _difference(summary: Summary, column: Column, row: str, resampler: Resampler
     base = summary.baselines[column]
     if (column, row) not in summary.scores or (base, row) not in summary.scores:
         return
-    mine, other = summary.scores[column, row], summary.scores[base, row]
-    seeds = tuple(sorted(set(mine.values) & set(other.values)))
-    if not seeds or mine.missing or other.missing:
+    own, other = summary.scores[column, row], summary.scores[base, row]
+    seeds = tuple(sorted(set(own.values) & set(other.values)))
+    if not seeds or own.missing or other.missing:
         return
-    value = float(np.mean([mine.values[seed] - other.values[seed] for seed in seeds]))
+    value = float(np.mean([own.values[seed] - other.values[seed] for seed in seeds]))
     languages = summary.section.languages if row == MEAN else [row]
     cells = [(c, language, seed) for c in (column, base) for language in languages for seed in seeds]
     if any(cell not in summary.resampled for cell in cells):

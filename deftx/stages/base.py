@@ -15,7 +15,7 @@ from deftx.data.places import combined_fingerprint
 from deftx.data.settings import CorpusSettings, DataSettings
 from deftx.errors import DeftxError
 from deftx.knobs import refuse
-from deftx.stages.node import Given, InputFolder, Loggers, Node, check_all, contents, node, stage_seed
+from deftx.stages.node import ExternalInput, InputFolder, Loggers, Node, check_all, contents, node, stage_seed
 from deftx.stages.settings import StudySettings
 from deftx.training.model_folder import (
     MODEL_FILES,
@@ -38,7 +38,7 @@ class Base(InputFolder):
         name: Short name or hub id.
         key: Fingerprint of the files of a given base, or key of the node that pretrains it here.
         folder: Folder of a given base; None if it is pretrained here.
-        given: Content of that folder; None if it is pretrained here.
+        external: Content of that folder; None if it is pretrained here.
         node: The node that pretrains it here; None for a given base.
         revision: Commit of a base from the hub.
         drawing: Whether training it draws random numbers on the device: any dropout above 0.
@@ -49,7 +49,7 @@ class Base(InputFolder):
     name: str
     key: str
     folder: Path | None
-    given: Given | None
+    external: ExternalInput | None
     node: Node | None
     revision: str | None
     drawing: bool
@@ -181,9 +181,9 @@ def base_of(study: StudySettings, data: DataSettings, family: Mapping[str, Node]
         return Base(model.name, pretrain.key, None, None, pretrain, None, **facts)
     folder, commit = resolve_model(model)
     check_model_folder(folder)
-    given = Given.of(f"the model in {folder}", partial(model_key, folder, cache))
+    content = ExternalInput.of(f"the model in {folder}", partial(model_key, folder, cache))
     name = model.hub if model.path is None and model.hub else model.name
-    return Base(name, given.fingerprint, folder, given, None, commit, **_about(folder))
+    return Base(name, content.fingerprint, folder, content, None, commit, **_about(folder))
 
 
 def _about(description: Path | Mapping[str, Any]) -> dict[str, Any]:
@@ -207,12 +207,12 @@ def _pretrained_here(
     if not study.pretrain_languages:
         raise DeftxError("model.pretrain needs model.languages=[...]: the languages whose text the encoder learns from")
     sources = {code: resolve_text(language, data) for code, language in study.pretrain_languages.items()}
-    given = {
-        f"text.{code}": Given.of(f"text of {code}", partial(source.fingerprint, cache.fingerprint))
+    external = {
+        f"text.{code}": ExternalInput.of(f"text of {code}", partial(source.fingerprint, cache.fingerprint))
         for code, source in sources.items()
     }
-    given |= {
-        f"protected.{code}": Given.of(
+    external |= {
+        f"protected.{code}": ExternalInput.of(
             f"evaluation rows of {code}",
             partial(combined_fingerprint, protected_places(language, data), cache.fingerprint),
         )
@@ -232,7 +232,7 @@ def _pretrained_here(
             code: build_corpus(source, protected_texts(study.pretrain_languages[code], data), cleaning, seed)
             for code, source in sources.items()
         }
-        check_all(given)
+        check_all(external)
         train = [line for code, text in texts.items() if code in languages for line in text.train]
         valid = [line for code, text in texts.items() if code in languages for line in text.valid]
         seen = [line for text in texts.values() for line in text.train]
@@ -270,7 +270,7 @@ def _pretrained_here(
         },
         compute,
         needs=family,
-        content=contents(given),
+        content=contents(external),
         # Like a downloaded base, it does not depend on the study's seed.
         seed=study.model.seed,
         label="base " + "+".join(study.model.languages or sources),

@@ -94,13 +94,13 @@ class StudyProgress:
     sfts: list[SFT] = field(default_factory=list)
     outcomes: list[Outcome] = field(default_factory=list)
 
-    def open(self, needs: Needs, given: GivenSFTs | None = None) -> StudyGraph:
+    def open(self, needs: Needs, given_sfts: GivenSFTs | None = None) -> StudyGraph:
         """Build the graph and compute all that the study reads before it trains, so that a bad row fails at once.
 
         Raises:
             DeftxError: Data or a model is missing, or training and test rows are not of one form.
         """
-        self.graph = graph(self.study, self.results.cache, needs=needs, given=given)
+        self.graph = graph(self.study, self.results.cache, needs=needs, given_sfts=given_sfts)
         inputs = self.graph.inputs
         for code, error in inputs.skipped.items():
             log.warning("%s: no unlabelled text, evaluated without a language SFT (%s)", code, error)
@@ -126,7 +126,7 @@ class StudyProgress:
                 self.outcomes.append(outcome(cell, self.results.of(node)))
             if self.results.agree():
                 return
-            for node in self.graph.wanted:  # computes contradicting results again, and what depends on them
+            for node in self.graph.required:  # computes contradicting results again, and what depends on them
                 self.results.of(node)
 
     def so_far(self) -> None:

@@ -102,7 +102,7 @@ class StudyGraph:
         return [*self.inputs.nodes, *self.base.needs.values(), *self.measures.values()]
 
     @property
-    def wanted(self) -> list[Node]:
+    def required(self) -> list[Node]:
         """Nodes whose results a run needs, in this order."""
         return [*self.opened, *(sft.node for sft in self.sfts if sft.node is not None), *self.evaluations]
 
@@ -124,7 +124,7 @@ class StudyGraph:
     @property
     def nodes(self) -> list[Node]:
         """Every node, each after all that it needs."""
-        return ordered(self.wanted)
+        return ordered(self.required)
 
     @property
     def finished(self) -> Stage:
@@ -206,7 +206,7 @@ def graph(
     cache: StageCache | None = None,
     *,
     needs: Needs = NEEDS["run"],
-    given: GivenSFTs | None = None,
+    given_sfts: GivenSFTs | None = None,
 ) -> StudyGraph:
     """Build the graph of a study: a function of its settings and of the contents of the files it names.
 
@@ -214,7 +214,7 @@ def graph(
         study: Resolved settings.
         cache: Remembers files' digests; ``None``: the study's own cache.
         needs: What the command reads and makes.
-        given: SFTs to evaluate in place of trained ones.
+        given_sfts: SFTs to evaluate in place of trained ones.
 
     Raises:
         DeftxError: Data or a model is missing.
@@ -225,12 +225,12 @@ def graph(
     sfts, parts = _sfts_of(study, inputs, needs, cache.root / "scratch" / "tokens")
     all_sfts, length = list(sfts.values()), study.task_sft.training.max_length
     cells: list[Cell] = []
-    if given is not None:
-        all_sfts, length = [given.task, *given.languages.values()], given.max_length
-        condition = "source_language_only" if given.task.on else "no_language_sft"
-        composed = {code: given.languages[code] for code in study.targets if code in given.languages}
-        cells = [Cell(code, "composed", given.task, sft) for code, sft in composed.items()]
-        cells += [Cell(code, condition, given.task, None) for code in study.targets]
+    if given_sfts is not None:
+        all_sfts, length = [given_sfts.task, *given_sfts.languages.values()], given_sfts.max_length
+        condition = "source_language_only" if given_sfts.task.on else "no_language_sft"
+        composed = {code: given_sfts.languages[code] for code in study.targets if code in given_sfts.languages}
+        cells = [Cell(code, "composed", given_sfts.task, sft) for code, sft in composed.items()]
+        cells += [Cell(code, condition, given_sfts.task, None) for code in study.targets]
     elif needs.tests:
         cells = cells_of(list(study.targets), study.methods, study.controls, study.source.code, sfts)
     evaluator = Evaluator(study, base, inputs.tests, length)
@@ -291,7 +291,7 @@ class Look:
             self._cached[node.key] = self.cache.peek(node.stage) is not None
         return self._cached[node.key]
 
-    def asked(self, nodes: Iterable[Node]) -> list[tuple[Node, bool]]:
+    def required_nodes(self, nodes: Iterable[Node]) -> list[tuple[Node, bool]]:
         """List the nodes that computing ``nodes`` reads or computes, in order, and whether each is cached.
 
         The inputs of a cached result are not visited.

@@ -21,7 +21,7 @@ from deftx.data.settings import DataSettings, LanguageSettings
 from deftx.data.synthetic import family_data, generate_family
 from deftx.errors import DeftxError
 from deftx.stages.base import Base, base_of
-from deftx.stages.node import Given, Loggers, Node, check_all, contents, node, stage_seed
+from deftx.stages.node import ExternalInput, Loggers, Node, check_all, contents, node, stage_seed
 from deftx.stages.settings import StudySettings
 from deftx.tracking import DataRead
 
@@ -70,18 +70,18 @@ class TestRows:
 
     Attributes:
         needs: The node of the generated family, where they are its.
-        given: What they are.
+        external: What they are.
         load: Reads them.
     """
 
     needs: Mapping[str, Node]
-    given: Given
+    external: ExternalInput
     load: Callable[[], pd.DataFrame]
 
     @property
     def content(self) -> dict[str, str]:
         """Their fingerprint, for what reads them."""
-        return {"rows": self.given.fingerprint}
+        return {"rows": self.external.fingerprint}
 
     @cached_property
     def frame(self) -> pd.DataFrame:
@@ -91,7 +91,7 @@ class TestRows:
             DeftxError: They cannot be read, or were changed since the command began.
         """
         rows = self.load()
-        self.given.check()
+        self.external.check()
         return rows
 
 
@@ -177,7 +177,7 @@ class _Reader:
             for code, language in study.targets.items():
                 place = evaluation_place(study.task, language, data, study.split)
                 inputs.tests[code] = self._tests(language, place)
-                self._tell("test", code, place)
+                self._record_read("test", code, place)
         own = own_test_places(study.task, [*study.languages.values()], data)
         if needs.task:
             for code, language in study.sources.items():
@@ -186,7 +186,7 @@ class _Reader:
                 roles = {"train": places.train} | ({"valid": places.valid} if places.valid is not None else {})
                 inputs.rows[code] = self._rows(language, roles, [*places.protected, *own.values()])
                 for role, place in roles.items():
-                    self._tell(role, code, place)
+                    self._record_read(role, code, place)
         sources = study.sources if needs.task and study.source_sft is not None else {}
         for code, language in {**sources, **(study.targets if needs.lang else {})}.items():
             try:
@@ -198,18 +198,18 @@ class _Reader:
                 continue
             protected = [*protected_places(language, data), *([own[code]] if code in own else [])]
             inputs.texts[code] = self._text(language, source, protected)
-            self._tell("text", code, source)
+            self._record_read("text", code, source)
 
-    def _tell(self, what: str, code: str, origin: Origin) -> None:
-        self.inputs.read.append(DataRead(what=what, language=code, **origin.description(self.cache.fingerprint)))
+    def _record_read(self, role: str, code: str, origin: Origin) -> None:
+        self.inputs.read.append(DataRead(what=role, language=code, **origin.description(self.cache.fingerprint)))
 
-    def _given(self, what: str, origin: Origin) -> Given:
-        return Given.of(what, partial(origin.fingerprint, self.cache.fingerprint))
+    def _external(self, description: str, origin: Origin) -> ExternalInput:
+        return ExternalInput.of(description, partial(origin.fingerprint, self.cache.fingerprint))
 
-    def _protected(self, places: Sequence[Place]) -> Given:
+    def _protected(self, places: Sequence[Place]) -> ExternalInput:
         """Evaluation rows that are kept out of what is trained on."""
         again = partial(combined_fingerprint, places, self.cache.fingerprint)
-        return Given.of("a file of evaluation rows", again)
+        return ExternalInput.of("a file of evaluation rows", again)
 
     def _needs(self, *origins: Origin) -> Mapping[str, Node]:
         """The family's node, where it makes some of what is read."""
@@ -221,7 +221,7 @@ class _Reader:
         study = self.study
         return TestRows(
             self._needs(place),
-            self._given(f"the {study.split} set of {language.code}", place),
+            self._external(f"the {study.split} set of {language.code}", place),
             partial(load_test, study.task, language, self.data, study.split),
         )
 
@@ -232,7 +232,7 @@ class _Reader:
         sentence on each line) and ``report.json`` (how many lines were read, dropped and why, and kept).
         """
         study, data = self.study, self.data
-        given = {"text": self._given(f"text of {language.code}", source), "protected": self._protected(protected)}
+        sources = {"text": self._external(f"text of {language.code}", source), "protected": self._protected(protected)}
 
         def compute(work: Workspace, loggers: Loggers) -> None:
             from deftx.data.tasks import own_test_rows, protected_texts, sentences
@@ -241,7 +241,7 @@ class _Reader:
             for rows in own_test_rows(study.task, [language], data).values():
                 texts += sentences(rows)
             built = build_corpus(source, texts, study.corpus, seed=stage_seed(study.seed, "corpus", language.code))
-            check_all(given)
+            check_all(sources)
             for split, lines in (("train", built.train), ("valid", built.valid)):
                 (work.out / f"{split}.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
             write_json(work.out / REPORT, built.report)
@@ -252,7 +252,7 @@ class _Reader:
             {"corpus": asdict(study.corpus), "language": language.code},
             compute,
             needs=self._needs(source, *protected),
-            content=contents(given),
+            content=contents(sources),
             seed=study.seed,
             label=f"text {language.code}",
             product=("train.txt", "valid.txt"),
@@ -266,8 +266,8 @@ class _Reader:
         rows of each) and ``report.json`` (how many rows were read, dropped and why, and kept).
         """
         study, data = self.study, self.data
-        given = {role: self._given(f"{study.train} ({role}) of {source.code}", roles[role]) for role in roles}
-        given["protected"] = self._protected(protected)
+        sources = {role: self._external(f"{study.train} ({role}) of {source.code}", roles[role]) for role in roles}
+        sources["protected"] = self._protected(protected)
         filters = study.data.result_settings()
         if "valid" in roles:
             del filters["valid_fraction"]  # nothing is held out
@@ -278,7 +278,7 @@ class _Reader:
             tests = own_test_rows(study.task, [*study.languages.values()], data)
             also = [tests[code] for code in sorted(tests)]
             rows = load_train(study.train, source, data, stage_seed(study.seed, "task", source.code), also)
-            check_all(given)
+            check_all(sources)
             if rows.train["label"].nunique() == 1:
                 raise DeftxError(
                     f"{study.train} ({source.code}): all {len(rows.train)} training rows have one label; a classifier "
@@ -300,7 +300,7 @@ class _Reader:
             },
             compute,
             needs=self._needs(*roles.values(), *protected),
-            content=contents(given),
+            content=contents(sources),
             seed=study.seed,
             label=f"rows {study.train} {source.code}",
             # Not the files: their bytes hold versions of libraries.

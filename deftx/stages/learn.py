@@ -131,11 +131,11 @@ def sft_nodes(objective: Objective, sft: SFTSettings) -> SFTNodes:
     # Absent where nothing is lost: what was trained before there was a choice is the same result.
     stored = {} if sft.value_dtype == "float32" else {"value_dtype": sft.value_dtype}
     size = round(BYTES_PER_COORDINATE * phases.expected_k)
-    made: dict[str, Any] = {"label": label, "product": (f"{SFT_FOLDER}/sft.safetensors",), "size": size}
+    options: dict[str, Any] = {"label": label, "product": (f"{SFT_FOLDER}/sft.safetensors",), "size": size}
     if sft.second_phase:
         settings = {**phases.settings("sparse"), **stored}
         trained["needs"] = {**trained["needs"], "select": select}
-        final = node("sparse", 2, settings, phases.sparse, **trained, **made)
+        final = node("sparse", 2, settings, phases.sparse, **trained, **options)
     else:
         final = node(
             "direct",
@@ -144,7 +144,7 @@ def sft_nodes(objective: Objective, sft: SFTSettings) -> SFTNodes:
             phases.direct,
             needs={**evidence, "select": select, **start, **objective.data},
             content=content,
-            **made,
+            **options,
         )
     on = tuple(item.key for item in objective.source_sfts.values())
     name = f"{objective.label} {sft.description}"
@@ -251,11 +251,11 @@ class _Phases:
         module, fingerprint, drawn = evidence.loaded()
         values = evidence.denoised_change()
         mask = load_file(work.inputs["select"].file(MASK))
-        kept = {name: index for name, index in mask.items() if index.numel()}
+        selected = {name: index for name, index in mask.items() if index.numel()}
         delta = SparseDelta(
-            indices=kept,
-            values={name: values[name].flatten()[index] for name, index in kept.items()},
-            shapes={name: tuple(values[name].shape) for name in kept},
+            indices=selected,
+            values={name: values[name].flatten()[index] for name, index in selected.items()},
+            shapes={name: tuple(values[name].shape) for name in selected},
             head={
                 name.removeprefix("head."): tensor
                 for name, tensor in evidence.full().items()
@@ -267,8 +267,8 @@ class _Phases:
         _write_denoising(work, evidence.reports)
         full = _read_json(work.inputs["full"].file(METRICS))
         untrained = PhaseResult(peak_memory=full["peak_memory"], train_examples=full["train_examples"])
-        told = {name: value for name, value in full.items() if name != "history"}
-        _write_json(work.out / METRICS, _values(untrained, full["monitor"]) | {"full": told})
+        full_facts = {name: value for name, value in full.items() if name != "history"}
+        _write_json(work.out / METRICS, _values(untrained, full["monitor"]) | {"full": full_facts})
 
     def _fit(
         self, module: Encoder, callback: Any, phase: str, slug: str, work: Workspace, loggers: Loggers
@@ -317,7 +317,7 @@ class _Phases:
     ) -> dict[str, Any]:
         """What ``sft.json`` says of an SFT."""
         sft = self.sft
-        known: dict[str, Any] = {
+        facts: dict[str, Any] = {
             "kind": self.objective.kind,
             "method": sft.method,
             "base_model": self.objective.base.name,
@@ -334,10 +334,10 @@ class _Phases:
             **self.objective.facts(work),
         }
         if sft.mask != "magnitude":
-            known["mask"] = sft.mask
+            facts["mask"] = sft.mask
         if not sft.second_phase:
-            known["second_phase"] = False
-        return known
+            facts["second_phase"] = False
+        return facts
 
 
 def _values(result: PhaseResult, monitor: str) -> dict[str, Any]:

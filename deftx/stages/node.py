@@ -23,7 +23,7 @@ Compute = Callable[[Workspace, Loggers], None]
 
 
 @dataclass(frozen=True)
-class Given:
+class ExternalInput:
     """Something that the user or a hub gave, identified by its content.
 
     Attributes:
@@ -37,9 +37,9 @@ class Given:
     again: Callable[[], str]
 
     @classmethod
-    def of(cls, what: str, again: Callable[[], str]) -> Given:
+    def of(cls, description: str, again: Callable[[], str]) -> ExternalInput:
         """Take the current content."""
-        return cls(what, again(), again)
+        return cls(description, again(), again)
 
     def check(self) -> None:
         """Check that the content is still the one in the keys; call it after reading.
@@ -54,14 +54,14 @@ class Given:
             )
 
 
-def contents(given: Mapping[str, Given]) -> dict[str, str]:
+def contents(sources: Mapping[str, ExternalInput]) -> dict[str, str]:
     """Fingerprints by name, as they enter a key."""
-    return {name: source.fingerprint for name, source in given.items()}
+    return {name: source.fingerprint for name, source in sources.items()}
 
 
-def check_all(given: Mapping[str, Given]) -> None:
-    """Call :meth:`Given.check` on each; call it after reading them."""
-    for source in given.values():
+def check_all(sources: Mapping[str, ExternalInput]) -> None:
+    """Call :meth:`ExternalInput.check` on each; call it after reading them."""
+    for source in sources.values():
         source.check()
 
 
@@ -98,7 +98,7 @@ class InputFolder:
         key: Key of that node, or the fingerprint of a given folder.
         node: The node that makes it; None for a given folder.
         folder: The given folder; None if a node makes it.
-        given: Content of the given folder.
+        external: Content of the given folder.
     """
 
     kind: str
@@ -106,7 +106,7 @@ class InputFolder:
     key: str
     node: Node | None
     folder: Path | None
-    given: Given | None
+    external: ExternalInput | None
 
     @property
     def needs(self) -> dict[str, Node]:
@@ -126,8 +126,8 @@ class InputFolder:
         """
         if self.folder is None:
             return work.inputs[self.kind].path / self.inside
-        if self.given is not None:
-            self.given.check()
+        if self.external is not None:
+            self.external.check()
         return self.folder
 
     def digest(self, work: Workspace) -> str:

@@ -19,7 +19,7 @@ from deftx.core.folder import FACTS, TENSORS
 from deftx.data.settings import LanguageSettings
 from deftx.stages.base import Base
 from deftx.stages.inputs import REPORT, read_json, read_rows, read_text
-from deftx.stages.node import Given, InputFolder, Node, stage_seed
+from deftx.stages.node import ExternalInput, InputFolder, Node, stage_seed
 from deftx.stages.settings import SFTSettings, StudySettings
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class SFT(InputFolder):
         name: For tables and logs, such as ``language qba deftx``.
         key: Of the node that makes it; of a given one the sha256 of its tensors.
         node: Makes it; None for a given one.
-        given: A given one's tensors; None for one that is made.
+        external: A given one's tensors; None for one that is made.
         folder: Of a given one; None for one that is made.
         on: Keys of the φ_S that it is trained on; empty on θ⁰.
         composition: How it is put on a model, a key of :data:`deftx.methods.adaptation.COMPOSITIONS`.
@@ -52,7 +52,7 @@ class SFT(InputFolder):
     name: str = field(compare=False)
     key: str
     node: Node | None = field(default=None, compare=False)
-    given: Given | None = field(default=None, compare=False)
+    external: ExternalInput | None = field(default=None, compare=False)
     folder: Path | None = field(default=None, compare=False)
     on: tuple[str, ...] = field(default=(), compare=False)
     composition: str = "sum"
@@ -184,8 +184,8 @@ class TaskObjective(Objective):
         """
         self.several = len(rows) > 1
 
-        def name(what: str, code: str) -> str:
-            return f"{what}.{code}" if self.several else what
+        def name(kind: str, code: str) -> str:
+            return f"{kind}.{code}" if self.several else kind
 
         self.rows = {code: name("data", code) for code in rows}
         self.on = {code: name("source_sft", code) for code in rows if on}

@@ -91,7 +91,7 @@ def _fill_from_graph(record: tracking.RunRecord, progress: StudyProgress, graph:
     record.data = {
         name: read_json(entries[node.key].file(REPORT)) for name, node in reports.values() if node.key in entries
     }
-    digests = {what: record.data.get(name, {}).get("digest") for what, (name, _) in reports.items()}
+    digests = {role: record.data.get(name, {}).get("digest") for role, (name, _) in reports.items()}
     read = [replace(source, kept=digests.get((source.what, source.language))) for source in inputs.read]
     record.settings = {**record.settings, tracking.DATA_READ: tracking.data_setting(read)}
     record.fingerprints = {f"{study.split} {code}": fingerprint_rows(rows) for code, rows in progress.tests.items()}
@@ -221,7 +221,7 @@ def show(study: StudySettings, record: tracking.RunRecord, run_dir: Path, cache:
     """Print the scores of the task's own metric, remarks, and the paths of the files."""
     metric = study.task_spec.metric
     # the scores are the table itself
-    where = {what: short(run_dir / name) for what, name in tracking.RUN_FILES.items() if name != tracking.METRICS}
+    where = {name: short(run_dir / file) for name, file in tracking.RUN_FILES.items() if name != tracking.METRICS}
     where["stage cache"] = short(cache.root)
     work = f"{cache.computed} stages computed, {cache.hits} from the cache, {time_text(record.seconds or 0)}"
     if not cache.computed and "imports" in record.times:

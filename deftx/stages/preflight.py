@@ -31,8 +31,8 @@ def preflight(
     folders: Mapping[str, Path],
     out: Path | None = None,
     *,
-    here: bool = True,
-    known: dict[str, list[str]] | None = None,
+    on_this_machine: bool = True,
+    checked: dict[str, list[str]] | None = None,
 ) -> list[str]:
     """List every problem of a study that its configuration, model folder and data files show.
 
@@ -41,10 +41,10 @@ def preflight(
         job: A key of :data:`~deftx.stages.inputs.NEEDS`.
         folders: Folders that will be written, by the knob that names them.
         out: Folder of the SFTs or the model, if the command writes one; must be new or empty.
-        here: Whether the job runs on this machine, not on a launcher's worker.
-        known: Problems of data files by check, shared by the jobs of one command so that each file is read once.
+        on_this_machine: Whether the job runs on this machine, not on a launcher's worker.
+        checked: Problems of data files by check, shared by the jobs of one command so that each file is read once.
     """
-    known = {} if known is None else known
+    checked = {} if checked is None else checked
     needs = NEEDS[job]
     problems: list[str] = []
     for knob, folder in folders.items():
@@ -56,7 +56,7 @@ def preflight(
             with collected(problems):
                 refuse_used(folder)
     with collected(problems):
-        if here:
+        if on_this_machine:
             _check_accelerator(study)
     with collected(problems):
         if needs.base:
@@ -67,7 +67,7 @@ def preflight(
         with collected(problems):
             _check_pretraining_text(study)
     if needs.base and not study.generated:
-        problems += _data_problems(study, needs, known)
+        problems += _data_problems(study, needs, checked)
     return problems
 
 
@@ -183,7 +183,7 @@ def _check_pretraining_text(study: StudySettings) -> None:
             ) from error
 
 
-def _data_problems(study: StudySettings, needs: Needs, known: dict[str, list[str]]) -> list[str]:
+def _data_problems(study: StudySettings, needs: Needs, checked: dict[str, list[str]]) -> list[str]:
     """Read the test files; find training files and text, which the run reads before it trains."""
     data = study.data
     public = [name for name, spec in SETS.items() if not (spec.own or spec.generated)]
@@ -203,8 +203,8 @@ def _data_problems(study: StudySettings, needs: Needs, known: dict[str, list[str
             checks.append(partial(resolve_text, language, data))
     for check in checks:
         key = repr(check)  # the function and its arguments
-        if key not in known:
-            known[key] = []
-            with collected(known[key]):
+        if key not in checked:
+            checked[key] = []
+            with collected(checked[key]):
                 check()
-    return list(dict.fromkeys(problem for check in checks for problem in known[repr(check)]))
+    return list(dict.fromkeys(problem for check in checks for problem in checked[repr(check)]))

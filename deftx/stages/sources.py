@@ -11,7 +11,7 @@ from deftx.core.folder import FACTS, TENSORS
 from deftx.data.hub import reason, resolve_commit
 from deftx.errors import DeftxError
 from deftx.methods import METHODS
-from deftx.stages.node import Given
+from deftx.stages.node import ExternalInput
 from deftx.stages.objectives import SFT
 from deftx.stages.settings import StudySettings
 
@@ -48,8 +48,8 @@ def open_given(source: str, kind: str, study: StudySettings | None = None) -> tu
     on = tuple(map(str, (facts.get("trained_on") or {}).values()))
     method = METHODS.get(str(facts.get("method")))
     composition = "sum" if method is None else method.composition
-    given = Given.of(f"the SFT in {folder}", partial(file_sha256, folder / TENSORS))
-    return SFT(kind, name, given.fingerprint, given=given, folder=folder, on=on, composition=composition), facts
+    content = ExternalInput.of(f"the SFT in {folder}", partial(file_sha256, folder / TENSORS))
+    return SFT(kind, name, content.fingerprint, external=content, folder=folder, on=on, composition=composition), facts
 
 
 def _download(repo: str) -> Path:

@@ -49,7 +49,7 @@ def run_study(study: StudySettings, run_dir: Path) -> tracking.RunRecord:
             progress.train(sft)
         progress.evaluate()
 
-    return _run(study, run_dir, "run", flat_knobs(study), body, kept=True)
+    return _run(study, run_dir, "run", flat_knobs(study), body, cached=True)
 
 
 def run_parts(study: StudySettings, run_dir: Path) -> tracking.RunRecord:
@@ -182,11 +182,11 @@ def _run(
     knobs: dict[str, Any],
     body: Callable[[StudyProgress], None],
     *,
-    kept: bool = False,
+    cached: bool = False,
 ) -> tracking.RunRecord:
     """Run ``body`` and write the run's record and tables, whether it succeeds or fails.
 
-    With ``kept``, a finished run is cached: the same job of another sweep then copies its files.
+    With ``cached``, a finished run is cached: the same job of another sweep then copies its files.
     """
     cache = _open_cache(study)
     record = tracking.RunRecord(
@@ -223,7 +223,7 @@ def _run(
                 log.warning("what the run came to before it failed is not told in full: %s", error)
             raise
         finish()
-    if kept:
+    if cached:
         keep(progress, run_dir)
     if study.trainer.profile:
         tracking.print_steps(record.sfts)

@@ -24,18 +24,18 @@ class JobPlan:
 
     Attributes:
         graph: Its nodes.
-        asked: The nodes that it would ask for, and whether each is in the cache.
+        nodes: The nodes that it would read or compute, and whether each is in the cache.
         finished: The very same run, if it was finished before.
     """
 
     graph: StudyGraph
-    asked: list[tuple[Node, bool]]
+    nodes: list[tuple[Node, bool]]
     finished: Entry | None
 
     @property
     def missing(self) -> list[Node]:
         """The nodes that it would compute."""
-        return [item for item, there in self.asked if not there]
+        return [item for item, is_cached in self.nodes if not is_cached]
 
 
 def plan_jobs(studies: Sequence[StudySettings]) -> dict[int, JobPlan]:
@@ -51,11 +51,11 @@ def plan_jobs(studies: Sequence[StudySettings]) -> dict[int, JobPlan]:
     plans = {}
     for number, study in enumerate(studies):
         look = looks.setdefault(study.cache_root, Look(StageCache(study.cache_root, remember=False)))
-        nodes = graph(study, look.cache)
-        asked = look.asked(nodes.wanted)
+        study_graph = graph(study, look.cache)
+        nodes = look.required_nodes(study_graph.required)
         # Parts of a study are no result: they are made, whatever was finished before.
-        whole = not study.only and all(look.cached(item) for item in nodes.results)
-        plans[number] = JobPlan(nodes, asked, look.cache.peek(nodes.finished) if whole else None)
+        whole = not study.only and all(look.cached(item) for item in study_graph.results)
+        plans[number] = JobPlan(study_graph, nodes, look.cache.peek(study_graph.finished) if whole else None)
     return plans
 
 
@@ -108,7 +108,7 @@ def shared_parts(plans: Mapping[int, JobPlan]) -> list[list[SharedPart]]:
     Returns:
         Waves in order, each with its parts; empty where nothing is shared.
     """
-    found: dict[str, SharedPart] = {}
+    parts: dict[str, SharedPart] = {}
     for number, plan in plans.items():
         missing = {item.key: item for item in plan.missing}
         for part in plan.graph.parts:
@@ -117,14 +117,14 @@ def shared_parts(plans: Mapping[int, JobPlan]) -> list[list[SharedPart]]:
                 continue
             # Jobs share a part when they share what trains in it; rank and K stand between a full phase and the SFTs.
             anchor = next((item for item in own if item.stage.kind in _TRAINS), own[-1])
-            shared = found.setdefault(anchor.key, SharedPart(anchor.key, part.whose, anchor.stage.label))
+            shared = parts.setdefault(anchor.key, SharedPart(anchor.key, part.whose, anchor.stage.label))
             shared.names.setdefault(number, part.name)
             keys = {item.key for item in own}
             if len(keys) > len(shared.own):
                 shared.whose, shared.own, shared.job = part.whose, keys, number
                 shared.names[number] = part.name
                 shared.closure = _closure(own[-1], missing)
-    shared_ones = [item for item in found.values() if len(item.jobs) > 1]
+    shared_ones = [item for item in parts.values() if len(item.jobs) > 1]
     parts = {item.key: item for item in shared_ones if not _made_with_its_sft(item, shared_ones)}
     order = TopologicalSorter(
         {item.key: [other.key for other in parts.values() if item.needs(other)] for item in parts.values()}
@@ -145,13 +145,13 @@ def _made_with_its_sft(part: SharedPart, parts: Sequence[SharedPart]) -> bool:
 
 def _closure(item: Node, missing: Mapping[str, Node]) -> set[str]:
     """Keys of the missing nodes that making one computes, itself included."""
-    found: set[str] = set()
+    keys: set[str] = set()
 
     def visit(node: Node) -> None:
-        if node.key in missing and node.key not in found:
-            found.add(node.key)
+        if node.key in missing and node.key not in keys:
+            keys.add(node.key)
             for need in node.needs.values():
                 visit(need)
 
     visit(item)
-    return found
+    return keys

@@ -161,9 +161,9 @@ def _recorded(sweep: Sweep, record: SweepRecord) -> Iterator[None]:
     """Write ``sweep.json`` first and last, and print the summary, also after an interruption."""
     write_sweep(sweep.folder, record)
     # SIGTERM stops the workers, too. Where jobs run in this process, a phase itself keeps its state before it stops.
-    here = sweep.launcher.name == "basic"
+    in_this_process = sweep.launcher.name == "basic"
     try:
-        with contextlib.nullcontext() if here else terminated_as_interrupted():
+        with contextlib.nullcontext() if in_this_process else terminated_as_interrupted():
             yield
     finally:
         record.finished = datetime.now(UTC).isoformat(timespec="seconds")

@@ -59,9 +59,9 @@ def search(
     )
     reasons: list[str] = []
     while len(study.trials) < settings.trials:
-        asked = [study.ask() for _ in range(min(at_once, settings.trials - len(study.trials)))]
-        proposals = [_propose(trial, settings.space) for trial in asked]
-        for trial, proposal, end in zip(asked, proposals, run(proposals), strict=True):
+        trials = [study.ask() for _ in range(min(at_once, settings.trials - len(study.trials)))]
+        proposals = [_propose(trial, settings.space) for trial in trials]
+        for trial, proposal, end in zip(trials, proposals, run(proposals), strict=True):
             reason = str(end) if isinstance(end, TaskFailure) else end.error
             value = None if isinstance(end, TaskFailure) or reason else _value(end, kind)
             if value is None:
@@ -69,8 +69,8 @@ def search(
                 study.tell(trial, state=optuna.trial.TrialState.FAIL)
             else:
                 study.tell(trial, value)
-            told = f"{value:.4f}" if value is not None else f"failed: {reasons[-1]}"
-            print(f"trial {trial.number + 1} of {settings.trials}: {' '.join(proposal)}: {told}", flush=True)
+            outcome = f"{value:.4f}" if value is not None else f"failed: {reasons[-1]}"
+            print(f"trial {trial.number + 1} of {settings.trials}: {' '.join(proposal)}: {outcome}", flush=True)
         study.trials_dataframe().to_csv(folder / "trials.csv", index=False)
     finished = [trial for trial in study.trials if trial.state == optuna.trial.TrialState.COMPLETE]
     if not finished:
@@ -82,17 +82,17 @@ def search(
 
 
 def _propose(trial: optuna.Trial, space: Mapping[str, Any]) -> list[str]:
-    found = []
+    overrides = []
     for knob, values in space.items():
         if isinstance(values, Mapping):
             low, high, log = values["low"], values["high"], bool(values.get("log"))
             whole = isinstance(low, int) and isinstance(high, int)
             suggest: Any = trial.suggest_int if whole else trial.suggest_float
             steps = {"step": values["step"]} if values.get("step") else {}
-            found.append(override(knob, suggest(knob, low, high, log=log, **steps)))
+            overrides.append(override(knob, suggest(knob, low, high, log=log, **steps)))
         else:
-            found.append(override(knob, trial.suggest_categorical(knob, list(values))))
-    return found
+            overrides.append(override(knob, trial.suggest_categorical(knob, list(values))))
+    return overrides
 
 
 def _value(end: JobEnd, kind: str) -> float | None:

@@ -38,20 +38,20 @@ def print_plan(plans: Mapping[int, JobPlan], waves: Sequence[Sequence[SharedPart
     history = History(StageCache(cache_root))
     nodes: dict[str, tuple[Node, bool]] = {}
     for plan in plans.values():
-        for item, there in plan.asked:
-            nodes.setdefault(item.key, (item, there))
+        for item, is_cached in plan.nodes:
+            nodes.setdefault(item.key, (item, is_cached))
     kinds = list(dict.fromkeys(item.stage.kind for item, _ in nodes.values()))
-    missing = [item for item, there in nodes.values() if not there]
+    missing = [item for item, is_cached in nodes.values() if not is_cached]
     table = Table("stage", *(Column(title, justify="right") for title in ("to compute", "cached", "about", "disk")))
     for kind in [*kinds, None]:
-        mine = [item for item in missing if kind in (None, item.stage.kind)]
-        cached = sum(there and kind in (None, item.stage.kind) for item, there in nodes.values())
-        seconds, size, unknown = history.totals(mine)
+        of_kind = [item for item in missing if kind in (None, item.stage.kind)]
+        cached = sum(is_cached and kind in (None, item.stage.kind) for item, is_cached in nodes.values())
+        seconds, size, unknown = history.totals(of_kind)
         if kind is None:
             table.add_section()
-        guess = time_text(seconds) if unknown < len(mine) else "?" if mine else "–"
-        guess += f" + {unknown} × ?" if 0 < unknown < len(mine) else ""
-        table.add_row(kind or "all", str(len(mine)), str(cached), guess, size_text(size))
+        guess = time_text(seconds) if unknown < len(of_kind) else "?" if of_kind else "–"
+        guess += f" + {unknown} × ?" if 0 < unknown < len(of_kind) else ""
+        table.add_row(kind or "all", str(len(of_kind)), str(cached), guess, size_text(size))
     Console().print(table)
     seeds: dict[tuple[str, str], set[int | None]] = {}
     for item in missing:
@@ -74,7 +74,7 @@ def print_plan(plans: Mapping[int, JobPlan], waves: Sequence[Sequence[SharedPart
     free = next(shutil.disk_usage(p).free for p in (Path(cache_root), *Path(cache_root).parents) if p.exists())
     lines.append(f"stage cache {cache_root}: {size_text(free)} free; times are one job's after the other")
     lines.append("dry run: nothing was computed and nothing written")
-    _say(lines)
+    _print_lines(lines)
 
 
 def _named(stage: Stage, seeds: Mapping[tuple[str, str], set[int | None]]) -> str:
@@ -103,10 +103,10 @@ def print_summary(jobs: Sequence[SweepJob], scores: Mapping[int, Mapping[str, fl
     lines = [f"failed: {' '.join(job.swept) or job.number}: {job.error}" for job in jobs if job.status == "failed"]
     again = "the same command again runs what is missing; " if count["failed"] or unfinished else ""
     lines.append(f"{again}deftx report {folder}")
-    _say(lines)
+    _print_lines(lines)
 
 
-def _say(lines: Iterable[str]) -> None:
+def _print_lines(lines: Iterable[str]) -> None:
     """Print lines as they are: nothing in them is wrapped, coloured or read as markup."""
     from rich.console import Console
 

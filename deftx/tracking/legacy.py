@@ -91,7 +91,7 @@ class _Result:
         self.sources = [str(code) for code in (self.settings.get("task.source"), *more) if code]
         self.given = content["job_type"] == "eval"
         self.policies: dict[str, _Policy | None] = {}
-        self.sfts: list[dict[str, Any]] = [self._sft(said) for said in content.get("sfts", [])]
+        self.sfts: list[dict[str, Any]] = [self._sft(facts) for facts in content.get("sfts", [])]
         under = [sft["key"] for code in self.sources if (sft := self._source(code)) is not None]
         for sft in self.sfts:
             if sft["kind"] == "task" and "θ⁰+" in sft["name"]:

@@ -70,9 +70,9 @@ def sign_conflicts(language: str = MEAN) -> str:
     return f"sign_conflicts/{language}"
 
 
-def seconds(what: str = "total") -> str:
+def seconds(part: str = "total") -> str:
     """Wall time of the job, or of the imports before it."""
-    return f"seconds/{what}"
+    return f"seconds/{part}"
 
 
 def stage_seconds(kind: str) -> str:

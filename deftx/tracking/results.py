@@ -231,14 +231,14 @@ def write_result(run_dir: str | os.PathLike[str], record: RunRecord) -> Path:
 
 
 def read_record(
-    path: str | os.PathLike[str], name: str, what: str, versions: tuple[int, int], build: Callable[[int, Any], T]
+    path: str | os.PathLike[str], name: str, kind: str, versions: tuple[int, int], build: Callable[[int, Any], T]
 ) -> T:
     """Read a JSON record that says its schema's version.
 
     Args:
         path: the file, or the folder it lies in.
         name: its usual name.
-        what: what it is, for messages.
+        kind: what it is, for messages.
         versions: the oldest and the newest schema that can be read.
         build: makes the record from the schema's version and the rest of the content.
 
@@ -258,7 +258,7 @@ def read_record(
     except OSError as error:
         raise DeftxError(f"cannot read {file}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DeftxError(f"{file} is not a {what} of deftx ({error})") from error
+        raise DeftxError(f"{file} is not a {kind} of deftx ({error})") from error
 
 
 def read_result(path: str | os.PathLike[str]) -> RunRecord:

@@ -281,7 +281,7 @@ class SparseFineTuning(pl.Callback):
         if self.full_steps is not None:
             self._begin_both(trainer)
         self.begin(pl_module)
-        self._tell(trainer, pl_module)
+        self._announce_phase(trainer, pl_module)
 
     def snapshot(self, module: pl.LightningModule) -> None:
         """Note what a fit that ran in other processes started from: the module holds it."""
@@ -300,7 +300,7 @@ class SparseFineTuning(pl.Callback):
         """Where one fit runs both phases: go over to the sparse one before its first batch."""
         if self.full_steps is not None and self.phase == "full" and trainer.global_step >= self.full_steps:
             self._finish_phase(trainer)
-            self._go_over(trainer, pl_module)
+            self._start_sparse(trainer, pl_module)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
@@ -381,14 +381,14 @@ class SparseFineTuning(pl.Callback):
         loop.max_epochs = -1
         loop.epoch_loop.max_steps = self.full_steps  # what configure_optimizers is told of the phase's length
 
-    def _go_over(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def _start_sparse(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Select, rewind, and give the sparse phase optimizers of its own."""
         assert self.sparse_steps is not None
         log.info("full phase: %d steps; now denoises, selects and rewinds", trainer.global_step)
         self.begin_sparse()
-        self._release(found=False)
+        self._release(free_norms=False)
         self.begin(module)
-        self._tell(trainer, module)
+        self._announce_phase(trainer, module)
         module.zero_grad(set_to_none=True)  # frozen parameters would keep theirs for the whole phase
         loop, total = trainer.fit_loop.epoch_loop, trainer.max_steps
         loop.max_steps = self.sparse_steps
@@ -439,8 +439,8 @@ class SparseFineTuning(pl.Callback):
         if isinstance(module, Parts):
             parts = module
         elif not (again and isinstance(parts, FoundParts) and parts.frozen):
-            known = parts.base_fingerprint if again and isinstance(parts, FoundParts) else None
-            parts = FoundParts(module, self.encoder, base_fingerprint=known if self.phase == "sparse" else None)
+            fingerprint = parts.base_fingerprint if again and isinstance(parts, FoundParts) else None
+            parts = FoundParts(module, self.encoder, base_fingerprint=fingerprint if self.phase == "sparse" else None)
         self._parts = parts
         if self.phase == "full":
             self._start, self._start_selection = _start_of(parts), None
@@ -471,7 +471,7 @@ class SparseFineTuning(pl.Callback):
         parts.selection = self.selection
         self._digests = self._outside(parts)
 
-    def _tell(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def _announce_phase(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Tell module and data module which phase starts, and how many optimizer steps it has."""
         steps = {"full": self.full_steps, "sparse": self.sparse_steps}[self.phase]
         for listener in (module, getattr(trainer, "datamodule", None)):
@@ -559,10 +559,10 @@ class SparseFineTuning(pl.Callback):
                 flat = gradient.view(-1)
                 flat.index_copy_(0, index, flat.index_select(0, index).add_(pull, alpha=self._weight))
 
-    def _release(self, *, found: bool = True) -> None:
-        """Let frozen parameters train again, and forget what only a fit needs; ``found`` frees the norms, too."""
+    def _release(self, *, free_norms: bool = True) -> None:
+        """Let frozen parameters train again, and forget what only a fit needs; ``free_norms`` frees the norms, too."""
         parts = self._parts
-        norms = parts.frozen if found and isinstance(parts, FoundParts) else []
+        norms = parts.frozen if free_norms and isinstance(parts, FoundParts) else []
         for parameter in [*self._frozen, *norms]:
             parameter.requires_grad_(True)
         norms.clear()

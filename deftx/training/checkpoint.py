@@ -113,7 +113,7 @@ class Checkpoints(pl.Callback):
         self.facts["start"] = _digest(dict(pl_module.model.named_parameters()))
         self.facts["selection"] = _digest(pl_module.selection or {})
         self.facts["trained"] = {name: list(p.shape) for name, p in self._trained.items()}
-        state = self._found()
+        state = self._own_state()
         if state is not None:
             self._restore(state, trainer, pl_module)
         trainer.strategy.barrier()  # all have read
@@ -247,7 +247,7 @@ class Checkpoints(pl.Callback):
 
     # Reading.
 
-    def _found(self) -> dict[str, Any] | None:
+    def _own_state(self) -> dict[str, Any] | None:
         """Return the state on disk if it is whole and this fit's own; warn if there is one and it is not."""
         path = self.folder / RESUME
         if not path.exists():
@@ -332,10 +332,10 @@ def read(path: Path) -> dict[str, Any]:
         damaged = archive.testzip()
     if damaged is not None:
         raise ValueError(f"{damaged} is damaged")
-    found = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(found, dict):
-        raise TypeError(f"holds {type(found).__name__}")
-    return found
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(content, dict):
+        raise TypeError(f"holds {type(content).__name__}")
+    return content
 
 
 def read_outcome(folder: Path, label: str) -> dict[str, Any]:

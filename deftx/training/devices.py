@@ -51,9 +51,9 @@ def run_on_devices(function: Callable[[Any], object], job: Any, devices: int, *,
             while not context.join():
                 pass
         except (ProcessRaisedException, ProcessExitedException) as error:
-            told = sorted(Path(folder).glob("error-*"))
-            if told:
-                raise DeftxError(told[0].read_text(encoding="utf-8")) from error
+            error_files = sorted(Path(folder).glob("error-*"))
+            if error_files:
+                raise DeftxError(error_files[0].read_text(encoding="utf-8")) from error
             if isinstance(error, ProcessExitedException):
                 raise DeftxError(
                     f"{label}: the process of device {error.error_index} of {devices} died ({error}); out of memory? "

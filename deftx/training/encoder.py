@@ -151,19 +151,19 @@ def _load(auto: Any, folder: Path, *, fresh_head: Mapping[str, Any] | None = Non
     prefix = f"{model.base_model_prefix}."
     missing = sorted(info["missing_keys"])
     report = LoadReport()
-    lost = [name for name in missing if name.startswith(prefix)]
-    if lost:
+    absent = [name for name in missing if name.startswith(prefix)]
+    if absent:
         pooler = _pooler(model)
-        lost = [name for name in lost if name.removeprefix(prefix) not in pooler]
+        absent = [name for name in absent if name.removeprefix(prefix) not in pooler]
         report.pooler_in_head = True
         model.deftx_drawn_pooler = pooler
     odd = sorted(str(entry[0]) for entry in info["mismatched_keys"])
     if fresh_head is not None:
         odd = [name for name in odd if name.startswith(prefix)]
-    if lost or odd:
-        shown = ", ".join((lost + odd)[:5]) + (", ..." if len(lost + odd) > 5 else "")
+    if absent or odd:
+        shown = ", ".join((absent + odd)[:5]) + (", ..." if len(absent + odd) > 5 else "")
         raise DeftxError(
-            f"the checkpoint in {folder} does not fit its config.json: {len(lost)} base tensors missing, "
+            f"the checkpoint in {folder} does not fit its config.json: {len(absent)} base tensors missing, "
             f"{len(odd)} with another shape ({shown}); download the model again"
         )
     return model, report, missing
@@ -268,12 +268,12 @@ def base_parameters(model: Any) -> dict[str, nn.Parameter]:
     A pooler that was drawn (see :func:`load_classifier`) belongs to the head and is left out.
     """
     base = model.base_model
-    found = dict(base.named_parameters())
+    parameters = dict(base.named_parameters())
     embedding = base.get_input_embeddings().weight
-    if not any(parameter is embedding for parameter in found.values()):
+    if not any(parameter is embedding for parameter in parameters.values()):
         raise RuntimeError("the input embedding is not among the base model's parameters")
     drawn: frozenset[str] = getattr(model, "deftx_drawn_pooler", frozenset())
-    return {name: parameter for name, parameter in found.items() if name not in drawn}
+    return {name: parameter for name, parameter in parameters.items() if name not in drawn}
 
 
 def maskable_parameters(model: Any) -> dict[str, nn.Parameter]:

@@ -94,13 +94,13 @@ def check_model_folder(folder: Path) -> dict[str, Any]:
         raise DeftxError(
             f"model folder {folder} does not exist; give a folder with config.json, model.safetensors and a tokenizer"
         )
-    found = sorted(entry.name for entry in folder.iterdir())
+    names = sorted(entry.name for entry in folder.iterdir())
     missing = []
-    if "config.json" not in found:
+    if "config.json" not in names:
         missing.append("config.json")
     weights = {os.path.relpath(path, folder): path for path in weight_files(folder)}
     if not weights:
-        pickled = [name for name in found if name.endswith(PICKLES)]
+        pickled = [name for name in names if name.endswith(PICKLES)]
         if pickled:
             raise DeftxError(f"{folder} has pickled weights only ({', '.join(pickled)}), {_CONVERT}")
         missing.append("model.safetensors (or model.safetensors.index.json with its shards)")
@@ -110,14 +110,14 @@ def check_model_folder(folder: Path) -> dict[str, Any]:
     if pickled:
         raise DeftxError(f"the weights of {folder} are in pickled files ({', '.join(pickled)}), {_CONVERT}")
     missing += [name for name, path in weights.items() if not path.is_file()]
-    if not any(name in found for name in TOKENIZERS):
+    if not any(name in names for name in TOKENIZERS):
         missing.append(f"a tokenizer ({', '.join(TOKENIZERS[:3])})")
     if missing:
         raise DeftxError(
-            f"model folder {folder} lacks {'; '.join(missing)}\nfound: {', '.join(found) or 'nothing'}\n"
+            f"model folder {folder} lacks {'; '.join(missing)}\nfound: {', '.join(names) or 'nothing'}\n"
             "next: download the whole model (hf download MODEL --local-dir FOLDER) or write one with deftx pretrain"
         )
-    if "adapter_config.json" in found:
+    if "adapter_config.json" in names:
         raise DeftxError(
             f"{folder} holds an adapter beside the model (adapter_config.json), which transformers applies on machines "
             "with peft and ignores on others; merge it into the weights (PeftModel.merge_and_unload) or remove the file"
@@ -135,8 +135,8 @@ def model_files(folder: Path) -> list[Path]:
         DeftxError: the index of the weights cannot be read.
     """
     folder = Path(folder)
-    found = {path for pattern in MODEL_FILES for path in folder.glob(pattern)} | set(weight_files(folder))
-    return sorted(path for path in found if path.is_file())
+    paths = {path for pattern in MODEL_FILES for path in folder.glob(pattern)} | set(weight_files(folder))
+    return sorted(path for path in paths if path.is_file())
 
 
 def weight_files(folder: Path) -> list[Path]:

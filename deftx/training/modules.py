@@ -355,13 +355,13 @@ class SequenceClassifier(Encoder):
     def _shifted(self, source: int) -> dict[str, Tensor]:
         """θ + φ_S by full name, for the parameters φ_S changes; its gradient with respect to θ is the identity."""
         parameters = dict(self.model.named_parameters())
-        found = {}
+        shifted = {}
         for name, (index, values) in self._shifts[source].items():
             parameter = parameters[name]
             moved = index.to(parameter.device), values.to(parameter.device)
             self._shifts[source][name] = moved
-            found[name] = parameter.flatten().index_add(0, *moved).view_as(parameter)
-        return found
+            shifted[name] = parameter.flatten().index_add(0, *moved).view_as(parameter)
+        return shifted
 
     def loss(self, batch: Mapping[str, Any], *, reduction: str = "mean") -> Tensor:
         """Return the cross entropy of the batch's labels."""

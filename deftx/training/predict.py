@@ -33,9 +33,9 @@ def predict(model: Any, batches: Iterable[tuple[Sequence[int], Mapping[str, Any]
     network.eval()
     try:
         with torch.inference_mode():
-            for places, batch in batches:
+            for row_indices, batch in batches:
                 inputs = {name: tensor.to(device) for name, tensor in model_inputs(batch).items()}
-                logits[torch.tensor(places)] = network(**inputs).logits.float().cpu()
+                logits[torch.tensor(row_indices)] = network(**inputs).logits.float().cpu()
     finally:
         network.train(training)
     return logits

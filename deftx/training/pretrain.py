@@ -151,14 +151,14 @@ def pretrain(
             loggers=loggers,
             label=label,
         )
-    with atomic.folder(folder) as made:
+    with atomic.folder(folder) as temporary:
         with quiet_transformers():
-            model.save_pretrained(str(made))
-            tokenizer.save_pretrained(str(made))
+            model.save_pretrained(str(temporary))
+            tokenizer.save_pretrained(str(temporary))
         facts = {"settings": asdict(settings), "seed": seed, "steps": result.steps, "val_loss": result.best_score}
-        (made / "pretraining.json").write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", "utf-8")
-        for file in made.iterdir():
-            file.chmod(made.stat().st_mode & 0o666)  # weights are written for the owner alone
+        (temporary / "pretraining.json").write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", "utf-8")
+        for file in temporary.iterdir():
+            file.chmod(temporary.stat().st_mode & 0o666)  # weights are written for the owner alone
     return replace(result, checkpoint=folder)
 
 

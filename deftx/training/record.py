@@ -133,15 +133,15 @@ class FitRecord(pl.Callback):
         if step >= 0:
             self._fail(step, "the loss or its gradient is not finite (NaN or infinity)")
 
-    def _fail(self, step: int, what: str) -> None:
-        kept = self.kept()
+    def _fail(self, step: int, event: str) -> None:
+        checkpoint = self.kept()
         last = (
-            f"the last good checkpoint is kept: {kept}"
-            if kept is not None
+            f"the last good checkpoint is kept: {checkpoint}"
+            if checkpoint is not None
             else "there is no good checkpoint yet (no validation came before)"
         )
         raise DeftxError(
-            f"{self.label}: {what} at step {step} of {self.steps}; {last}\n"
+            f"{self.label}: {event} at step {step} of {self.steps}; {last}\n"
             "next: lower learning_rate, or look at the data of that step"
         )
 

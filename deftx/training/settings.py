@@ -153,12 +153,12 @@ class PretrainSettings:
 
     def conditions(self) -> list[str]:
         """What values must have in common."""
-        found = []
+        messages = []
         if self.heads >= 1 and self.hidden % self.heads:
-            found.append(f"hidden={self.hidden}: must be a multiple of heads ({self.heads})")
+            messages.append(f"hidden={self.hidden}: must be a multiple of heads ({self.heads})")
         if self.max_length > self.positions:
-            found.append(f"max_length={self.max_length}: must be at most positions ({self.positions})")
-        return found
+            messages.append(f"max_length={self.max_length}: must be at most positions ({self.positions})")
+        return messages
 
 
 @dataclass

@@ -85,7 +85,7 @@ def _plain_shapes(config: Mapping[str, Any], kind: str) -> dict[str, tuple[int, 
     if hidden % heads:
         return None
     rows = {"word": vocabulary, "position": positions, "token_type": types}
-    found: dict[str, tuple[int, ...]] = {
+    shapes: dict[str, tuple[int, ...]] = {
         f"embeddings.{name}_embeddings.weight": (rows[name], hidden) for name in family.embeddings
     }
     dense = {
@@ -98,8 +98,8 @@ def _plain_shapes(config: Mapping[str, Any], kind: str) -> dict[str, tuple[int, 
     }
     for layer in range(layers):
         for name, shape in dense.items():
-            found[f"encoder.layer.{layer}.{name}.weight"] = shape
-            found[f"encoder.layer.{layer}.{name}.bias"] = shape[:1]
+            shapes[f"encoder.layer.{layer}.{name}.weight"] = shape
+            shapes[f"encoder.layer.{layer}.{name}.bias"] = shape[:1]
     if family.pooler and kind == "task":
-        found["pooler.dense.weight"], found["pooler.dense.bias"] = (hidden, hidden), (hidden,)
-    return found
+        shapes["pooler.dense.weight"], shapes["pooler.dense.bias"] = (hidden, hidden), (hidden,)
+    return shapes

@@ -27,7 +27,7 @@ def test_jobs_of_a_command_read_a_test_file_once(tmp_path: Path, monkeypatch: py
     with hydra_session():
         for job in ("seed=0", "seed=1", "rank=3", "split=dev"):
             study = study_settings(compose("run", overrides=[*common, job]))
-            problems.append(preflight.preflight(study, "run", {}, known=found))
+            problems.append(preflight.preflight(study, "run", {}, checked=found))
     assert reads == ["ace test", "ban test", "ace dev", "ban dev"]
     assert problems[0] == problems[1] == problems[2]
     assert "no test rows of ban" in problems[2]

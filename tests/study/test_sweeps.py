@@ -155,13 +155,13 @@ def test_planned_keys_are_those_of_the_run(deftx: Command, tmp_path: Path) -> No
     cache = StageCache(tmp_path / "c")
     nodes = graph(study, cache)
     planned = {(node.stage.kind, node.key) for node in nodes.nodes}
-    assert [node.key for node, there in Look(cache).asked(nodes.wanted) if not there] == [
+    assert [node.key for node, there in Look(cache).required_nodes(nodes.required) if not there] == [
         node.key for node in nodes.nodes
     ]
     stages = deftx("run", *FEW, cache=tmp_path / "c").result()["stages"]
     assert {(stage["kind"], stage["key"]) for stage in stages} == planned
     assert {node.key for node in graph(study, cache).nodes} == {key for _, key in planned}
-    asked = Look(cache).asked(nodes.wanted)
+    asked = Look(cache).required_nodes(nodes.required)
     assert all(there for _, there in asked)
     # A finished SFT is not asked for what made it.
     assert not {"full", "decompose", "select"} & {node.stage.kind for node, _ in asked}

@@ -65,14 +65,14 @@ def overlap(summary: Summary) -> Drawn | str:
     methods = list(METHODS)
     positions = {code: order for order, code in enumerate(section.languages)}
     labels = ("overlap of the masks (Jaccard index)", "shared coordinates whose signs conflict (share)")
-    for axis, which, label in zip(axes, (2, 3), labels, strict=True):
+    for axis, field, label in zip(axes, (2, 3), labels, strict=True):
         for language, condition in dict.fromkeys((point[0], point[1]) for point in points):
             series = [point for point in points if point[:2] == (language, condition)]
             colour = COLOURS[positions[language] % len(COLOURS)]
             # A method's own filling: full, hollow, then grey.
             filling = [colour, "none", "#dddddd"][min(methods.index(condition), 2) if condition in methods else 0]
             axis.scatter(
-                [point[which] for point in series],
+                [point[field] for point in series],
                 [point[4] for point in series],
                 marker=MARKERS[positions[language] % len(MARKERS)],
                 s=34,
@@ -82,7 +82,7 @@ def overlap(summary: Summary) -> Drawn | str:
                 linewidths=1.3,
                 label=f"{language}, {CONDITIONS.get(condition, condition)}",
             )
-        rho, n = _within(points, which)
+        rho, n = _within(points, field)
         axis.set_xlabel(label)
         titled(axis, f"Spearman's ρ within languages: {rho:+.2f} (n\u00a0=\u00a0{n})" if n else "too few points for ρ")
         axis.xaxis.set_major_locator(_few_ticks())
@@ -96,14 +96,16 @@ def overlap(summary: Summary) -> Drawn | str:
     )
 
 
-def _within(points: list[tuple[str, str, float, float, float]], which: int) -> tuple[float, int]:
+def _within(points: list[tuple[str, str, float, float, float]], column: int) -> tuple[float, int]:
     """Return Spearman's ρ of ranks within languages, and its number of points; easy languages make no correlation."""
     from scipy.stats import rankdata
 
     ranks = []
     for language in dict.fromkeys(point[0] for point in points):
         values = [
-            (point[which], point[4]) for point in points if point[0] == language and not math.isnan(float(point[which]))
+            (point[column], point[4])
+            for point in points
+            if point[0] == language and not math.isnan(float(point[column]))
         ]
         if len(values) > 2:
             # Ranks are centred, and scaled so that languages with many points count no more than others.

@@ -81,11 +81,11 @@ def kept_rank(summary: Summary) -> Drawn | str:
     return _by_layer(summary, "rank", "kept rank", "Directions kept of each matrix")
 
 
-def _by_layer(summary: Summary, what: str, label: str, sentence: str) -> Drawn | str:
+def _by_layer(summary: Summary, measure: str, label: str, sentence: str) -> Drawn | str:
     frame, missing = facts_of(summary)
     if frame is None:
         return missing[0] if missing else "no diagnostics"
-    frame = frame[(frame["what"] == "sft") & frame[what].notna() & frame["composed"]]
+    frame = frame[(frame["what"] == "sft") & frame[measure].notna() & frame["composed"]]
     if not len(frame):
         return "no run denoised anything (LT-SFT only)"
     ordered = ordered_values(frame["policy"])
@@ -95,13 +95,13 @@ def _by_layer(summary: Summary, what: str, label: str, sentence: str) -> Drawn |
     layers = sorted(frame["layer"].unique())
     for axis, kind in zip(axes, kinds, strict=True):
         for order, policy in enumerate(shown):
-            part = frame[(frame["kind"] == kind) & (frame["policy"] == policy)].groupby("layer")[what].mean()
+            part = frame[(frame["kind"] == kind) & (frame["policy"] == policy)].groupby("layer")[measure].mean()
             part = part.reindex(layers)
             axis.plot(range(len(layers)), part.to_numpy(), label=f"rank={policy}", **look(order))
         axis.set_xticks(range(len(layers)), layer_names(layers))
         axis.set_title(KINDS[kind])
         axis.set_xlabel("layer (emb.: outside of the layers)" if -1 in layers else "layer")
-    if what == "energy":
+    if measure == "energy":
         axes[0].set_ylim(0, 1.03)
         axes[0].set_ylabel(f"{label} (share)")
     else:
@@ -170,10 +170,10 @@ def mask_density(summary: Summary) -> Drawn | str:
     parts = [part for part in parts if len(part[2])]
     if not parts:
         return "the diagnostics hold no masks of the methods' SFTs"
-    which = " (of several settings the one that scores highest)" if _several(summary) else ""
+    qualifier = " (of several settings the one that scores highest)" if _several(summary) else ""
     return Drawn(
         inside.mask_density(parts),
-        f"Share of each module's coordinates that the mask selects, by layer{which}: sums over composed "
+        f"Share of each module's coordinates that the mask selects, by layer{qualifier}: sums over composed "
         "SFTs and seeds; white: the layer has no such module.",
     )
 

@@ -58,10 +58,10 @@ def overview(summary: Summary) -> Drawn | str:
     scores.set_yticks(positions, [_short(column, summary, row) for column in columns], fontsize=8.5)
     scores.set_ylim(len(columns) - 0.5, -0.5)
     scores.set_xlabel(f"{section.metric_name} × 100")
-    what = "mean over languages" if row == MEAN else row
-    scores.set_title(f"score, {what}")
+    title = "mean over languages" if row == MEAN else row
+    scores.set_title(f"score, {title}")
     ticks = "grey ticks: single languages; " if row == MEAN else ""
-    caption = f"{section.metric_name} of each method, {what} ({ticks}bars: standard deviation over seeds)"
+    caption = f"{section.metric_name} of each method, {title} ({ticks}bars: standard deviation over seeds)"
     if compared:
         against = axes[0][1]
         against.axvline(0, color=REFERENCE, linewidth=1)
