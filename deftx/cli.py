@@ -151,7 +151,7 @@ def _command(name: str, arguments: list[str]) -> int:
 
 
 def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The few options that are no overrides; an unknown one is an error of ours, not a usage dump."""
+    """Split off the few options that are no overrides; an unknown one is an error of ours, not a usage dump."""
     import argparse
 
     from deftx.settings import OPEN_MAPPINGS
@@ -179,12 +179,12 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def _device(job: CheckedJob, multirun: bool) -> str:
-    """The kind of device that a job trains on, where its launcher takes it elsewhere; a single run runs here."""
+    """Return the kind of device that a job trains on, where its launcher takes it elsewhere; a single run runs here."""
     return job.config.launcher.device(job.config.trainer.accelerator) if multirun else ""
 
 
 def _job_problems(name: str, checked: dict[str, list[str]], job: CheckedJob, multirun: bool) -> list[str]:
-    """What is wrong with the folders and files that a job names; ``checked`` is what other jobs found in equal ones."""
+    """Return what is wrong with a job's folders and files; ``checked`` holds what other jobs found in equal ones."""
     from deftx.config import written_folders
     from deftx.stages.preflight import given_problems, preflight
 

@@ -29,7 +29,7 @@ EXAMPLES = {
 
 
 def command_help(name: str, purpose: str) -> str:
-    """The help page of one command.
+    """Return the help page of one command.
 
     Args:
         name: ``run``, ``sft``, ``eval`` or ``pretrain``.
@@ -78,7 +78,7 @@ def command_help(name: str, purpose: str) -> str:
 
 
 def _knobs(name: str) -> list[str]:
-    """The knob lines of a primary configuration as they stand there, with the values that defaults refer to."""
+    """Return the knob lines of a primary configuration as they stand there, with the values that defaults refer to."""
     text = (conf_dir() / f"{name}.yaml").read_text(encoding="utf-8")
     section = re.search(r"^# --- knobs\n(.*?)^# --- end of knobs", text, re.DOTALL | re.MULTILINE)
     if section is None:
@@ -92,7 +92,7 @@ def _knobs(name: str) -> list[str]:
 
 
 def _purpose(group: str, option: str) -> str:
-    """The second comment line of an option's file: the first is the command that uses it."""
+    """Return the second comment line of an option's file: the first is the command that uses it."""
     path = conf_dir() / group / f"{option}.yaml"
     if not path.is_file():
         return ""
@@ -102,6 +102,6 @@ def _purpose(group: str, option: str) -> str:
 
 
 def _wrapped(options: list[str], width: int = 96) -> str:
-    """Options on lines no longer than ``width``, aligned under the first."""
+    """Return options on lines no longer than ``width``, aligned under the first."""
     lines = textwrap.wrap(", ".join(options), width, break_long_words=False, break_on_hyphens=False)
     return ("\n" + " " * 12).join(lines)

@@ -36,7 +36,7 @@ class Range:
     options: tuple[str, ...] = ()
 
     def problem(self, name: str, value: Any) -> str | None:
-        """One sentence where a value lies outside; null is no value."""
+        """Return one sentence where a value lies outside; null is no value."""
         wrong = [item for item in (value if isinstance(value, list | tuple) else [value]) if item is not None]
         wrong = [item for item in wrong if not self.holds(item)]
         return f"{name}={value!r}: {self.sentence}{did_you_mean(str(wrong[0]), self.options)}" if wrong else None
@@ -65,13 +65,13 @@ def between(low: float, high: float, ends: str = "()") -> Range:
 
 
 def one_of(*options: str) -> Range:
-    """One of a few words."""
+    """Return one of a few words."""
     listed = " or ".join(filter(None, (", ".join(options[:-1]), options[-1])))
     return Range(f"must be {listed}", lambda value: value in options, options)
 
 
 def matching(pattern: str, sentence: str) -> Range:
-    """Text that a regular expression matches in whole."""
+    """Return text that a regular expression matches in whole."""
     return Range(sentence, lambda value: re.fullmatch(pattern, value) is not None)
 
 
@@ -113,7 +113,7 @@ class Knob:
 
 
 def knob(default: Any, allowed: Range | None = None, **facts: Any) -> Any:
-    """A field of a settings dataclass, with the facts of :class:`Knob`.
+    """Return a field of a settings dataclass, with the facts of :class:`Knob`.
 
     Args:
         default: A value (copied for each instance), or the dataclass of a group.
@@ -129,7 +129,7 @@ def knob(default: Any, allowed: Range | None = None, **facts: Any) -> Any:
 
 
 def declared(settings: Any) -> dict[str, Knob]:
-    """The knobs of a settings dataclass, or of an instance, by field; fields that are no knobs are left out."""
+    """Return the knobs of a settings dataclass, or of an instance, by field; fields that are no knobs are left out."""
     return {item.name: item.metadata[_KNOB] for item in fields(settings) if _KNOB in item.metadata}
 
 
@@ -143,7 +143,7 @@ def labelled(settings: Any) -> tuple[str, ...]:
 
 
 def problems(settings: Any, prefix: str = "", *, follows: Any = None) -> list[str]:
-    """One sentence for each value out of its range, and what the settings' own ``conditions()`` find.
+    """Return one sentence for each value out of its range, and what the settings' own ``conditions()`` find.
 
     Args:
         settings: A settings dataclass; groups in it are not looked into.
@@ -171,7 +171,7 @@ def refuse(settings: Any, prefix: str = "") -> None:
 
 
 def read_settings(settings: Any, *readers: str) -> dict[str, Any]:
-    """What of some settings enters a key: not what the readers ignore, and later knobs only where they are set.
+    """Return what of some settings enters a key: nothing that the readers ignore; later knobs only if they are set.
 
     Args:
         settings: A settings dataclass without groups.
@@ -185,7 +185,7 @@ def read_settings(settings: Any, *readers: str) -> dict[str, Any]:
 
 
 def values(settings: Any, prefix: str = "", *readers: str) -> dict[str, Any]:
-    """Every knob of some settings by full name, groups opened; None where one of the readers ignores it."""
+    """Return every knob of some settings by full name, groups opened; None where one of the readers ignores it."""
     result: dict[str, Any] = {}
     for name, facts in declared(settings).items():
         value = getattr(settings, name)
@@ -197,7 +197,7 @@ def values(settings: Any, prefix: str = "", *readers: str) -> dict[str, Any]:
 
 
 def table(settings: type, prefix: str = "", group: Knob | None = None) -> dict[str, Knob]:
-    """Every knob and every group of a settings dataclass by full name, such as ``lang.training.epochs``.
+    """Return every knob and every group of a settings dataclass by full name, such as ``lang.training.epochs``.
 
     What ignores a group ignores its knobs, and what reads a group whatever its fields say reads them.
     """

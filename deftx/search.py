@@ -71,13 +71,13 @@ def _ends(values: Any) -> list[Any]:
 
 
 def override(name: str, value: Any) -> str:
-    """A knob and its value as an override."""
+    """Return a knob and its value as an override."""
     if isinstance(value, str):
         return f"{name}='{value}'"
     return f"{name}={'null' if value is None else value}"
 
 
 def knob_and_value(text: str) -> tuple[str, str]:
-    """An override's knob and its value as it is written, without the backslashes of Hydra's grammar."""
+    """Return an override's knob and its value as it is written, without the backslashes of Hydra's grammar."""
     name, _, value = text.partition("=")
     return name, value.replace("\\", "")

@@ -148,7 +148,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _root(root: str | None) -> Path:
-    """The folder as conf/run.yaml's ``paths.cache`` has it."""
+    """Return the folder as conf/run.yaml's ``paths.cache`` has it."""
     if root is not None:
         return Path(root)
     if "DEFTX_CACHE" in os.environ:
@@ -158,7 +158,7 @@ def _root(root: str | None) -> Path:
 
 
 def parse_age(text: str) -> float:
-    """Seconds of ``45m``, ``12h``, ``30d`` or ``2w``.
+    """Return the seconds of ``45m``, ``12h``, ``30d`` or ``2w``.
 
     Raises:
         DeftxError: it is none of these.
@@ -170,7 +170,7 @@ def parse_age(text: str) -> float:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of ``500M``, ``1.5G``, ``2GiB`` or a plain number.
+    """Return the bytes of ``500M``, ``1.5G``, ``2GiB`` or a plain number.
 
     Raises:
         DeftxError: it is none of these.
@@ -193,7 +193,7 @@ def _kinds(cache: StageCache, texts: Sequence[str]) -> tuple[str, ...]:
 
 
 def _console() -> Console:
-    """A console that wraps on a terminal alone: what goes to a file or a pipe keeps its lines."""
+    """Return a console that wraps on a terminal alone: what goes to a file or a pipe keeps its lines."""
     from rich.console import Console
 
     return Console() if sys.stdout.isatty() else Console(width=200)
@@ -298,7 +298,7 @@ def _info(cache: StageCache, options: argparse.Namespace) -> int:
 
 
 def _names(entry: Entry) -> set[str]:
-    """What an entry is called in the ``inputs`` of others: its key, or the sha256 of an SFT in it."""
+    """Return what an entry is called in the ``inputs`` of others: its key, or the sha256 of an SFT in it."""
     files = entry.manifest["files"].items()
     return {entry.key, *(record["sha256"] for name, record in files if name.endswith("sft.safetensors"))}
 

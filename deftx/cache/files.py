@@ -100,5 +100,5 @@ def _read_memo(memo: Path | None) -> dict[str, list[Any]]:
 
 
 def settled(stat: os.stat_result, now: int) -> bool:
-    """Whether another change would surely show in the time stamps (they tick: git's "racy" entries)."""
+    """Return whether another change would surely show in the time stamps (they tick: git's "racy" entries)."""
     return now - max(stat.st_mtime_ns, stat.st_ctime_ns) > _RACY_NS

@@ -62,7 +62,7 @@ class Claim:
         return self.released or (self.process is not None and not self.process.lives())
 
     def text(self) -> bytes:
-        """The content of its file."""
+        """Return the content of its file."""
         values = {"process": self.process, "since": self.since, "folder": self.folder, "token": self.token}
         return json.dumps({**values, "released": self.released}).encode()
 

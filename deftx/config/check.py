@@ -103,7 +103,7 @@ def check_command(
 
 
 def first_configuration(name: str, overrides: Sequence[str], *, multirun: bool) -> DictConfig:
-    """The configuration of a command's first job, composed but not resolved.
+    """Return the configuration of a command's first job, composed but not resolved.
 
     Raises:
         DeftxError: One message with everything that does not compose.
@@ -193,7 +193,7 @@ def _each_job(name: str, overrides: Sequence[str], multirun: bool, check: Config
 
 
 def _unread(name: str, keys: Sequence[str]) -> list[str]:
-    """One message for each key of overrides that a command would ignore."""
+    """Return one message for each key of overrides that a command would ignore."""
     messages, top = [], declared(RunConfig)
     for key in keys:
         facts = top.get(key.split(".")[0].split("@")[0])
@@ -205,7 +205,7 @@ def _unread(name: str, keys: Sequence[str]) -> list[str]:
 def _jobs(
     items: Sequence[Override], composer: Composer, multirun: bool
 ) -> tuple[bool, Iterator[tuple[DictConfig, list[str]]], str]:
-    """Whether Hydra's sweeper runs the jobs, the configuration and all overrides of each, and where a sweep lands.
+    """Return whether Hydra's sweeper runs the jobs, configuration and overrides of each, and where a sweep lands.
 
     Raises:
         DeftxError: Values to sweep over without a sweep.
@@ -246,7 +246,7 @@ def _jobs(
 
 
 def _added(settings: Any, name: str, prefix: str = "") -> list[str]:
-    """One message for each key that was added where nothing reads it; Hydra takes ``+key=value`` anywhere."""
+    """Return one message for each key that was added where nothing reads it; Hydra takes ``+key=value`` anywhere."""
     messages = []
     names = {item.name for item in fields(settings)}
     for key, value in vars(settings).items():
@@ -263,7 +263,7 @@ def _lines(items: Sequence[Override]) -> list[str]:
 
 
 def _values(item: Override) -> list[str]:
-    """Every option an override of a group names, sweeps and lists included."""
+    """Return every option an override of a group names, sweeps and lists included."""
     if item.is_sweep_override():
         texts = list(item.sweep_string_iterator()) if item.is_discrete_sweep() else []
     else:

@@ -37,7 +37,7 @@ class Composer:
         self._shared: dict[tuple[str, ...], DictConfig] = {}
 
     def __call__(self, overrides: Sequence[str]) -> DictConfig:
-        """What ``hydra.compose`` gives; its errors are Hydra's, too."""
+        """Return what ``hydra.compose`` gives; its errors are Hydra's, too."""
         items = [self.parse(text) for text in overrides]
         choices = tuple(item.input_line or "" for item in items if not _sets_a_value(item))
         if choices not in self._shared:
@@ -48,16 +48,16 @@ class Composer:
 
 
 def is_group(item: Override) -> bool:
-    """Whether an override names a group of the configuration."""
+    """Return whether an override names a group of the configuration."""
     return bool(group_options(item.key_or_group)) and not is_hydra(item)
 
 
 def is_hydra(item: Override) -> bool:
-    """Whether an override is one of Hydra's own settings."""
+    """Return whether an override is one of Hydra's own settings."""
     return item.key_or_group.split(".")[0].split("/")[0] == "hydra"
 
 
 def _sets_a_value(item: Override) -> bool:
-    """Whether Hydra applies an override to what the groups gave (``hydra._internal.defaults_list.Overrides``)."""
+    """Return whether Hydra applies an override to what groups gave (``hydra._internal.defaults_list.Overrides``)."""
     value = not item.is_sweep_override() and (isinstance(item.value(), dict) or not group_exists(item.key_or_group))
     return value and not is_hydra(item)

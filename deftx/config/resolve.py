@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def study_settings(config: RunConfig | DictConfig, command: str = "run") -> StudySettings:
-    """The study that a composed configuration asks for.
+    """Return the study that a composed configuration asks for.
 
     Raises:
         DeftxError: One message with every problem found.
@@ -144,7 +144,7 @@ def _sft(name: str, own: SFTKnobs, config: RunConfig, default: SizeKnobs, messag
 
 
 def _called(methods: Sequence[str], *sfts: SFTSettings) -> list[str]:
-    """What the methods that are asked for are by their choices, each once.
+    """Return what the methods that are asked for are by their choices, each once.
 
     Where nothing is denoised, whatever the method is called, that is LT-SFT, and tables have to say so. What no
     method makes of these settings (Δ on a random mask, where they have a rank) keeps the name that it was asked for by.
@@ -158,7 +158,7 @@ def _called(methods: Sequence[str], *sfts: SFTSettings) -> list[str]:
 
 
 def _ablation_problems(config: RunConfig) -> list[str]:
-    """An ablation whose own knob was set to something else is none."""
+    """Return a message for an ablation whose own knob was set to something else: it would ablate nothing."""
     parts = {
         "denoising": ("rank=none", str(config.rank) == "none"),
         "sparsity": ("density=1.0", config.density == 1.0 and config.k is None),
@@ -182,7 +182,7 @@ def _source_problems(train: TaskSpec | None, config: RunConfig) -> list[str]:
 
 
 def _targets_without_rows(task: TaskSpec, config: RunConfig) -> list[str]:
-    """One message for each target the task has no test set for; own files go by the language's code."""
+    """Return one message for each target the task has no test set for; own files go by the language's code."""
     if task.generated:
         members = config.synthetic.members
         return [
@@ -224,6 +224,6 @@ def resolve_command(name: str, config: RunConfig) -> tuple[StudySettings | None,
 
 
 def written_folders(config: RunConfig) -> dict[str, Path]:
-    """Folders a command will write, by the knob that names them."""
+    """Return folders a command will write, by the knob that names them."""
     folders = {"paths.cache": config.paths.cache, "paths.output": config.paths.output, "out": config.out}
     return {knob: Path(folder) for knob, folder in folders.items() if folder}

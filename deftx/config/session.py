@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 
 def conf_dir() -> Path:
-    """The configuration folder: the one packaged in the wheel, else the checkout's (editable installs)."""
+    """Return the configuration folder: the one packaged in the wheel, else the checkout's (editable installs)."""
     package = Path(__file__).resolve().parent.parent
     for folder in (package / "conf", package.parent / "conf"):
         if (folder / "run.yaml").is_file():
@@ -42,7 +42,7 @@ def conf_dir() -> Path:
 
 
 def _hydra(config_dir: str | None) -> Hydra:
-    """A Hydra instance on deftx's configuration, with the user's own folder in front when there is one."""
+    """Return a Hydra instance on deftx's configuration, with the user's own folder in front when there is one."""
     register()
     GlobalHydra.instance().clear()
     for remembered in (group_options, group_exists, _language):
@@ -101,40 +101,40 @@ def run_job(
 
 
 def quoted(text: str) -> str:
-    """A value as Hydra's grammar takes it, whatever letters it has."""
+    """Return a value as Hydra's grammar takes it, whatever letters it has."""
     return "'" + text.replace("'", "\\'") + "'"
 
 
 def run_directory() -> Path:
-    """The folder Hydra made for this job; absolute."""
+    """Return the folder Hydra made for this job; absolute."""
     return Path(HydraConfig.get().runtime.output_dir)
 
 
 def _repository() -> Any:
-    """The files on the search path; the loader's own methods copy all of it before they look at one."""
+    """Return the files on the search path; the loader's own methods copy all of it before they look at one."""
     return GlobalHydra.instance().config_loader().repository  # type: ignore[attr-defined]
 
 
 @cache
 def group_options(group: str) -> list[str]:
-    """Names in a config group, from every folder on the search path."""
+    """Return names in a config group, from every folder on the search path."""
     return sorted(_repository().get_group_options(group, ObjectType.CONFIG))
 
 
 @cache
 def group_exists(group: str) -> bool:
-    """Whether a name is that of a config group."""
+    """Return whether a name is that of a config group."""
     return bool(_repository().group_exists(group))
 
 
 def defaults_of(name: str) -> Callable[[str], Any]:
-    """A command's configuration without overrides, as a function from key to value."""
+    """Return a command's configuration without overrides, as a function from key to value."""
     config = compose(name)
     return lambda key: OmegaConf.select(config, key)
 
 
 def unknown(kind: str, value: str, options: Sequence[str]) -> str:
-    """One message for an unknown name."""
+    """Return one message for an unknown name."""
     if kind == "language" and value in LANGUAGE_ALIASES:
         return f"unknown language {value!r}; it is called {LANGUAGE_ALIASES[value]!r} here"
     own = "; one of your own: a folder with language/CODE.yaml, and --config-dir FOLDER" if kind == "language" else ""
@@ -142,7 +142,7 @@ def unknown(kind: str, value: str, options: Sequence[str]) -> str:
 
 
 def language_settings(code: str) -> LanguageSettings:
-    """Settings of one language, from ``conf/language/<code>.yaml`` on Hydra's search path.
+    """Return the settings of one language, from ``conf/language/<code>.yaml`` on Hydra's search path.
 
     Raises:
         DeftxError: No such file, or something in it that is no setting of a language.
@@ -164,7 +164,7 @@ def _language(code: str) -> LanguageSettings:
 
 
 def typed(config: DictConfig) -> RunConfig:
-    """A composed configuration as the dataclasses it was declared by, interpolations resolved, containers plain."""
+    """Return a composed configuration as the dataclasses that declare it, interpolations resolved, containers plain."""
     if OmegaConf.is_missing(config.task, "source"):  # said in words of ours when it is resolved
         config = deepcopy(config)
         config.task.source = ""

@@ -229,7 +229,7 @@ class Overlap:
         return self.overlap / union if union else 0.0
 
     def to_dict(self) -> dict[str, float]:
-        """Plain JSON: the four counts and ``jaccard``."""
+        """Return plain JSON: the four counts and ``jaccard``."""
         return {**asdict(self), "jaccard": self.jaccard}
 
 
@@ -241,13 +241,13 @@ class OverlapReport:
     parameters: dict[str, Overlap]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON."""
+        """Return plain JSON."""
         parameters = {name: overlap.to_dict() for name, overlap in self.parameters.items()}
         return {"total": self.total.to_dict(), "parameters": parameters}
 
 
 def compare(a: SparseDelta, b: SparseDelta) -> OverlapReport:
-    """Overlap and sign conflicts of two sparse fine-tunings.
+    """Return overlap and sign conflicts of two sparse fine-tunings.
 
     Raises:
         DeftxError: they belong to different bases (both fingerprints are named).
@@ -327,7 +327,7 @@ _restore = _scaling(0.0)
 
 
 def _counts(index: Tensor, entries: int, size: int) -> list[int]:
-    """How many of a sorted vector's coordinates lie in each window of ``size`` entries."""
+    """Return how many of a sorted vector's coordinates lie in each window of ``size`` entries."""
     starts = torch.arange(0, entries + size, size, dtype=torch.int64, device=index.device)
     return torch.searchsorted(index, starts).diff().tolist()
 
@@ -348,7 +348,7 @@ def _on_threads(work: Callable[[list[_Piece]], None], items: list[_Piece]) -> No
 
 
 def _common(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions in two sorted index vectors of what both hold."""
+    """Return positions in two sorted index vectors of what both hold."""
     none = torch.empty(0, dtype=torch.int64, device=a.device)
     if not a.numel() or not b.numel():
         return none, none

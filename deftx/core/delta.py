@@ -114,7 +114,7 @@ class SparseDelta:
         head: Mapping[str, Tensor] | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> SparseDelta:
-        """The difference tuned − base on the selected coordinates.
+        """Return the difference tuned − base on the selected coordinates.
 
         The difference is rounded to float32, so base + φ gives the tuned bits wherever the change is smaller
         than the weight (it is then exact), and else differs from them by a rounding.
@@ -175,7 +175,7 @@ class SparseDelta:
         return sum(index.numel() for index in self.indices.values())
 
     def density(self, maskable: int) -> float:
-        """Share of ``maskable`` coordinates that it changes."""
+        """Return the share of ``maskable`` coordinates that it changes."""
         return self.k / maskable
 
     def per_layer_counts(self) -> dict[str, int]:
@@ -194,7 +194,7 @@ class SparseDelta:
         return {part: counts[part] for part in sorted(counts, key=sort_key)}
 
     def statistics(self) -> dict[str, Any]:
-        """Counts and magnitudes as plain JSON.
+        """Return counts and magnitudes as plain JSON.
 
         Returns:
             ``k``, ``head_elements``, ``norm`` (L2 of all values), ``layers`` (as :meth:`per_layer_counts`)

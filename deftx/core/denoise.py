@@ -75,7 +75,7 @@ class MatrixReport:
 
 
 def denoised_names(delta: Mapping[str, Tensor], exclude: Sequence[str] = ()) -> list[str]:
-    """Names of the matrices (2-D, not empty) that match none of the ``fnmatch`` patterns ``exclude``."""
+    """Return the names of the matrices (2-D, not empty) that match none of the ``fnmatch`` patterns ``exclude``."""
     return [
         name
         for name, tensor in delta.items()
@@ -84,7 +84,7 @@ def denoised_names(delta: Mapping[str, Tensor], exclude: Sequence[str] = ()) -> 
 
 
 def decompose(matrix: Tensor, *, method: Method = "gram") -> Decomposition:
-    """Singular values and smaller-side singular vectors of a matrix, computed in float64.
+    """Return singular values and smaller-side singular vectors of a matrix, computed in float64.
 
     Args:
         matrix: (m, n), floating point, finite.
@@ -139,7 +139,7 @@ def decompose_all(
 
 
 def pack_decompositions(decompositions: Mapping[str, Decomposition]) -> dict[str, Tensor]:
-    """Decompositions as a flat dict of tensors, as a safetensors file takes; see :func:`unpack_decompositions`."""
+    """Return decompositions as a flat dict of tensors for a safetensors file; see :func:`unpack_decompositions`."""
     packed = {}
     for name, decomposition in decompositions.items():
         m, n = decomposition.shape
@@ -151,7 +151,7 @@ def pack_decompositions(decompositions: Mapping[str, Decomposition]) -> dict[str
 
 
 def unpack_decompositions(tensors: Mapping[str, Tensor]) -> dict[str, Decomposition]:
-    """The decompositions that :func:`pack_decompositions` made into ``tensors``, sorted by name."""
+    """Return the decompositions that :func:`pack_decompositions` made into ``tensors``, sorted by name."""
     decompositions = {}
     for key in sorted(tensors):
         if key.endswith(".facts"):
@@ -197,7 +197,7 @@ def gavish_donoho_coefficient(beta: float) -> float:
 
 
 def resolve_rank(decomposition: Decomposition, rank: RankPolicy) -> int:
-    """How many singular directions a policy keeps of one matrix, in [0, min(m, n)].
+    """Return how many singular directions a policy keeps of one matrix, in [0, min(m, n)].
 
     fixed: r, at most min(m, n). fraction: f · min(m, n), rounded half up, at least 1. energy: the smallest r
     with Σ_{i<=r} σᵢ² >= e · Σ σᵢ². gavish_donoho: how many σ exceed ω(β) · median(σ), zero rows and columns
@@ -320,7 +320,7 @@ class _Compact:
         return min(self.rows.numel(), self.columns.numel())
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Pieces of the longer side, each as (piece, d); a piece is overwritten by the next."""
+        """Yield the pieces of the longer side, each as (piece, d); a piece is overwritten by the next."""
         along, across = (self.rows, self.columns) if self.side == "columns" else (self.columns, self.rows)
         whole = self.matrix if self.side == "columns" else self.matrix.T
         complete = (along.numel() == whole.shape[0], across.numel() == whole.shape[1])
@@ -332,7 +332,7 @@ class _Compact:
             yield part, room[: part.stop - start].copy_(piece if complete[1] else piece[:, across])
 
     def spread(self, compact: Tensor) -> Tensor:
-        """The compact matrix in its place, zeros around it."""
+        """Return the compact matrix in its place, zeros around it."""
         if compact.shape == self.matrix.shape:
             return compact
         result = torch.zeros(self.matrix.shape, dtype=compact.dtype, device=compact.device)

@@ -57,7 +57,7 @@ def write_folder(folder: Path, tensors: Mapping[str, Tensor], facts: Mapping[str
 
 
 def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and facts of a folder, verified.
+    """Return tensors and facts of a folder, verified.
 
     Returns:
         The tensors, by name, memory-mapped: they are read from the file when they are used. And the facts.
@@ -76,7 +76,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
-    """What ``sft.json`` says, once both files have the sha256 they were written with; needs no torch.
+    """Return what ``sft.json`` says, once both files have the sha256 they were written with; needs no torch.
 
     Raises:
         DeftxError: as :func:`read_folder`, but for a tensor file that is whole and no safetensors file.
@@ -109,7 +109,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
 def model_card(
     metadata: Mapping[str, Any], k: int, layers: Mapping[str, int], head: list[str], value_dtype: str
 ) -> str:
-    """The README of a folder: front matter as model hubs read it, the facts, and how to use it.
+    """Return the README of a folder: front matter as model hubs read it, the facts, and how to use it.
 
     Args:
         metadata: of the sparse fine-tuning.

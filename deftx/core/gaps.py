@@ -19,7 +19,7 @@ _LONGEST = 9  # bytes of a gap: 63 bits, what an int64 holds
 
 
 def pack(indices: Tensor) -> Tensor:
-    """Indices as bytes.
+    """Return indices as bytes.
 
     Args:
         indices: non-negative, sorted, unique; int64 of shape (count,).
@@ -51,7 +51,7 @@ def pack(indices: Tensor) -> Tensor:
 
 
 def unpack(packed: Tensor) -> Tensor:
-    """Indices that :func:`pack` wrote.
+    """Return indices that :func:`pack` wrote.
 
     Args:
         packed: uint8 of shape (bytes,).

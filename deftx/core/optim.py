@@ -112,7 +112,7 @@ class SparseAdamW(torch.optim.Optimizer):
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """The state as of any optimizer, plus a digest of the selections that it belongs to."""
+        """Return the state as of any optimizer, plus a digest of the selections that it belongs to."""
         return {**super().state_dict(), "selection": self._digest()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -140,7 +140,7 @@ class SparseAdamW(torch.optim.Optimizer):
         return digest.hexdigest()[:16]
 
     def _pieces(self, group: Mapping[str, Any]) -> Iterator[_Piece]:
-        """What one step updates of a group's parameters, block by block."""
+        """Yield what one step updates of a group's parameters, block by block."""
         for parameter in group["params"]:
             gathered = self._gradients.values.get(parameter) if self._gradients is not None else None
             gradient = gathered if gathered is not None else parameter.grad
@@ -240,7 +240,7 @@ class SelectedGradients:
         self.values[parameter] = selected if held is None else held.add_(selected)
 
     def _from_rows(self, parameter: Tensor, gradient: Tensor, index: Tensor) -> Tensor:
-        """Selected entries of a row-sparse gradient of a matrix; zero where the row did not occur."""
+        """Return selected entries of a row-sparse gradient of a matrix; zero where the row did not occur."""
         width = parameter.shape[1]
         starts = self._rows.get(parameter)  # of each row's selected entries within the selection
         if starts is None:
@@ -372,7 +372,7 @@ def _batches(items: Iterable[Item], of: Callable[[Item], tuple[Tensor, object]])
 def _pieces_of(
     parameter: Tensor, gradient: Tensor, state: Mapping[str, Any], index: Tensor | None, *, gathered: bool
 ) -> Iterator[_Piece]:
-    """Value, gradient, both moments, and how to write the value back: block by block."""
+    """Yield value, gradient, both moments, and how to write the value back: block by block."""
     mean, square, step = state["exp_avg"], state["exp_avg_sq"], state["step"].item()
     if index is None and not (parameter.is_contiguous() and gradient.is_contiguous()):
         yield _Piece(parameter, gradient, mean, square, step, lambda value: None)
@@ -398,7 +398,7 @@ def _pieces_of(
 def _trained_gradients(
     params: Iterable[Tensor], selections: Mapping[Tensor, Tensor], gradients: SelectedGradients | None
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Each gradient of what is trained, with the coordinates that count; None: all of them."""
+    """Yield each gradient of what is trained, with the coordinates that count; None: all of them."""
     for parameter in params:
         if gradients is not None and parameter in gradients.values:
             yield gradients.values[parameter], None
@@ -409,7 +409,7 @@ def _trained_gradients(
 
 
 def _gathered(gradient: Tensor, index: Tensor | None) -> Iterator[Tensor]:
-    """What counts of a gradient, block by block: a float64 norm of the whole would convert a copy of it."""
+    """Yield what counts of a gradient, block by block: a float64 norm of the whole would convert a copy of it."""
     if index is None and not gradient.is_contiguous():
         yield gradient
         return

@@ -145,7 +145,7 @@ def _keyed(values: Tensor, keys: _Keys) -> Tensor:
 
 
 def _reaching(tensors: Mapping[str, Tensor], bound: int, keys: _Keys) -> Iterator[_Block]:
-    """The coordinates whose key is at least ``bound``, block by block in canonical order. Refuses NaN."""
+    """Yield the coordinates whose key is at least ``bound``, block by block in canonical order. Refuses NaN."""
     for name in tensors:
         flat = _flat(tensors[name])
         size = _BLOCK_CUDA if flat.is_cuda else _BLOCK
@@ -190,7 +190,7 @@ def _bracket(tensors: Mapping[str, Tensor], sizes: Mapping[str, int], k: int, ke
 
 
 def _gather(tensors: Mapping[str, Tensor], bound: int, keys: _Keys, limit: int) -> list[_Block] | None:
-    """All blocks of :func:`_reaching`, or None once they hold more than ``limit`` coordinates."""
+    """Return all blocks of :func:`_reaching`, or None once they hold more than ``limit`` coordinates."""
     # one buffer a device: many small tensors that stay would scatter the allocator's heap
     buffers: dict[torch.device, tuple[Tensor, Tensor]] = {}
     blocks, held = [], 0
@@ -208,7 +208,7 @@ def _gather(tensors: Mapping[str, Tensor], bound: int, keys: _Keys, limit: int) 
 
 
 def _kth(blocks: list[_Block], k: int, upper: int) -> tuple[int, int] | None:
-    """The k-th largest key of the blocks and how many coordinates equal to it to take; None if too few."""
+    """Return the k-th largest key of the blocks and how many coordinates equal to it to take; None if too few."""
     inside = [block.key[block.key <= upper].cpu() for block in blocks]
     above = sum(block.key.numel() for block in blocks) - sum(part.numel() for part in inside)
     if above >= k:  # the bracket lies too low: search all of them
@@ -252,7 +252,7 @@ def _take(
     ties: int,
     k: int,
 ) -> dict[str, Tensor]:
-    """Everything above the threshold and the first ``ties`` coordinates equal to it, in canonical order."""
+    """Return everything above the threshold and the first ``ties`` coordinates equal to it, in canonical order."""
     result = {name: torch.empty(0, dtype=torch.int64, device=device) for name, device in devices.items()}
     for name, group in groupby(blocks, key=lambda block: block.name):
         room = torch.empty(min(k, sizes[name]), dtype=torch.int64, device=devices[name])

@@ -109,7 +109,7 @@ def _publish(spec: dict[str, Any], out: Path, again: str) -> str:
 
 
 def _again(options: argparse.Namespace) -> str:
-    """The command that publishes."""
+    """Return the command that publishes."""
     import shlex
 
     arguments: list[str] = [

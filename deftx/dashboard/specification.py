@@ -26,7 +26,7 @@ def specification(
     metric: str = "macro_f1",
     languages: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """The dashboard of one study as plain values.
+    """Return the dashboard of one study as plain values.
 
     Args:
         study: W&B group of the runs.
@@ -113,12 +113,12 @@ def specification(
 
 
 def config_names(spec: dict[str, Any]) -> set[str]:
-    """Every config value that a specification asks for."""
+    """Return every config value that a specification asks for."""
     return _asked(spec, "config")
 
 
 def summary_names(spec: dict[str, Any]) -> set[str]:
-    """Every summary value that a specification asks for."""
+    """Return every summary value that a specification asks for."""
     media = {key for section in spec["sections"] for panel in section["panels"] for key in panel.get("keys", [])}
     return _asked(spec, "summary") | media
 

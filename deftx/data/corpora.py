@@ -198,7 +198,7 @@ def _distinct(groups: Iterable[Sequence[Path]]) -> tuple[Path, ...]:
 
 
 def _of_family(pattern: str, family: GeneratedFamily | None) -> list[Path]:
-    """Files of the generated family that a name or glob means; they may still have to be made."""
+    """Return the files of the generated family that a name or glob means; they may still have to be made."""
     if family is None:
         return []
     names = (name for name in sorted(family.names) if name.count("/") == pattern.count("/"))

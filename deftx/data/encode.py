@@ -70,7 +70,7 @@ def pad(columns: Mapping[str, Sequence[Sequence[int]]], padding: Mapping[str, in
 
 
 def padding_of(tokenizer: Any) -> dict[str, int]:
-    """What :func:`pad` fills each column with."""
+    """Return what :func:`pad` fills each column with."""
     return {"input_ids": int(tokenizer.pad_token_id), "token_type_ids": int(tokenizer.pad_token_type_id)}
 
 
@@ -151,7 +151,7 @@ def _seal(file: Path) -> Path:
 
 
 def _intact(file: Path) -> bool:
-    """Whether a cached file is there with the bytes it was written with; ``datasets`` does not look."""
+    """Return whether a cached file is there with the bytes it was written with; ``datasets`` does not look."""
     try:
         return _seal(file).read_text(encoding="ascii") == _digest(file)
     except (OSError, UnicodeDecodeError):
@@ -164,7 +164,7 @@ def _digest(file: Path) -> str:
 
 
 def _identity(tokenizer: Any) -> str:
-    """Digest of what decides the tokens; truncation and padding are left over from the tokenizer's last call."""
+    """Return the digest of what decides the tokens; truncation and padding, which the last call left, do not count."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     parts = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
     lasting = {name: value for name, value in parts.items() if name not in ("truncation", "padding")}

@@ -20,7 +20,7 @@ class NotAtHandError(DeftxError):
 
 
 def file_split(split: str) -> str:
-    """What NusaX, SMSA and files of one's own call a split."""
+    """Return what NusaX, SMSA and files of one's own call a split."""
     return "valid" if split == "dev" else split
 
 
@@ -41,7 +41,7 @@ class OwnFiles:
     hint: str = ""
 
     def has(self, language: LanguageSettings) -> bool:
-        """Whether the language can have rows: files go by its code, so any can."""
+        """Return whether the language can have rows: files go by its code, so any can."""
         return True
 
     def place(self, form: Form, language: LanguageSettings, data: DataSettings, split: str) -> Place:
@@ -102,7 +102,7 @@ class PublicSet:
     hint: str = ""
 
     def has(self, language: LanguageSettings) -> bool:
-        """Whether the language can have rows."""
+        """Return whether the language can have rows."""
         name = getattr(language, self.code)
         return bool(name) and self.only in ("", name)
 
@@ -128,7 +128,7 @@ class PublicSet:
         return replace(place, split="validation" if split == "dev" else split, hub=ref)
 
     def _where(self, data: DataSettings) -> Path | str:
-        """Folder or hub id; an empty id means the address."""
+        """Return folder or hub id; an empty id means the address."""
         source = getattr(data, self.name)
         if source is not None:
             folder = Path(source).expanduser()

@@ -71,7 +71,7 @@ class HubRef:
         return tuple(folder / name for name in names if not any(part.startswith(".") for part in name.parts))
 
     def resolved(self) -> HubRef:
-        """The same reference with the full commit as its revision; a local folder has none and stays as it is.
+        """Return the same reference with the full commit as its revision; a local folder has none and stays as it is.
 
         Raises:
             DeftxError: As :func:`resolve_commit`.
@@ -83,7 +83,7 @@ class HubRef:
 
 @functools.cache
 def resolve_commit(repo_id: str, revision: str | None, repo_type: str) -> str:
-    """The full commit a revision of a hub repository is; asked once a process.
+    """Return the full commit a revision of a hub repository is; asked once a process.
 
     Offline, or where the hub does not answer, this is the commit the hub's local cache noted when it was asked last.
 
@@ -126,7 +126,7 @@ def resolve_commit(repo_id: str, revision: str | None, repo_type: str) -> str:
 
 
 def _cached_repo(repo_id: str, repo_type: str) -> Path:
-    """Where the hub's local cache keeps a repository."""
+    """Return where the hub's local cache keeps a repository."""
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 
@@ -134,13 +134,13 @@ def _cached_repo(repo_id: str, repo_type: str) -> Path:
 
 
 def reason(error: Exception) -> str:
-    """The first line of what an error says, else its name."""
+    """Return the first line of what an error says, else its name."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
 
 
 def is_hub_copy(folder: Path) -> bool:
-    """Whether a folder holds a hub data set's files (parquet, or a card that configures data files), not a clone."""
+    """Return whether a folder holds a hub data set's files (parquet, or a card that names data files), not a clone."""
     card = folder / "README.md"
     if card.is_file():
         text = card.read_text(encoding="utf-8", errors="replace")
@@ -187,7 +187,7 @@ def _builder(ref: HubRef, split: str) -> datasets.DatasetBuilder:
 
 
 def _folder_builder(ref: HubRef) -> datasets.DatasetBuilder:
-    """A folder's data set. ``datasets`` would take what it prepared of it before, however its files changed since."""
+    """Return a folder's data set, read anew: ``datasets`` alone would take what it once prepared of changed files."""
     import datasets
 
     stats = [(path.as_posix(), path.stat()) for path in ref.files]
@@ -198,7 +198,7 @@ def _folder_builder(ref: HubRef) -> datasets.DatasetBuilder:
 
 
 def _snapshot_builder(ref: HubRef, split: str) -> datasets.DatasetBuilder | None:
-    """The data set in the hub's local cache, at the very commit; ``None`` where it holds nothing of it.
+    """Return the data set in the hub's local cache, at the very commit; ``None`` where it holds nothing of it.
 
     Raises:
         DeftxError: It holds a part of the split: that is not the split.
@@ -218,7 +218,7 @@ def _snapshot_builder(ref: HubRef, split: str) -> datasets.DatasetBuilder | None
 
 
 def label_words(values: Sequence[Any], feature: Any, order: Sequence[str], origin: str) -> list[str]:
-    """Labels of a hub data set as words; an unlabelled row (-1) gives ``"-"``.
+    """Return the labels of a hub data set as words; an unlabelled row (-1) gives ``"-"``.
 
     Args:
         values: The label column: integers or words.
@@ -252,7 +252,7 @@ def require_hub_columns(dataset: datasets.Dataset, columns: Iterable[str], origi
 
 
 def download(url: str, cache_dir: str | None) -> Path:
-    """The local copy of a file on the network, from ``datasets``' cache when it is there.
+    """Return the local copy of a file on the network, from ``datasets``' cache when it is there.
 
     Raises:
         DeftxError: The file could not be downloaded.

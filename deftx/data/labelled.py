@@ -93,7 +93,7 @@ class TaskSpec:
 
 
 def _own(name: str, form: Form, metric: str, folder: str | None = None) -> TaskSpec:
-    """A task on files of the user's own, kept from the public sets and from its own test rows."""
+    """Return a task on files of the user's own, kept from the public sets and from its own test rows."""
     guards = (Guard("nusax"), Guard("xnli"), Guard("americasnli"), Guard(name, ("test",)))
     return TaskSpec(OwnFiles(name, folder), form, metric, validation=("own", "part"), guards=guards)
 
@@ -221,7 +221,7 @@ TRAIN_SETS = tuple(name for name, spec in SETS.items() if spec.validation)
 
 
 def task_spec(task: str, data: DataSettings) -> TaskSpec:
-    """The task's labels and metric; for ``tsv``, with the labels of ``data.labels``.
+    """Return the task's labels and metric; for ``tsv``, with the labels of ``data.labels``.
 
     Raises:
         DeftxError: Unknown task, or ``tsv`` without ``data.labels``.
@@ -232,7 +232,7 @@ def task_spec(task: str, data: DataSettings) -> TaskSpec:
 
 
 def train_spec(train: str, data: DataSettings) -> TaskSpec:
-    """The training set, with its labels.
+    """Return the training set, with its labels.
 
     Raises:
         DeftxError: Unknown training set, or ``tsv`` without ``data.labels``.
@@ -258,7 +258,7 @@ def _with_labels(spec: TaskSpec, data: DataSettings) -> TaskSpec:
 
 
 def place_of(spec: TaskSpec, language: LanguageSettings, data: DataSettings, split: str) -> Place:
-    """Where the rows of a data set are; nothing is read or downloaded.
+    """Return where the rows of a data set are; nothing is read or downloaded.
 
     Args:
         spec: The data set, with its labels.

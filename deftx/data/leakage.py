@@ -128,11 +128,11 @@ class LeakFilter:
         self._build_index()
 
     def __len__(self) -> int:
-        """How many distinct sentences are protected."""
+        """Return how many distinct sentences are protected."""
         return len(self._texts)
 
     def matches(self, texts: Iterable[str]) -> list[Match | None]:
-        """The best match of each text, or ``None``.
+        """Return the best match of each text, or ``None``.
 
         Args:
             texts: Any number of texts.
@@ -258,7 +258,7 @@ def _grams(texts: Sequence[str], size: int) -> tuple[npt.NDArray[np.uint64], Int
 def summarise(
     matches: Sequence[Match | None], texts: Sequence[str], protected: Sequence[str], limit: int = 5
 ) -> dict[str, Any]:
-    """What a filter dropped: counts by kind and a few examples, most doubtful first, as plain values for a report."""
+    """Return what a filter dropped, as plain values: counts by kind and a few examples, most doubtful first."""
     matched = [(match, text) for match, text in zip(matches, texts, strict=True) if match is not None]
     kinds = ("exact", "near", "contained", "fragment")
     examples = sorted(matched, key=lambda item: item[0].similarity)[:limit]

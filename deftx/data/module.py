@@ -129,7 +129,7 @@ class TextDataModule(pl.LightningDataModule):
         return self
 
     def fingerprint(self) -> str:
-        """Digest of what the fit sees: sizes, the first and last training batch and the first validation batch."""
+        """Return the digest of what a fit sees: sizes, first and last training batch, first validation batch."""
         if not self._plan:
             raise RuntimeError("call schedule() before fingerprint()")
         stream, valid = _Stream(self._source, self._plan, 0, 1), _Validation(self._source, self._seed, 8, 0, 1)
@@ -235,7 +235,7 @@ class _Validation(Dataset[Batch]):
 
 
 def _cuts(groups: np.ndarray, size: int) -> np.ndarray:
-    """Where examples sorted by group are cut into pieces of at most ``size`` of one group each: int64 [pieces, 2]."""
+    """Return where examples sorted by group are cut into pieces of one group, at most ``size``: int64 [pieces, 2]."""
     ends = np.cumsum(np.bincount(groups))
     firsts = [np.arange(start, end, size) for start, end in zip([0, *ends], ends, strict=False)]
     lasts = [np.minimum(first + size, end) for first, end in zip(firsts, ends, strict=True)]

@@ -57,7 +57,7 @@ def text_measures(lines: Sequence[str], count_pieces: Callable[[list[str]], int]
 
 
 def words_of(text: str) -> list[str]:
-    """Words of a text: what stands between spaces, punctuation at either end taken off; numbers count."""
+    """Return the words of a text: what stands between spaces, punctuation at either end taken off; numbers count."""
     return [word for word in (_bare(part) for part in text.split()) if word]
 
 

@@ -77,7 +77,7 @@ class Origin:
         return any(self._made(path) for path in self.files)
 
     def identity(self, digest: Digest = digest_files) -> dict[str, Any]:
-        """What decides the content, as plain JSON; no path is in it.
+        """Return what decides the content, as plain JSON; no path is in it.
 
         Raises:
             DeftxError: A file cannot be read; or the commit of a hub data set cannot be resolved.
@@ -101,7 +101,7 @@ class Origin:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def description(self, digest: Digest = digest_files) -> dict[str, Any]:
-        """Where it is and what it holds, for people and ``result.json``: path, hub id or address, and ``digest``.
+        """Return where it is and what it holds, for people and ``result.json``: path, hub id or address; ``digest``.
 
         ``digest`` is the :meth:`fingerprint`: it is equal where the same content is read in the same way.
         """
@@ -115,13 +115,13 @@ class Origin:
         return {**where, "digest": self.fingerprint(digest)}
 
     def _made(self, path: Path) -> str | None:
-        """Which file of which family; ``None`` for a file that is given."""
+        """Return which file of which family; ``None`` for a file that is given."""
         if self.family is None or (name := self.family.name_of(path)) is None:
             return None
         return f"family {self.family.key}: {name}"
 
     def _form(self, path: Path) -> str:
-        """What of a file's name decides how it is read."""
+        """Return what of a file's name decides how it is read."""
         return ""
 
 
@@ -147,7 +147,7 @@ class Form:
     combined: str = ""
 
     def is_combined(self, path: Path) -> bool:
-        """Whether a file holds all languages of the data set, each row saying its own."""
+        """Return whether a file holds all languages of the data set, each row saying its own."""
         return bool(self.combined) and path.name.startswith(self.combined)
 
 
@@ -168,7 +168,7 @@ class Place(Origin):
     language: str = ""
 
     def identity(self, digest: Digest = digest_files) -> dict[str, Any]:
-        """What decides the rows, as plain JSON: data set, split, language and content; no path is in it.
+        """Return what decides the rows, as plain JSON: data set, split, language and content; no path is in it.
 
         What the labels' integers mean is not in it either: who reads labels knows the task, and others read sentences.
 
@@ -185,6 +185,6 @@ class Place(Origin):
 
 
 def combined_fingerprint(origins: Iterable[Origin], digest: Digest = digest_files) -> str:
-    """One SHA-256 for what several origins hold, whatever their order."""
+    """Return one SHA-256 for what several origins hold, whatever their order."""
     text = json.dumps(sorted(origin.fingerprint(digest) for origin in origins))
     return hashlib.sha256(text.encode()).hexdigest()

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, without byte-order mark, with LF line ends.
+    """Return the text of a UTF-8 file, without byte-order mark, with LF line ends.
 
     Raises:
         DeftxError: The file is missing, unreadable, empty or not UTF-8 (with line and byte offset).
@@ -107,7 +107,7 @@ def read_jsonl(path: Path, columns: Sequence[str]) -> pd.DataFrame:
 
 
 def expand(patterns: Sequence[str], root: Path) -> dict[str, list[Path]]:
-    """Files that each pattern names: a file, a folder (every ``*.txt`` below it) or a glob.
+    """Return files that each pattern names: a file, a folder (every ``*.txt`` below it) or a glob.
 
     Relative patterns start at ``root``.
     """

@@ -51,7 +51,7 @@ def read_rows(place: Place) -> Rows:
 
 
 def _file_table(place: Place, path: Path) -> pd.DataFrame:
-    """Cells of a file, as text; of a file that holds all languages, those of the place's language."""
+    """Return the cells of a file, as text; of a file that holds all languages, those of the place's language."""
     jsonl = path.suffix == ".jsonl"
     table = read_jsonl(path, MULTINLI_FIELDS) if jsonl else read_table(path, columns=place.form.header)
     if place.form.is_combined(path) and "language" in table:
@@ -62,7 +62,7 @@ def _file_table(place: Place, path: Path) -> pd.DataFrame:
 
 
 def _hub_table(place: Place, ref: HubRef, origin: str) -> pd.DataFrame:
-    """Cells of a hub data set, as text; its labels as words."""
+    """Return the cells of a hub data set, as text; its labels as words."""
     form = place.form
     dataset = load_hub(ref, place.split)
     columns = [names[0] for names in form.texts[0]]
@@ -78,7 +78,7 @@ def _id_column(columns: Iterable[str]) -> list[str]:
 
 
 def _column(table: pd.DataFrame, names: Sequence[str], origin: str) -> list[str]:
-    """Cells of the first of ``names`` that a table has."""
+    """Return the cells of the first of ``names`` that a table has."""
     for name in names:
         if name in table:
             return table[name].tolist()

@@ -94,7 +94,7 @@ class DataSettings:
     cache_dir: str | None = knob(None)
 
     def result_settings(self) -> dict[str, Any]:
-        """The settings that change which labelled rows are loaded although the files stay the same (for cache keys)."""
+        """Return the settings that change which labelled rows are loaded from equal files (for cache keys)."""
         return {"valid_fraction": self.valid_fraction, "leak_threshold": self.leak_threshold}
 
 
@@ -112,7 +112,7 @@ class GeneratedFamily(NamedTuple):
     names: tuple[str, ...]
 
     def name_of(self, path: Path) -> str | None:
-        """The name of a file below the root; ``None`` for a file elsewhere."""
+        """Return the name of a file below the root; ``None`` for a file elsewhere."""
         return path.relative_to(self.root).as_posix() if path.is_relative_to(self.root) else None
 
 

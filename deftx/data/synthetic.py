@@ -85,14 +85,14 @@ _NAMES = 4
 
 
 def _concepts(settings: SyntheticSettings) -> tuple[list[str], list[str]]:
-    """Plain content concepts (nouns, verbs) and evaluative ones."""
+    """Return plain content concepts (nouns, verbs) and evaluative ones."""
     plain = [f"noun.{t}.{i}" for t in range(settings.topics) for i in range(settings.nouns_per_topic)]
     evaluative = [f"verb.{label}.{i}" for label in LABELS for i in range(settings.verbs)]
     return plain, evaluative + [f"quality.{label}.{i}" for label in LABELS for i in range(settings.synonyms)]
 
 
 def _new(draw: Callable[[], str], taken: set[str]) -> str:
-    """The first form drawn that is not in ``taken``; it is added there."""
+    """Return the first form drawn that is not in ``taken``; it is added there."""
     for _ in range(10_000):
         form = draw()
         if form not in taken:
@@ -102,7 +102,7 @@ def _new(draw: Callable[[], str], taken: set[str]) -> str:
 
 
 def _stem(dice: _Dice, taken: set[str]) -> str:
-    """A new stem of the form CVCV or CVCVC."""
+    """Draw a new stem of the form CVCV or CVCVC."""
 
     def draw() -> str:
         form = "".join(dice.pick(CONSONANTS) + dice.pick(VOWELS) for _ in range(2))
@@ -112,7 +112,7 @@ def _stem(dice: _Dice, taken: set[str]) -> str:
 
 
 def _sound_changes(dice: _Dice) -> dict[int, str]:
-    """A member's regular sound changes: three consonants and one vowel become another sound everywhere."""
+    """Draw a member's regular sound changes: three consonants and one vowel become another sound everywhere."""
     old, new = dice.shuffled(CONSONANTS)[:3], dice.shuffled(CONSONANTS)[:3]
     changes = dict(zip(old, new, strict=True))
     first, second = dice.shuffled(VOWELS)[:2]
@@ -222,13 +222,13 @@ class _Speaker:
 
 
 def _parts(settings: SyntheticSettings, code: str) -> dict[str, int]:
-    """Labelled files of a member and their sizes: only the source has rows to learn from."""
+    """Return labelled files of a member and their sizes: only the source has rows to learn from."""
     parts = {"train": settings.train, "valid": settings.valid} if code == settings.source else {}
     return {**parts, "test": settings.test}
 
 
 def family_data(data: DataSettings, settings: SyntheticSettings, root: Path, key: str) -> FamilyData:
-    """The data settings of a study on the generated family, whether or not its folder is there yet.
+    """Return the data settings of a study on the generated family, whether or not its folder is there yet.
 
     Args:
         data: The study's own.

@@ -60,7 +60,7 @@ class TaskData:
 
 
 def train_places(train: str, language: LanguageSettings, data: DataSettings) -> TrainPlaces:
-    """Where the rows of a training set are, and of the evaluation rows that must not be among them.
+    """Return where the rows of a training set are, and of the evaluation rows that must not be among them.
 
     Args:
         train: One of ``labelled.TRAIN_SETS``.
@@ -139,7 +139,7 @@ def load_train(
 
 
 def evaluation_place(task: str, language: LanguageSettings, data: DataSettings, split: str = "test") -> Place:
-    """Where a target language's evaluation rows are.
+    """Return where a target language's evaluation rows are.
 
     Args:
         task: One of ``labelled.TASKS``.
@@ -184,7 +184,7 @@ def load_test(task: str, language: LanguageSettings, data: DataSettings, split: 
 
 
 def protected_places(language: LanguageSettings, data: DataSettings) -> list[Place]:
-    """Evaluation rows of a language, of every public set at hand, whose sentences must not be in its unlabelled text.
+    """Return a language's evaluation rows in public sets at hand; its unlabelled text must not hold their sentences.
 
     Dev and test (NusaX: valid and test) of the sets in ``data.protect`` the language is in. At hand means: the data
     set's folder is there, or it comes from the hub; a split that a folder lacks is skipped. The generated family is
@@ -222,7 +222,7 @@ def protected_texts(language: LanguageSettings, data: DataSettings) -> list[str]
 
 
 def own_test_places(task: str, languages: Sequence[LanguageSettings], data: DataSettings) -> dict[str, Place]:
-    """Evaluation rows of the tasks that read files of your own, by language; empty for the public data sets.
+    """Return evaluation rows of the tasks that read files of your own, by language; empty for the public data sets.
 
     Those are protected by :func:`load_train` and :func:`protected_texts` themselves. Files that are not there are
     skipped: not every command needs them.
@@ -240,7 +240,7 @@ def own_test_rows(task: str, languages: Sequence[LanguageSettings], data: DataSe
 
 
 def sentences(rows: pd.DataFrame) -> list[str]:
-    """Every text of the rows, premises and hypotheses apart."""
+    """Return every text of the rows, premises and hypotheses apart."""
     return [*rows["text"], *(text for text in rows["text_pair"] if text is not None)]
 
 
@@ -292,7 +292,7 @@ def split_by_text(rows: pd.DataFrame, fraction: float, seed: int, origin: str) -
 
 
 def _evaluation_places(task: str, language: LanguageSettings, data: DataSettings, splits: Sequence[str]) -> list[Place]:
-    """Splits of a set in a language; nothing where the language, the folder or the split is not there."""
+    """Return the splits of a set in a language; nothing where the language, the folder or the split is not there."""
     places = []
     for split in splits:
         with contextlib.suppress(NotAtHandError, MissingSplitError):
@@ -301,7 +301,7 @@ def _evaluation_places(task: str, language: LanguageSettings, data: DataSettings
 
 
 def _joined(frame: pd.DataFrame) -> list[str]:
-    """One text a row; of a pair, premise and hypothesis together: either alone may be anyone's."""
+    """Return one text a row; of a pair, premise and hypothesis together: either alone may be anyone's."""
     return [
         text if pair is None else f"{text} {pair}" for text, pair in zip(frame["text"], frame["text_pair"], strict=True)
     ]

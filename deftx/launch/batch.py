@@ -34,5 +34,5 @@ class TaskBatch:
 
 
 def failure_of(error: BaseException) -> TaskFailure:
-    """The end of a task that raised."""
+    """Return the end of a task that raised."""
     return TaskFailure(f"{type(error).__name__}: {error}")

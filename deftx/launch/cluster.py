@@ -101,7 +101,7 @@ def _executor(settings: LauncherSettings, folder: Path) -> Any:
 
 
 def _without_accounts() -> None:
-    """Where ``sacct`` does not answer, look jobs up in the queue, which knows them for some minutes after their end."""
+    """Look jobs up in the queue where ``sacct`` does not answer; it knows them for some minutes after their end."""
     from submitit.slurm.slurm import SlurmInfoWatcher, SlurmJob
 
     try:
@@ -146,7 +146,7 @@ def _submit(executor: Any, work: Callable[[Any], Any], tasks: Sequence[Any]) -> 
 
 
 def _answer(job: Any) -> Any:
-    """What a job gave, or why it gave nothing; submitit raises for a job that failed, died or was cancelled."""
+    """Return what a job gave, or why it gave nothing; submitit raises for a job that failed, died or was cancelled."""
     from submitit.core.utils import UncompletedJobError
 
     try:

@@ -123,7 +123,7 @@ def _end_with(parent: int) -> None:
 
 
 def _claim(folder: Path) -> int:
-    """The first number that no living worker of the pool has; loky replaces workers that grew too large.
+    """Return the first number that no living worker of the pool has; loky replaces workers that grew too large.
 
     The worker holds its number by a lock, which the system releases when the worker dies.
     """

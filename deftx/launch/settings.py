@@ -52,7 +52,7 @@ class LauncherSettings:
         return [f"workers is needed with launcher.name={self.name}: how many jobs at a time"]
 
     def device(self, accelerator: str) -> str:
-        """The kind of device that its jobs train on, ``cpu`` or ``cuda``; empty where they run on this machine.
+        """Return the kind of device that its jobs train on, ``cpu`` or ``cuda``; empty where they run on this machine.
 
         A login node plans what its workers will make: what it has itself says nothing of them.
 

@@ -28,7 +28,7 @@ class Evidence(Protocol):
         """θ⁰."""
 
     def start(self) -> Tensors:
-        """What training starts from: θ⁰, or θ⁰ + φ_S."""
+        """Return what training starts from: θ⁰, or θ⁰ + φ_S."""
 
     def change(self) -> Tensors:
         """Δ: what the full phase changed."""
@@ -87,7 +87,7 @@ class SparseMethod:
     composition: str = "sum"
 
     def chooses(self, other: SparseMethod) -> bool:
-        """Whether it makes the choices of another; its name and what it ignores are none."""
+        """Return whether it makes the choices of another; its name and what it ignores are none."""
         return replace(self, title=other.title, denoised=other.denoised) == other
 
 

@@ -57,7 +57,7 @@ def house_style() -> Iterator[None]:
 
 
 def figure(width: float, height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, Any]:
-    """A figure in this style and its axes, a 2-D array; legends stand outside of the axes.
+    """Return a figure in this style and its axes, a 2-D array; legends stand outside of the axes.
 
     Args:
         width: In inches.
@@ -75,7 +75,7 @@ def figure(width: float, height: float, rows: int = 1, columns: int = 1, **optio
 
 
 def panels(count: int, *, height: float = 2.5, most: int = 4, **options: Any) -> tuple[Figure, list[Axes]]:
-    """A figure with ``count`` axes of equal size; what is left of the last row is hidden."""
+    """Return a figure with ``count`` axes of equal size; what is left of the last row is hidden."""
     columns = min(most, count)
     rows = -(-count // columns)
     width = {1: 5.2, 2: 7.4, 3: WIDTH}.get(columns, WIDTH + 1)
@@ -87,7 +87,7 @@ def panels(count: int, *, height: float = 2.5, most: int = 4, **options: Any) ->
 
 
 def legend(figure: Figure, axes: Axes, columns: int = 4) -> None:
-    """One legend for all axes, under the figure."""
+    """Draw one legend for all axes under the figure."""
     handles, labels = axes.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
     if len(unique) > 1 or (unique and next(iter(unique))):
@@ -106,7 +106,7 @@ def look(number: int) -> dict[str, Any]:
 
 
 def titled(axes: Axes, text: str) -> None:
-    """A title that stays within its axes: long ones in two lines."""
+    """Set a title that stays within its axes: a long one takes two lines."""
     import textwrap
 
     axes.set_title("\n".join(textwrap.wrap(text, 44)), fontsize=9.5)
@@ -130,7 +130,7 @@ def heat_map(
     form: str = "",
     limits: tuple[float, float] | None = None,
 ) -> None:
-    """An annotated heat map; cells without a value stay white with a dash.
+    """Draw an annotated heat map; cells without a value stay white with a dash.
 
     Args:
         axes: Where.

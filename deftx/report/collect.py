@@ -68,12 +68,12 @@ class Run:
         return tracking.data_read(self.record.settings)
 
     def repeats(self, other: Run) -> bool:
-        """Whether two finished runs are one job on the same base and the same data."""
+        """Return whether two finished runs are one job on the same base and the same data."""
         bases = [section_key(run.record)[-1] for run in (self, other)]
         return self.job == other.job and bases[0] == bases[1] and self._read_the_same(other)
 
     def made_up_by(self, other: Run) -> bool:
-        """Whether a finished run is the same job, as far as this one recorded its base and its data."""
+        """Return whether a finished run is the same job, as far as this one recorded its base and its data."""
         own, others = self.record.fingerprints, other.record.fingerprints
         shared = [name for name in ("base", "base files") if own.get(name) and others.get(name)]
         return (
@@ -163,7 +163,7 @@ def collect(folders: Sequence[Path]) -> Collection:
 
 
 def _walk(folder: Path, troubles: list[Trouble]) -> list[tuple[Path, str]]:
-    """Path and name of a folder and of those below it; reports and folders that cannot be opened are skipped."""
+    """Return path and name of a folder and of those below it; reports and folders that cannot be opened are skipped."""
     paths: list[tuple[Path, str]] = []
 
     def unreadable(error: OSError) -> None:
@@ -193,7 +193,7 @@ def _read(run_dir: Path, name: str) -> Run | Trouble:
 def _sort(
     results: dict[Path, Run | Trouble], collection: Collection
 ) -> tuple[dict[str, list[Run]], list[tuple[Run, Trouble]]]:
-    """Distinct finished runs by job, and the unfinished runs with their trouble; fills in the collection's runs."""
+    """Return distinct finished runs by job, and unfinished runs with their trouble; fills in the collection's runs."""
     done: dict[str, list[Run]] = {}
     failed_runs: list[tuple[Run, Trouble]] = []
     runs = sorted(
@@ -226,7 +226,7 @@ def _sort(
 
 
 def _same_scores(first: Run, second: Run) -> bool:
-    """Whether two runs of one job have equal scores and, where both have them, equal predictions."""
+    """Return whether two runs of one job have equal scores and, where both have them, equal predictions."""
     values = [{(m.language, m.condition, m.metric): m.value for m in run.record.metrics} for run in (first, second)]
     if values[0] != values[1]:
         return False
@@ -288,7 +288,7 @@ def _parquet(run: Run, name: str, columns: Sequence[str]) -> pd.DataFrame:
 def _sweep(
     sweep_dir: Path, name: str, results: dict[Path, Run | Trouble], collection: Collection
 ) -> list[tuple[tuple[str, ...], Trouble | Run]]:
-    """The request (study, command, overrides) of each job of a sweep, with its run or its trouble."""
+    """Return the request (study, command, overrides) of each job of a sweep, with its run or its trouble."""
     try:
         record = tracking.read_sweep(sweep_dir)
     except DeftxError as error:

@@ -120,7 +120,7 @@ def digests(data: Iterable[DataRead]) -> dict[str, str]:
 
 
 def agree(first: Mapping[str, str], second: Mapping[str, str]) -> bool:
-    """Whether two mappings have equal values under every name that both hold."""
+    """Return whether two mappings have equal values under every name that both hold."""
     return all(second.get(name, digest) == digest for name, digest in first.items())
 
 
@@ -154,7 +154,7 @@ def varying(settings: Sequence[Mapping[str, Any]]) -> list[Settings]:
 
 
 def _is_one(name: str, values: Sequence[Any]) -> bool:
-    """Whether a knob of φ_S has one value wherever there is a φ_S."""
+    """Return whether a knob of φ_S has one value wherever there is a φ_S."""
     distinct = ordered_values(value for value in values if value is not None)
     return name.startswith("source.") and name != "source.enabled" and len(distinct) == 1
 
@@ -165,7 +165,7 @@ def _count(settings: Sequence[Mapping[str, Any]], keys: Iterable[str]) -> int:
 
 
 def _implied(name: str, values: Sequence[Any], names: Mapping[str, str]) -> bool:
-    """Whether a knob of the denoising has one value only, besides null where ``rank=none`` turns denoising off."""
+    """Return whether a knob of the denoising has one value, besides null where ``rank=none`` turns denoising off."""
     prefix, _, last = name.rpartition(".")
     rank = {f"{prefix}.rank" if prefix else "rank", "rank"}
     return (

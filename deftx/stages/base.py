@@ -60,7 +60,7 @@ class Base(InputFolder):
     inside = MODEL_FOLDER
 
     def shapes(self, kind: str) -> Mapping[str, tuple[int, ...]]:
-        """Names and shapes of M for a ``language`` or a ``task`` SFT, from the configuration."""
+        """Return names and shapes of M for a ``language`` or a ``task`` SFT, from the configuration."""
         return self.task_shapes if kind == "task" else self.language_shapes
 
     def random_numbers(self, study: StudySettings) -> dict[str, Any]:
@@ -82,12 +82,12 @@ def random_numbers(study: StudySettings, *, drawing: bool) -> dict[str, Any]:
 
 
 def device_of(study: StudySettings) -> str:
-    """The kind of device that trains, ``cpu`` or ``cuda``: the launcher's choice, else this machine's device."""
+    """Return the kind of device that trains, ``cpu`` or ``cuda``: the launcher's choice, else this machine's device."""
     return study.device or {"cpu": "cpu", "gpu": "cuda"}.get(study.trainer.accelerator) or device_here()
 
 
 def device_here() -> str:
-    """The kind of device that ``trainer.accelerator=auto`` means on this machine."""
+    """Return the kind of device that ``trainer.accelerator=auto`` means on this machine."""
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"

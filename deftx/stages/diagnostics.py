@@ -86,7 +86,7 @@ def diagnostics(folders: Mapping[SFT, Path], composed: Sequence[tuple[SFT, SFT]]
 
 
 def _coordinates(folder: Path) -> Coordinates:
-    """Indices (int64, sorted) and values (float32) of an SFT by parameter, verified as ``SparseDelta.load`` does."""
+    """Return indices (int64, sorted) and float32 values of an SFT by parameter, verified as ``SparseDelta.load``."""
     facts = read_facts(folder)
     tensors = dict(deserialize((folder / TENSORS).read_bytes()))  # type: ignore[no-untyped-call]
 

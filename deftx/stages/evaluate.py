@@ -104,7 +104,7 @@ class Evaluator:
         self._batches: dict[str, list[tuple[list[int], Batch]]] = {}
 
     def node(self, cell: Cell) -> Node:
-        """The node of a cell."""
+        """Return the node of a cell."""
         rows = self.tests[cell.language]
         needs, content = {**self.base.needs, **rows.needs}, {**self.base.content, **rows.content}
         for sft in cell.sfts:
@@ -145,7 +145,7 @@ class Evaluator:
         (work.out / METRICS).write_text(json.dumps({**metrics, "n": len(rows)}, sort_keys=True), encoding="utf-8")
 
     def _encoded(self, language: str, rows: pd.DataFrame) -> list[tuple[list[int], Batch]]:
-        """A language's rows as batches with their row numbers, tokenised once for all its cells."""
+        """Return a language's rows as batches with their row numbers, tokenised once for all its cells."""
         from deftx.data.encode import batches_by_length, encode_texts, padding_of
 
         if language not in self._batches:
@@ -154,7 +154,7 @@ class Evaluator:
         return self._batches[language]
 
     def _opened(self, work: Workspace) -> AdaptedClassifier:
-        """The classifier on θ⁰, loaded for the first cell."""
+        """Return the classifier on θ⁰, loaded for the first cell."""
         import torch
 
         from deftx.training.encoder import HEADS, load_tokenizer

@@ -46,18 +46,18 @@ class StageEvidence:
         self.reports: list[MatrixReport] = []
 
     def loaded(self) -> tuple[Encoder, str, list[str]]:
-        """The module at the start of training, θ⁰'s fingerprint, names of drawn head tensors; do not train it."""
+        """Return the module at the start of training, θ⁰'s fingerprint, drawn head tensors' names; do not train it."""
         with at_start(self._objective, self._sft, self._work) as loaded:
             return loaded
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Names and shapes of M, from the base's own folder."""
+        """Return names and shapes of M, from the base's own folder."""
         from deftx.training.shapes import shapes_of
 
         return shapes_of(self._objective.base.found_in(self._work), kind=self._objective.kind)
 
     def random(self) -> Mapping[str, Tensor]:
-        """Scores drawn from [0, 1) over M, float32."""
+        """Return scores drawn from [0, 1) over M, float32."""
         from deftx.core.selection import random_scores
 
         objective = self._objective

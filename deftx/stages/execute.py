@@ -59,7 +59,7 @@ class Results:
                 return entries
 
     def agree(self, entries: Mapping[str, Entry] | None = None) -> bool:
-        """Whether ``entries`` (default: all so far) were made from the same bits; if not, all are forgotten."""
+        """Return whether ``entries`` (default: all so far) were made from the same bits; if not, all are forgotten."""
         if self.cache.agree(self.entries if entries is None else entries):
             return True
         self.entries.clear()

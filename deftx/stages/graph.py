@@ -145,12 +145,12 @@ class StudyGraph:
         )
 
     def named(self, name: str) -> list[Node]:
-        """The nodes of a part, none if it has none; a finished SFT's name without a method means the main method."""
+        """Return the nodes of a part, if any; a finished SFT's name without a method means the main method."""
         return next((p.nodes for p in self.parts if name in _names(p, self.study)), [])
 
 
 def _names(part: Part, study: StudySettings) -> list[str]:
-    """Every name that ``only=`` accepts for a part."""
+    """Return every name that ``only=`` accepts for a part."""
     short = [f"{part.phase}:{part.whose}"] if part.method == study.methods[0] else []
     return [part.name, *short]
 
@@ -286,7 +286,7 @@ class Look:
         self._cached: dict[str, bool] = {}
 
     def cached(self, node: Node) -> bool:
-        """Whether a node's result is in the cache."""
+        """Return whether a node's result is in the cache."""
         if node.key not in self._cached:
             self._cached[node.key] = self.cache.peek(node.stage) is not None
         return self._cached[node.key]
@@ -323,7 +323,7 @@ class History:
             self._seconds.setdefault(likeness, []).append(float(manifest["seconds"]))
 
     def seconds(self, node: Node) -> float | None:
-        """Median seconds of stages of the same kind, budget and base in any language; ``None`` if none ran."""
+        """Return median seconds of stages of the same kind, budget and base in any language; ``None`` if none ran."""
         stage = node.stage
         durations = self._seconds.get(_likeness(stage.kind, stage.settings, stage.inputs))
         return statistics.median(durations) if durations else None
@@ -335,7 +335,7 @@ class History:
 
 
 def _likeness(kind: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
-    """A text that is equal for stages that take about as long."""
+    """Return a text that is equal for stages that take about as long."""
     training = settings.get("training") or {}
     budget = {name: value for name, value in training.items() if not name.startswith("l1_")}
     base = inputs.get("base", "") if kind not in ("profile", "run") else ""

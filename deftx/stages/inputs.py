@@ -207,12 +207,12 @@ class _Reader:
         return ExternalInput.of(description, partial(origin.fingerprint, self.cache.fingerprint))
 
     def _protected(self, places: Sequence[Place]) -> ExternalInput:
-        """Evaluation rows that are kept out of what is trained on."""
+        """Return evaluation rows that are kept out of what is trained on."""
         again = partial(combined_fingerprint, places, self.cache.fingerprint)
         return ExternalInput.of("a file of evaluation rows", again)
 
     def _needs(self, *origins: Origin) -> Mapping[str, Node]:
-        """The family's node, where it makes some of what is read."""
+        """Return the family's node, where it makes some of what is read."""
         return self.inputs.family if any(origin.generated for origin in origins) else {}
 
     def _tests(self, language: LanguageSettings, place: Place) -> TestRows:
@@ -259,7 +259,7 @@ class _Reader:
         )
 
     def _rows(self, source: LanguageSettings, roles: Mapping[str, Place], protected: Sequence[Place]) -> Node:
-        """Labelled rows of a source language, without leaks into any evaluation set, split into train and validation.
+        """Return a source language's labelled rows without leaks into evaluation sets, split into train and validation.
 
         Reads nothing but what was given, or the generated family. Writes ``train.parquet`` and ``valid.parquet``
         (columns ``id``, ``text``, ``text_pair``, ``label``, see :func:`read_rows`), ``content.json`` (a SHA-256 of the
@@ -341,12 +341,12 @@ def measures(language: str, text: Node, base: Base) -> Node:
 
 
 def read_text(entry: Entry, split: str) -> list[str]:
-    """Lines of a text's ``train`` or ``valid``."""
+    """Return the lines of a text's ``train`` or ``valid``."""
     return entry.file(f"{split}.txt").read_text(encoding="utf-8").splitlines()
 
 
 def read_rows(entry: Entry, split: str) -> pd.DataFrame:
-    """Labelled rows of ``train`` or ``valid``: id, text, text_pair, label."""
+    """Return labelled rows of ``train`` or ``valid``: id, text, text_pair, label."""
     import pandas as pd
 
     return pd.read_parquet(entry.file(f"{split}.parquet"))

@@ -41,14 +41,14 @@ def flat_knobs(study: StudySettings) -> dict[str, Any]:
 
 
 def _read(sft: SFTSettings, methods: Sequence[str]) -> SFTSettings:
-    """An SFT's settings of the main method, with the denoising of the first method that denoises."""
+    """Return an SFT's settings of the main method, with the denoising of the first method that denoises."""
     main, *more = [sft.by(method) for method in methods]
     denoised = next((other for other in (main, *more) if other.rank is not None), main)
     return replace(main, **{name: getattr(denoised, name) for name in DENOISING})
 
 
 def _sft_knobs(scope: str, sft: SFTSettings, *readers: str) -> dict[str, Any]:
-    """The knobs of one kind of SFT, policies as texts."""
+    """Return the knobs of one kind of SFT, policies as texts."""
     knobs = values(sft, f"{scope}.", *readers, *([] if sft.rank is not None else UNDENOISED))
     return {
         name: str(value) if isinstance(value, RankPolicy | ResidualPolicy) else value for name, value in knobs.items()
@@ -73,7 +73,7 @@ def given_knobs(
 
 
 def _shared_knobs(study: StudySettings) -> dict[str, Any]:
-    """Settings of a run that do not concern the training of its SFTs."""
+    """Return the settings of a run that do not concern the training of its SFTs."""
     model = asdict(study.model)
     if study.model.path is not None:
         model |= {"hub": None, "revision": None}

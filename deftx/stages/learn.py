@@ -70,7 +70,7 @@ class SFTNodes:
 
 
 def sft_nodes(objective: Objective, sft: SFTSettings) -> SFTNodes:
-    """The nodes of one SFT, their keys known before anything runs.
+    """Return the nodes of one SFT, their keys known before anything runs.
 
     Args:
         objective: What it is trained for.
@@ -176,7 +176,7 @@ class _Phases:
         return self.sft.size(self.maskable)
 
     def settings(self, phase: str) -> dict[str, Any]:
-        """What of a training stage's settings changes its result."""
+        """Return what of a training stage's settings changes its result."""
         return {
             **self.objective.key_settings(),
             "training": read_settings(self.sft.training, self.objective.kind, phase),
@@ -198,7 +198,7 @@ class _Phases:
         _write_json(work.out / METRICS, result)
 
     def decompose(self, work: Workspace, loggers: Loggers) -> None:
-        """Singular values and vectors of each matrix of Δ."""
+        """Decompose each matrix of Δ: singular values and vectors."""
         from safetensors.torch import save_file
 
         from deftx.core.denoise import pack_decompositions
@@ -209,7 +209,7 @@ class _Phases:
         save_file(pack_decompositions(decompositions), work.out / DECOMPOSITIONS)
 
     def select(self, work: Workspace, loggers: Loggers) -> None:
-        """The mask: K coordinates of the largest scores."""
+        """Select the mask: K coordinates of the largest scores."""
         from safetensors.torch import save_file
 
         evidence = StageEvidence(self.objective, self.sft, work)
@@ -292,7 +292,7 @@ class _Phases:
 
     @contextlib.contextmanager
     def _progress(self, change: Mapping[str, Tensor]) -> Iterator[Callable[[str], None] | None]:
-        """A progress bar over the matrices that are decomposed, on a terminal."""
+        """Return a progress bar over the matrices that are decomposed, on a terminal."""
         from deftx.core.denoise import denoised_names
 
         if not (self.study.trainer.progress and sys.stderr.isatty()):
@@ -315,7 +315,7 @@ class _Phases:
         mask: Mapping[str, Tensor],
         metrics: Mapping[str, Any],
     ) -> dict[str, Any]:
-        """What ``sft.json`` says of an SFT."""
+        """Return what ``sft.json`` says of an SFT."""
         sft = self.sft
         facts: dict[str, Any] = {
             "kind": self.objective.kind,
@@ -341,7 +341,7 @@ class _Phases:
 
 
 def _values(result: PhaseResult, monitor: str) -> dict[str, Any]:
-    """What a phase reports, and the metric that chose its checkpoint; the file of the weights is no result."""
+    """Return what a phase reports, and the metric that chose its checkpoint; the file of the weights is no result."""
     values = {"monitor": monitor, **asdict(result)}
     del values["checkpoint"]
     return values

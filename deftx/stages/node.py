@@ -119,7 +119,7 @@ class InputFolder:
         return {self.kind: self.key} if self.node is None else {}
 
     def found_in(self, work: Workspace) -> Path:
-        """The folder's path while a node that reads it is computed.
+        """Return the folder's path while a node that reads it is computed.
 
         Raises:
             DeftxError: A given folder was changed since the command began.
@@ -183,5 +183,5 @@ def ordered(nodes: Iterable[Node]) -> list[Node]:
 
 
 def stage_seed(seed: int, kind: str, language: str) -> int:
-    """Seed of a stage; it depends on (seed, kind, language) alone, so that the rank never changes the data's order."""
+    """Return a stage's seed, a function of (seed, kind, language) alone: the rank never changes the data's order."""
     return seed_of(seed, kind, language, width=4)

@@ -94,7 +94,7 @@ class Objective(ABC):
 
     @abstractmethod
     def load(self, sft: SFTSettings, work: Workspace) -> tuple[Encoder, str, list[str]]:
-        """A freshly loaded module at the start of training; θ⁰'s fingerprint; names of head tensors that were drawn."""
+        """Return a freshly loaded module at the start of training, θ⁰'s fingerprint and names of drawn head tensors."""
 
     @abstractmethod
     def data_module(self, sft: SFTSettings, work: Workspace) -> Any:
@@ -102,10 +102,10 @@ class Objective(ABC):
 
     @abstractmethod
     def facts(self, work: Workspace) -> dict[str, Any]:
-        """What the SFT's ``sft.json`` says of it."""
+        """Return what the SFT's ``sft.json`` says of it."""
 
     def key_settings(self) -> dict[str, Any]:
-        """What of it, beside its inputs, changes what is trained."""
+        """Return what of it, beside its inputs, changes what is trained."""
         return {"objective": self.kind, "language": self.language}
 
 
@@ -144,7 +144,7 @@ class LanguageObjective(Objective):
         return MaskedLM(model, sft.training), base_fingerprint_of(model), report.drawn
 
     def data_module(self, sft: SFTSettings, work: Workspace) -> Any:
-        """Blocks of text, masked anew in each epoch."""
+        """Return the blocks of text, masked anew in each epoch."""
         from deftx.data.module import TextDataModule
         from deftx.training.encoder import load_tokenizer
 
@@ -160,7 +160,7 @@ class LanguageObjective(Objective):
         )
 
     def facts(self, work: Workspace) -> dict[str, Any]:
-        """Language and text."""
+        """Return language and text."""
         return {"languages": [self.language], "task": None, "text": read_json(work.inputs["data"].file(REPORT))}
 
 

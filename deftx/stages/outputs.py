@@ -103,7 +103,7 @@ def _fill_from_graph(record: tracking.RunRecord, progress: StudyProgress, graph:
 
 
 def _sft_facts(sft: SFT, results: Results) -> SFTFacts:
-    """An SFT's facts for ``result.json``; its training curve is in ``curves/``."""
+    """Return an SFT's facts for ``result.json``; its training curve is in ``curves/``."""
     folder = results.folder(sft)
     stated = read_json(folder / FACTS)
     facts = stated["metadata"]

@@ -90,7 +90,7 @@ class SFTSettings(SFTKnobs):
         return {"k": self.k} if self.k is not None else {"density": self.density}
 
     def callback(self) -> SparseFineTuning:
-        """The callback that trains it, phase by phase."""
+        """Return the callback that trains it, phase by phase."""
         from deftx.training.callback import SparseFineTuning
 
         return SparseFineTuning(
@@ -102,7 +102,7 @@ class SFTSettings(SFTKnobs):
         )
 
     def policies(self) -> dict[str, Any]:
-        """The denoising policies as plain values, as they enter a key."""
+        """Return the denoising policies as plain values, as they enter a key."""
         policies = {name: getattr(self, name) for name in DENOISING}
         return {
             name: value if value is None or isinstance(value, list) else str(value) for name, value in policies.items()

@@ -92,7 +92,7 @@ class SharedPart:
         return set(self.names)
 
     def needs(self, other: SharedPart) -> bool:
-        """Whether making it makes what the jobs of the other share.
+        """Return whether making it makes what the jobs of the other share.
 
         That two parts have a node in common is not enough: SFTs with one random mask share its selection.
         """
@@ -100,7 +100,7 @@ class SharedPart:
 
 
 def shared_parts(plans: Mapping[int, JobPlan]) -> list[list[SharedPart]]:
-    """The waves of a sweep.
+    """Return the waves of a sweep.
 
     Args:
         plans: Of each job that will run.
@@ -138,13 +138,13 @@ def shared_parts(plans: Mapping[int, JobPlan]) -> list[list[SharedPart]]:
 
 
 def _made_with_its_sft(part: SharedPart, parts: Sequence[SharedPart]) -> bool:
-    """Whether the same jobs share the one SFT that a full phase is for: then that one is the part."""
+    """Return whether the same jobs share the one SFT that a full phase is for: then that one is the part."""
     readers = [other for other in parts if other.needs(part) and other.whose == part.whose]
     return len(readers) == 1 and readers[0].jobs == part.jobs and part.own <= readers[0].closure
 
 
 def _closure(item: Node, missing: Mapping[str, Node]) -> set[str]:
-    """Keys of the missing nodes that making one computes, itself included."""
+    """Return the keys of the missing nodes that making one computes, itself included."""
     keys: set[str] = set()
 
     def visit(node: Node) -> None:

@@ -56,7 +56,7 @@ class Sweep:
         return self.studies[0].cache_root
 
     def task(self, job: SweepJob, headline: str, number: int) -> Task:
-        """A job as it travels, on the kind of device that job ``number`` of the command was planned for."""
+        """Return a job as it travels, on the kind of device that job ``number`` of the command was planned for."""
         return Task(
             self.command,
             tuple(job.overrides),
@@ -145,7 +145,7 @@ def _status(record: SweepRecord) -> int:
 
 
 def _job(number: int, overrides: Sequence[str], differing: Sequence[str], folder: str) -> SweepJob:
-    """A job that waits; what it changes stands in it as fields, too."""
+    """Return a job that waits; what it changes stands in it as fields, too."""
     return SweepJob(number, list(overrides), list(differing), folder, dict(map(knob_and_value, differing)))
 
 
@@ -223,7 +223,7 @@ def _restore(sweep: Sweep, record: SweepRecord, plans: Mapping[int, JobPlan]) ->
 
 
 def _scores_of(entry: Entry) -> dict[str, float] | None:
-    """Mean scores of a finished run; None where this deftx cannot read it, and the job simply runs again."""
+    """Return mean scores of a finished run; None where this deftx cannot read it, and the job simply runs again."""
     try:
         return mean_scores(read_result(entry.file(RESULT)))
     except DeftxError as error:

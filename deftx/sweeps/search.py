@@ -96,6 +96,6 @@ def _propose(trial: optuna.Trial, space: Mapping[str, Any]) -> list[str]:
 
 
 def _value(end: JobEnd, kind: str) -> float | None:
-    """Mean score of the judged SFTs; φ_S under a task SFT, of the other kind, is not."""
+    """Return mean score of the judged SFTs; φ_S under a task SFT, of the other kind, is not."""
     values = end.sfts.get(kind)
     return math.fsum(values) / len(values) if values else None

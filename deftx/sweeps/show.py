@@ -78,13 +78,13 @@ def print_plan(plans: Mapping[int, JobPlan], waves: Sequence[Sequence[SharedPart
 
 
 def _named(stage: Stage, seeds: Mapping[tuple[str, str], set[int | None]]) -> str:
-    """A stage for people; with its seed where that tells it from another of the same name."""
+    """Return a stage for people; with its seed where that tells it from another of the same name."""
     name = f"{stage.kind} {stage.label}"
     return f"{name}, seed {stage.seed}" if len(seeds[stage.kind, stage.label]) > 1 else name
 
 
 def job_line(position: int, total: int, job: SweepJob) -> str:
-    """One line about a job that ended."""
+    """Return one line about a job that ended."""
     text = f"[{position}/{total}] {' '.join(job.swept) or 'job ' + str(job.number)}: {job.status}"
     if job.error:
         return f"{text}: {job.error.splitlines()[0]}"
@@ -92,7 +92,7 @@ def job_line(position: int, total: int, job: SweepJob) -> str:
 
 
 def print_summary(jobs: Sequence[SweepJob], scores: Mapping[int, Mapping[str, float]], folder: str) -> None:
-    """The jobs side by side, how many ended how, and where it all lies."""
+    """Print the jobs side by side, how many ended how, and where it all lies."""
     count = {status: sum(job.status == status for job in jobs) for status in ("done", "cached", "failed")}
     unfinished = len(jobs) - sum(count.values())
     parts = [f"{count['done']} done", f"{count['cached']} finished before", f"{count['failed']} failed"]

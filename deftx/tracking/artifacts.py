@@ -27,7 +27,7 @@ _LONGEST = 128
 
 
 def sft_name(kind: str, facts: Mapping[str, Any]) -> str:
-    """Name of an SFT's artifact, the same wherever it is trained: ``sft-language-ace-deftx-rank-16-k-100-seed-0-tiny``.
+    """Return the name of an SFT's artifact: ``sft-language-ace-deftx-rank-16-k-100-seed-0-tiny``.
 
     Args:
         kind: ``language`` or ``task``.
@@ -45,7 +45,7 @@ def sft_name(kind: str, facts: Mapping[str, Any]) -> str:
 
 
 def result_name(record: RunRecord) -> str:
-    """Name of a result's artifact; the same settings again are another version of it."""
+    """Return the name of a result's artifact; the same settings again are another version of it."""
     knobs = record.settings
     languages = "+".join(knobs.get("language") or [])
     kind = None if record.job_type == "run" else record.job_type
@@ -66,7 +66,7 @@ def artifact_name(parts: Sequence[Any]) -> str:
 
 
 def is_input(record: RunRecord, sft: SFTFacts) -> bool:
-    """Whether a job reads an SFT rather than makes it.
+    """Return whether a job reads an SFT rather than makes it.
 
     A composing job reads all of them. One that trains a task SFT reads those that it is trained on.
     """
@@ -74,7 +74,7 @@ def is_input(record: RunRecord, sft: SFTFacts) -> bool:
 
 
 def sft_artifact(sft: SFTFacts, folder: Path, *, whole: bool) -> Any:
-    """An SFT's ``wandb.Artifact``: its facts, or all of its files.
+    """Return an SFT's ``wandb.Artifact``: its facts, or all of its files.
 
     Args:
         sft: Its entry in ``result.json``.
@@ -98,7 +98,7 @@ def sft_artifact(sft: SFTFacts, folder: Path, *, whole: bool) -> Any:
 
 
 def result_artifact(record: RunRecord, run_dir: Path, inputs: Sequence[str], *, whole: bool) -> Any:
-    """A result's ``wandb.Artifact``: the record and its scores, or also predictions and diagnostics.
+    """Return a result's ``wandb.Artifact``: the record and its scores, or also predictions and diagnostics.
 
     Args:
         record: The run's record.

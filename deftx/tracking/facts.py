@@ -127,7 +127,7 @@ class CellFacts:
 
     @classmethod
     def read(cls, content: Mapping[str, Any]) -> Self:
-        """A cell from the content of ``result.json``."""
+        """Return a cell from the content of ``result.json``."""
         return cls(**{**content, "terms": tuple(Term(**term) for term in content["terms"])})
 
 
@@ -190,12 +190,12 @@ class DataRead:
 
 
 def data_setting(reads: Iterable[DataRead]) -> dict[str, dict[str, str]]:
-    """The value of the setting :data:`DATA_READ`; fields that do not apply are left out."""
+    """Return the value of the setting :data:`DATA_READ`; fields that do not apply are left out."""
     return {read.name: {name: value for name, value in vars(read).items() if value is not None} for read in reads}
 
 
 def data_read(settings: Mapping[str, Any]) -> list[DataRead]:
-    """What data a run read, from its settings; empty for results that do not say it."""
+    """Return what data a run read, from its settings; empty for results that do not say it."""
     return [DataRead(**content) for content in (settings.get(DATA_READ) or {}).values()]
 
 
@@ -241,7 +241,7 @@ def gather_provenances(stages: Iterable[tuple[str, Mapping[str, Any]]]) -> list[
 
 
 def provenance_differences(provenances: Sequence[Provenance]) -> list[str]:
-    """What differs, each with its values: ``torch 2.8.0 / 2.9.1``; empty where nothing does."""
+    """Return what differs, each with its values: ``torch 2.8.0 / 2.9.1``; empty where nothing does."""
     values: dict[str, dict[str, None]] = {}
     for provenance in provenances:
         for name, value in {**provenance.versions, "threads": provenance.threads, "device": provenance.device}.items():
@@ -251,7 +251,7 @@ def provenance_differences(provenances: Sequence[Provenance]) -> list[str]:
 
 
 def provenance_remark(provenances: Sequence[Provenance]) -> Remark | None:
-    """A remark where the stages of one result were computed under several versions, thread counts or devices."""
+    """Return a remark where the stages of one result were computed under several versions, thread counts or devices."""
     differing = provenance_differences(provenances)
     text = "stages behind these numbers were computed under several versions, thread counts or devices"
     return Remark("provenances_differ", text, tuple(differing)) if differing else None

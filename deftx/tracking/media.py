@@ -50,7 +50,7 @@ def draw_spectra(record: RunRecord, diagnostics: pd.DataFrame) -> Pixels | None:
 
 
 def _by_kind(record: RunRecord, diagnostics: pd.DataFrame) -> list[tuple[str, str, pd.DataFrame]]:
-    """Kind, title and rows of the layers of the run's own SFTs."""
+    """Return kind, title and rows of the layers of the run's own SFTs."""
     from deftx.plots.inside import KINDS
 
     rows = diagnostics[(diagnostics["what"] == "sft") & (diagnostics["layer"] >= 0)]

@@ -148,13 +148,13 @@ class RunRecord:
     _clock: float = field(default_factory=time.perf_counter, repr=False)
 
     def own_cells(self) -> list[CellFacts]:
-        """The cells of the job's own composed models: controls and the methods it is compared with left out."""
+        """Return the cells of the job's own composed models: controls and the methods it is compared with left out."""
         if self.job_type == "eval":  # given SFTs are composed as they are, whatever trained them
             return [cell for cell in self.cells if cell.condition == "composed"] or self.cells
         return [cell for cell in self.cells if cell.condition == self.settings.get("method")]
 
     def composed(self, condition: str | None = None) -> set[str]:
-        """Keys of the SFTs that cells of a condition compose; without one, of every condition but the controls."""
+        """Return keys of the SFTs that a condition's cells compose; without one, those of all but the controls."""
         if condition is not None:
             cells = [cell for cell in self.cells if cell.condition == condition]
         else:

@@ -57,7 +57,7 @@ def own_sfts(record: RunRecord) -> dict[str, SFTFacts]:
 
 
 def _scores(record: RunRecord) -> dict[str, float | None]:
-    """Scores by condition, of the job's own method, and differences; a mean only where no target is missing."""
+    """Return scores by condition, of the job's own method, and differences; a mean only where no target is missing."""
     summary: dict[str, float | None] = {}
     rows, conditions = score_rows(record.metrics)
     own = "composed" if record.job_type == "eval" else record.settings.get("method")
@@ -118,7 +118,7 @@ def _sft_facts(record: RunRecord, diagnostics: pd.DataFrame) -> dict[str, float]
 
 
 def _overlaps(record: RunRecord, diagnostics: pd.DataFrame) -> dict[str, float | None]:
-    """Overlap of the task's mask with each target's language mask, over all parameters."""
+    """Return the overlap of the task's mask with each target's language mask, over all parameters."""
     selected = diagnostics[diagnostics["what"] == "sft"].groupby("key")["selected"].sum().to_dict()
     rows = diagnostics[diagnostics["what"] == "pair"]
     pairs = {(key, other): part for (key, other), part in rows.groupby(["key", "other_key"])}

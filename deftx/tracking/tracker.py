@@ -306,7 +306,7 @@ def _environment_mode() -> str:
 
 
 def _is_first_rank() -> bool:
-    """Whether this process is the one of a distributed training that logs."""
+    """Return whether this process is the one of a distributed training that logs."""
     for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"):
         if name in os.environ:
             return os.environ[name] == "0"
@@ -344,7 +344,7 @@ def _stage_logger(tracker: Tracker, stage: str) -> Any:
 
         @rank_zero_only
         def log_hyperparams(self, *_: Any, **__: Any) -> None:
-            """Nothing: the config is the job's."""
+            """Do nothing: the config is the job's."""
 
         @rank_zero_only
         def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:

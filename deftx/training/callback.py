@@ -297,7 +297,7 @@ class SparseFineTuning(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Where one fit runs both phases: go over to the sparse one before its first batch."""
+        """Start the sparse phase before its first batch where one fit runs both."""
         if self.full_steps is not None and self.phase == "full" and trainer.global_step >= self.full_steps:
             self._finish_phase(trainer)
             self._start_sparse(trainer, pl_module)
@@ -605,7 +605,7 @@ class SparseFineTuning(pl.Callback):
                     flat[index.to(flat.device)] = values[name].to(flat.device)
 
     def _outside(self, parts: Parts) -> dict[str, str]:
-        """Digest of each parameter's bits with the selected coordinates at their start; heads are left out.
+        """Return the digest of each parameter's bits with the selected coordinates at their start; heads are left out.
 
         A digest, so that no second copy of θ⁰ has to stay in memory for the length of a phase.
         """

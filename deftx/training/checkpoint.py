@@ -106,7 +106,7 @@ class Checkpoints(pl.Callback):
     # What the fit does.
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The model holds θ⁰ and the optimizer is made: go on from a state where there is one."""
+        """Go on from a state where there is one: the model holds θ⁰ and the optimizer is made."""
         assert isinstance(pl_module, Encoder)
         self._started = self._written = time.perf_counter()
         self._trained = pl_module.trained()

@@ -68,7 +68,7 @@ def run_on_devices(function: Callable[[Any], object], job: Any, devices: int, *,
 
 
 def _rank(rank: int, content: bytes, devices: int, on_gpu: bool, folder: str) -> None:
-    """What each process does: join the group, run, leave a user's error where the parent finds it."""
+    """Run in one process: join the group, run the job, leave a user's error where the parent finds it."""
     import torch
     import torch.distributed as distributed
 

@@ -177,7 +177,7 @@ class _Job:
     label: str
 
     def facts(self) -> dict[str, Any]:
-        """What a state on disk must agree on to be this fit's."""
+        """Return what a state on disk must agree on to be this fit's."""
         settings = asdict(self.settings)
         del settings["log_every"]
         return {
@@ -277,7 +277,7 @@ def _run(job: _Job, loggers: Sequence[Any] = ()) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def computing(module: Encoder, trainer: TrainerSettings) -> Iterator[None]:
-    """The encoder compiled, or recomputing its layers in backward, for the length of a fit.
+    """Return the encoder compiled, or recomputing its layers in backward, for the length of a fit.
 
     Compiled graphs go when it ends, all of this process.
     """
@@ -309,7 +309,7 @@ def _accelerator(trainer: TrainerSettings) -> str:
 
 
 def _strategy(trainer: TrainerSettings) -> Any:
-    """How several devices share a fit; one needs none."""
+    """Return how several devices share a fit; one needs none."""
     if trainer.devices == 1:
         return "auto"
     # Buffers are constants or each device's own counts, and validation runs unequal numbers of batches.

@@ -60,7 +60,7 @@ class Encoder(Parts, pl.LightningModule):
     mode = "min"
 
     def __init__(self, model: Any, settings: TrainingSettings, *, everything: bool = False) -> None:
-        """Keep the model and say what trains.
+        """Keep the model and note what of it trains.
 
         Args:
             model: from :func:`~deftx.training.encoder.load_masked_lm` or ``load_classifier``.
@@ -149,7 +149,7 @@ class Encoder(Parts, pl.LightningModule):
             embedding.sparse = True
 
     def takes_sparse_rows(self) -> bool:
-        """Whether backward can give the embedding's gradient by rows."""
+        """Return whether backward can give the embedding's gradient by rows."""
         return not self.options.compile
 
     def end_fit(self) -> None:
@@ -264,7 +264,7 @@ class MaskedLM(Encoder):
         return cross_entropy(self(batch).float(), batch["targets"], reduction=reduction)
 
     def _keeps_no_logits(self, batch: Mapping[str, Any]) -> bool:
-        """Whether this batch's loss is worth, and can be, computed with its gradient."""
+        """Return whether this batch's loss is worth, and can be, computed with its gradient."""
         decoder = self.model.get_output_embeddings()
         weight = decoder.weight
         return (

@@ -86,5 +86,5 @@ class StepProfile(pl.Callback):
 
 
 def medians(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """Median seconds a batch spends on each part; the first batch is left out where there are others."""
+    """Return median seconds a batch spends on each part; the first batch is left out where there are others."""
     return {part: round(statistics.median(values[1:] or values), 6) for part, values in seconds.items() if values}

@@ -83,7 +83,7 @@ class FitRecord(pl.Callback):
             logger.save()
 
     def between_steps(self, trainer: pl.Trainer) -> bool:
-        """Whether the batch that just ended completed an optimizer step."""
+        """Return whether the batch that just ended completed an optimizer step."""
         return (trainer.fit_loop.total_batch_idx + 1) % self.settings.accumulate == 0
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:

@@ -72,7 +72,7 @@ _PLAIN: dict[str, tuple[object, ...]] = {
 
 
 def _plain_shapes(config: Mapping[str, Any], kind: str) -> dict[str, tuple[int, ...]] | None:
-    """Shapes of a plain BERT encoder; None where the configuration does not describe one."""
+    """Return the shapes of a plain BERT encoder; None where the configuration does not describe one."""
     family = FAMILIES[config["model_type"]]
     if not family.embeddings:
         return None

@@ -20,7 +20,7 @@ _BUFFER = 1 << 27  # logits held at a time
 
 
 def frozen_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
-    """Sum of the cross entropies of ``hidden @ weight.T + bias``, differentiable in ``hidden`` and ``bias`` alone.
+    """Return the summed cross entropy of ``hidden @ weight.T + bias``, differentiable in ``hidden`` and ``bias`` alone.
 
     Equals ``cross_entropy(..., reduction="sum")`` up to the rounding of float32 sums in another order. Extra memory:
     at most 2²⁷ logits (512 MiB), or one row of them.
