@@ -24,7 +24,9 @@ EXAMPLES = {
         "deftx sft kind=task out=sfts/task",
     ),
     "eval": ("deftx eval task_sft=sfts/task language_sft.qba=sfts/qba language=qba",),
-    "pretrain": ("deftx pretrain text=[a.txt,b.txt] out=models/mine model.pretrain.steps=2000",),
+    "pretrain": (
+        "deftx pretrain text=[a.txt,b.txt] protect=[test.tsv,nusax] out=models/mine model.pretrain.steps=2000",
+    ),
 }
 
 

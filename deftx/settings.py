@@ -126,6 +126,7 @@ class RunConfig(ShortKnobs):
     task_sft: str | None = knob(None, commands=("eval",), fixed=True)
     language_sft: dict[str, str] = knob({}, commands=("eval",), fixed=True)
     text: list[str] = knob([], commands=("pretrain",), fixed=True)
+    protect: list[str] = knob([], commands=("pretrain",), fixed=True)
 
 
 KNOBS: dict[str, Knob] = table(RunConfig)

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from deftx.config.session import language_settings, typed, unknown
+from deftx.config.session import group_options, language_settings, typed, unknown
 from deftx.core.settings import RankPolicy, ResidualPolicy
-from deftx.data.settings import LanguageSettings
+from deftx.data.settings import PROTECTED, LanguageSettings
 from deftx.errors import DeftxError, collected
 from deftx.knobs import declared, problems
 from deftx.methods import METHODS
@@ -88,6 +88,7 @@ def resolve(config: RunConfig, command: str = "run") -> tuple[StudySettings | No
     messages = list(dict.fromkeys(messages))
     if messages or language_sft is None or task_sft is None or source is None:
         return None, messages
+    codes = group_options("language") if set(config.protect) & set(PROTECTED) else []
     study = StudySettings(
         name=config.study,
         seed=config.seed,
@@ -112,6 +113,8 @@ def resolve(config: RunConfig, command: str = "run") -> tuple[StudySettings | No
         logger=config.logger,
         cache_root=str(Path(config.paths.cache).expanduser()),
         only=tuple(config.only),
+        protect=tuple(config.protect),
+        protect_languages=tuple(map(language_settings, codes)),
     )
     with collected(messages):
         check_parts(study)

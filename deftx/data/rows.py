@@ -10,12 +10,16 @@ import pandas as pd
 
 from deftx.data.corpora import clean_line
 from deftx.data.hub import HubRef, download, label_words, load_hub, require_hub_columns
-from deftx.data.places import Form, MissingSplitError, Place
-from deftx.data.reading import read_jsonl, read_table
+from deftx.data.places import PAIR, SINGLE, Form, MissingSplitError, Place
+from deftx.data.reading import read_jsonl, read_table, read_text
 from deftx.errors import DeftxError
 
 MULTINLI_FIELDS = ("pairID", "sentence1", "sentence2", "gold_label")
 """What a ``.jsonl`` file holds: MultiNLI's own release is the only one that is read."""
+
+
+SENTENCES = "sentences"
+"""The data set of a file that holds sentences, whatever their labels: :func:`read_sentences` alone reads it."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,27 @@ def read_rows(place: Place) -> Rows:
         names = [path.stem for path, part in zip(files, parts, strict=True) for _ in range(len(part.frame))]
         frame["id"] = [f"{name}:{number}" for name, number in zip(names, frame["id"], strict=True)]
     return Rows(frame, {reason: sum(part.dropped[reason] for part in parts) for reason in parts[0].dropped})
+
+
+def read_sentences(place: Place) -> list[str]:
+    """Read every text of a place's rows, premises and hypotheses apart.
+
+    Raises:
+        DeftxError: As :func:`read_rows`; or a table of sentences has no column of texts.
+    """
+    if place.dataset != SENTENCES:
+        rows = read_rows(place).frame
+        return [*rows["text"], *(text for text in rows["text_pair"] if text is not None)]
+    texts: list[str] = []
+    for path in place.files:
+        if path.suffix.lower() in (".tsv", ".csv"):
+            table = read_table(path)
+            forms = [names for form in (SINGLE, PAIR) for names in form if set(names) & set(table)]
+            for names in forms or SINGLE:
+                texts += _column(table, names, str(path))
+        else:
+            texts += read_text(path).split("\n")
+    return [text for text in map(clean_line, texts) if text]
 
 
 def _file_table(place: Place, path: Path) -> pd.DataFrame:

@@ -15,8 +15,9 @@ import contextlib
 import hashlib
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -24,10 +25,52 @@ import pandas as pd
 from deftx.data.finding import NotAtHandError
 from deftx.data.labelled import place_of, task_spec, train_spec
 from deftx.data.leakage import LeakFilter, normalise, summarise
-from deftx.data.places import MissingSplitError, Place
-from deftx.data.rows import Rows, read_rows
+from deftx.data.places import Form, MissingSplitError, Place
+from deftx.data.rows import SENTENCES, Rows, read_rows, read_sentences
 from deftx.data.settings import PROTECTED, DataSettings, LanguageSettings
 from deftx.errors import DeftxError
+
+_SPLIT_NAMES = {"train": "training", "valid": "validation"}
+
+
+class Evaluation(NamedTuple):
+    """What a study evaluates: nothing that trains may have seen these sentences.
+
+    Attributes:
+        task: One of ``labelled.TASKS``.
+        split: The split that is evaluated; test rows are kept out of training whatever it is.
+        languages: Every language of the study. Rows of one language may stand in another one's text.
+        sets: Public sets that are protected in every one of the languages, not only in the text's own.
+        files: Files of sentences that will be evaluated later: tables with a text column, or a sentence a line.
+    """
+
+    task: str
+    split: str = "test"
+    languages: tuple[LanguageSettings, ...] = ()
+    sets: tuple[str, ...] = ()
+    files: tuple[Path, ...] = ()
+
+    def places(self, data: DataSettings) -> list[Place]:
+        """Return what is protected in every text: rows in files of the user's own, ``sets`` and ``files``.
+
+        Other public sets are protected language by language (:func:`protected_places`): another choice of targets
+        changes no key. The generated family holds no test sentence, but its few words and fixed patterns make every
+        line resemble some.
+
+        Raises:
+            DeftxError: One of ``sets`` has no rows at hand.
+        """
+        own = {self.task: sorted({"test", self.split})} if task_spec(self.task, data).own else {}
+        wanted = {**own, **{name: ["dev", "test"] for name in self.sets}}
+        places: list[Place] = []
+        for name, splits in wanted.items():
+            rows = [place for spoken in self.languages for place in _evaluation_places(name, spoken, data, splits)]
+            if name in self.sets and not rows:
+                raise DeftxError(f"protect={name}: there are no rows of it; set data.root=FOLDER or data.{name}=FOLDER")
+            places += [place for place in rows if not place.generated]
+        # One file may hold the rows of several languages, and in a combined one each language has its own.
+        places = list({(place.files, place.hub, place.language): place for place in places}.values())
+        return places + [Place(dataset=SENTENCES, form=Form(()), split="test", files=(path,)) for path in self.files]
 
 
 class TrainPlaces(NamedTuple):
@@ -36,7 +79,7 @@ class TrainPlaces(NamedTuple):
     Attributes:
         train: Rows to learn from.
         valid: Rows for model selection; ``None`` where a seeded part of ``train`` is held out.
-        protected: Every place whose sentences are kept out of both.
+        protected: Every place whose sentences are kept out of both; of the validation rows those of other places.
     """
 
     train: Place
@@ -59,13 +102,16 @@ class TaskData:
     report: dict[str, Any] = field(default_factory=dict)
 
 
-def train_places(train: str, language: LanguageSettings, data: DataSettings) -> TrainPlaces:
+def train_places(
+    train: str, language: LanguageSettings, data: DataSettings, evaluation: Evaluation | None = None
+) -> TrainPlaces:
     """Return where the rows of a training set are, and of the evaluation rows that must not be among them.
 
     Args:
         train: One of ``labelled.TRAIN_SETS``.
         language: The source language.
         data: Where the data sets are.
+        evaluation: What the study evaluates.
 
     Raises:
         DeftxError: Unknown set; the language is not in it; files missing.
@@ -86,11 +132,12 @@ def train_places(train: str, language: LanguageSettings, data: DataSettings) -> 
         else:
             places = _evaluation_places(guard.name, language, data, guard.splits)
             protected += [place for place in places if place.local_files]
-    return TrainPlaces(rows, valid, tuple(protected))
+    protected += evaluation.places(data) if evaluation is not None else []
+    return TrainPlaces(rows, valid, tuple(dict.fromkeys(protected)))
 
 
 def load_train(
-    train: str, language: LanguageSettings, data: DataSettings, seed: int, also: Sequence[pd.DataFrame] = ()
+    train: str, language: LanguageSettings, data: DataSettings, seed: int, evaluation: Evaluation | None = None
 ) -> TaskData:
     """Load a source language's labelled rows, without leaks into evaluation sets, split into train and validation.
 
@@ -100,39 +147,41 @@ def load_train(
         language: The source language.
         data: Where the data sets are.
         seed: Seed of the validation split, where the data set has none.
-        also: Further evaluation rows that must not be among them (:func:`own_test_rows`).
+        evaluation: What the study evaluates, beside what the training set is kept from anyway.
 
     Raises:
-        DeftxError: Unknown set; the language is not in it; files missing or malformed; too few rows to split.
+        DeftxError: Unknown set; the language is not in it; files missing or malformed; no rows left, or too few to
+            split.
     """
-    places = train_places(train, language, data)
+    places = train_places(train, language, data, evaluation)
     origin = f"{train} ({language.code})"
-    train_rows = read_rows(places.train)
-    report: dict[str, Any] = {"source": train, "language": language.code}
-    frames = [*(read_rows(place).frame for place in places.protected), *also]
-    shut_out = [text for frame in frames for text in _joined(frame)]
-    leak_filter = LeakFilter(shut_out, data.leak_threshold)
-    report["leak"] = {"threshold": data.leak_threshold, "protected": len(leak_filter)}
-    kept, report["train"] = _without_leaks(train_rows, leak_filter, shut_out)
-    if kept.empty and len(train_rows.frame):
-        raise DeftxError(
-            f"{origin}: all {len(train_rows.frame)} training rows are sentences of evaluation sets or close to one, so "
-            "none is left to learn from; give other rows, or data.leak_threshold=2 to turn the filter off"
-        )
+    texts = {place: _joined(read_rows(place).frame) for place in places.protected}
+    protected = [text for place in places.protected for text in texts[place]]
+    leak_filter = LeakFilter(protected, data.leak_threshold)
+    report: dict[str, Any] = {
+        "source": train,
+        "language": language.code,
+        "leak": {"threshold": data.leak_threshold, "protected": len(leak_filter)},
+    }
+    kept, report["train"] = _without_leaks(read_rows(places.train), leak_filter, protected)
+    _need_rows(origin, "train", kept, report)
     if places.valid is not None:
-        valid, report["valid"] = _without_leaks(read_rows(places.valid), leak_filter, shut_out)
+        others = [
+            place for place in places.protected if (place.files, place.hub) != (places.valid.files, places.valid.hub)
+        ]
+        if len(others) < len(places.protected):  # a study whose validation rows are somebody's dev rows keeps them
+            protected = [text for place in others for text in texts[place]]
+            leak_filter = LeakFilter(protected, data.leak_threshold)
+        valid, report["valid"] = _without_leaks(read_rows(places.valid), leak_filter, protected)
+        _need_rows(origin, "valid", valid, report)
         # Rows in both would make validation flatter than it is.
         both = pd.Series(_joined(kept), index=kept.index).isin(set(_joined(valid)))
         kept = kept[~both].reset_index(drop=True)
         report["train"]["in_valid"] = int(both.sum())
+        _need_rows(origin, "train", kept, report)
     else:
         kept, valid = split_by_text(kept, data.valid_fraction, seed, origin=origin)
     report["train"]["kept"], report.setdefault("valid", {})["kept"] = len(kept), len(valid)
-    for split, frame in (("train", kept), ("valid", valid)):
-        if frame.empty:
-            counts = [f"{name} {count}" for name, count in report[split].items() if isinstance(count, int)]
-            counts.append(f"leak {report[split]['leak']['dropped']}")
-            raise DeftxError(f"{origin}: no {split} rows are left ({', '.join(counts)}); give other rows")
     together = pd.concat([kept, valid]).sort_values(["id", "text", "label"], kind="stable")
     report["digest"] = fingerprint_rows(together)  # whatever the seed of the split
     return TaskData(kept, valid, report)
@@ -183,12 +232,14 @@ def load_test(task: str, language: LanguageSettings, data: DataSettings, split: 
     return rows.frame
 
 
-def protected_places(language: LanguageSettings, data: DataSettings) -> list[Place]:
-    """Return a language's evaluation rows in public sets at hand; its unlabelled text must not hold their sentences.
+def protected_places(
+    language: LanguageSettings, data: DataSettings, evaluation: Evaluation | None = None
+) -> list[Place]:
+    """Return the evaluation rows whose sentences must not be in a language's unlabelled text.
 
-    Dev and test (NusaX: valid and test) of the sets in ``data.protect`` the language is in. At hand means: the data
-    set's folder is there, or it comes from the hub; a split that a folder lacks is skipped. The generated family is
-    left out: its few words and fixed patterns make every line resemble some test sentence.
+    Dev and test (NusaX: valid and test) in this language of the public sets in ``data.protect`` and of the one that is
+    evaluated, as far as they are at hand: the data set's folder is there, or it comes from the hub; a split that a
+    folder lacks is skipped. And what is protected in every language (:meth:`Evaluation.places`).
 
     Raises:
         DeftxError: A set that ``data.protect`` cannot name; ``data.<name>`` is neither a folder nor a hub id.
@@ -196,52 +247,33 @@ def protected_places(language: LanguageSettings, data: DataSettings) -> list[Pla
     for task in data.protect:
         if task not in PROTECTED:
             raise DeftxError(f"data.protect: {task!r} is not one of {', '.join(PROTECTED)}")
-    return [place for task in data.protect for place in _evaluation_places(task, language, data, ("dev", "test"))]
+    names = dict.fromkeys(data.protect)
+    if evaluation is not None and evaluation.task in PROTECTED:
+        names[evaluation.task] = None
+    places = [place for task in names for place in _evaluation_places(task, language, data, ("dev", "test"))]
+    return list(dict.fromkeys([*places, *(evaluation.places(data) if evaluation is not None else ())]))
 
 
-def protected_texts(language: LanguageSettings, data: DataSettings) -> list[str]:
+def protected_texts(language: LanguageSettings, data: DataSettings, evaluation: Evaluation | None = None) -> list[str]:
     """Read the sentences of :func:`protected_places`; premises and hypotheses apart.
 
     Raises:
         DeftxError: As :func:`protected_places`; or a file is malformed; or the hub does not answer.
     """
     texts: dict[str, None] = {}
-    for place in protected_places(language, data):
+    for place in protected_places(language, data, evaluation):
         try:
-            frame = read_rows(place).frame
+            read = read_sentences(place)
         except DeftxError as error:
-            if place.hub is None:
+            if place.hub is None or place.dataset not in data.protect:
                 raise
             left = [name for name in data.protect if name != place.dataset]
             raise DeftxError(
                 f"{error}\nIt is read to keep its sentences out of the text of {language.code!r}; "
                 f"data.protect=[{','.join(left)}] leaves it out"
             ) from error
-        texts |= dict.fromkeys(sentences(frame))
+        texts |= dict.fromkeys(read)
     return list(texts)
-
-
-def own_test_places(task: str, languages: Sequence[LanguageSettings], data: DataSettings) -> dict[str, Place]:
-    """Return evaluation rows of the tasks that read files of your own, by language; empty for the public data sets.
-
-    Those are protected by :func:`load_train` and :func:`protected_texts` themselves. Files that are not there are
-    skipped: not every command needs them.
-    """
-    spec, places = task_spec(task, data), {}
-    for language in languages if spec.own else ():
-        with contextlib.suppress(MissingSplitError):
-            places[language.code] = place_of(spec, language, data, "test")
-    return places
-
-
-def own_test_rows(task: str, languages: Sequence[LanguageSettings], data: DataSettings) -> dict[str, pd.DataFrame]:
-    """Read :func:`own_test_places`."""
-    return {code: read_rows(place).frame for code, place in own_test_places(task, languages, data).items()}
-
-
-def sentences(rows: pd.DataFrame) -> list[str]:
-    """Return every text of the rows, premises and hypotheses apart."""
-    return [*rows["text"], *(text for text in rows["text_pair"] if text is not None)]
 
 
 def fingerprint_rows(rows: pd.DataFrame) -> str:
@@ -305,6 +337,29 @@ def _joined(frame: pd.DataFrame) -> list[str]:
     return [
         text if pair is None else f"{text} {pair}" for text, pair in zip(frame["text"], frame["text_pair"], strict=True)
     ]
+
+
+def _need_rows(origin: str, split: str, rows: pd.DataFrame, report: Mapping[str, Any]) -> None:
+    """Refuse an empty split, and say where its rows went."""
+    if not rows.empty:
+        return
+    counts = report[split]
+    why = {
+        "have no text": counts["empty"],
+        "have no label": counts["unlabelled"],
+        "are sentences of evaluation sets, or close to one": counts["leak"]["dropped"],
+        "are validation rows, too": counts.get("in_valid", 0),
+    }
+    reasons = " and ".join(f"{count} {reason}" for reason, count in why.items() if count)
+    example = "".join(
+        f"; such as {item['text']!r}, where an evaluation set has {item['protected']!r}"
+        for item in counts["leak"]["examples"][-1:]
+    )
+    off = "; data.leak_threshold=2 turns the filter off" if counts["leak"]["dropped"] else ""
+    raise DeftxError(
+        f"{origin}: none of {counts['rows']} {_SPLIT_NAMES[split]} rows is left: {reasons}{example}; "
+        f"give other rows{off}"
+    )
 
 
 def _without_leaks(

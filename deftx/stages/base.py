@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from deftx.cache import StageCache, Workspace
 from deftx.data.corpora import build_corpus, resolve_text
 from deftx.data.hub import reason, resolve_commit
 from deftx.data.places import combined_fingerprint
-from deftx.data.settings import CorpusSettings, DataSettings
+from deftx.data.settings import DataSettings
 from deftx.errors import DeftxError
 from deftx.knobs import refuse
 from deftx.stages.node import ExternalInput, InputFolder, Loggers, Node, check_all, contents, node, stage_seed
@@ -28,6 +29,8 @@ from deftx.training.settings import ModelSettings, PretrainSettings
 from deftx.training.shapes import shapes_of
 
 MODEL_FOLDER = "model"
+PRETRAINING_TEXT = "text.json"
+"""Report of the text that a base was pretrained on, by language."""
 
 
 @dataclass(frozen=True)
@@ -214,12 +217,14 @@ def _pretrained_here(
     external |= {
         f"protected.{code}": ExternalInput.of(
             f"evaluation rows of {code}",
-            partial(combined_fingerprint, protected_places(language, data), cache.fingerprint),
+            partial(combined_fingerprint, protected_places(language, data, study.evaluation), cache.fingerprint),
         )
         for code, language in study.pretrain_languages.items()
     }
-    # Not the study's own cleaning: a budget's max_lines must not give another base.
-    cleaning = CorpusSettings(valid_fraction=settings.valid_fraction)
+    # As the language SFTs' text is cleaned and split, so that no base has learnt from lines that choose their
+    # checkpoints. A budget's max_lines must not give another base.
+    fraction = max(settings.valid_fraction, study.corpus.valid_fraction)
+    cleaning = replace(study.corpus, max_lines=None, valid_fraction=fraction)
     languages = study.model.languages or list(sources)
     seed = stage_seed(study.model.seed, "pretrain", "+".join(languages))
 
@@ -229,10 +234,16 @@ def _pretrained_here(
 
         check_device(study)
         texts = {
-            code: build_corpus(source, protected_texts(study.pretrain_languages[code], data), cleaning, seed)
+            code: build_corpus(
+                source, protected_texts(study.pretrain_languages[code], data, study.evaluation), cleaning, seed
+            )
             for code, source in sources.items()
         }
         check_all(external)
+        report = {code: text.report for code, text in texts.items()}
+        (work.out / PRETRAINING_TEXT).write_text(
+            json.dumps(report, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
+        )
         train = [line for code, text in texts.items() if code in languages for line in text.train]
         valid = [line for code, text in texts.items() if code in languages for line in text.valid]
         seen = [line for text in texts.values() for line in text.train]
@@ -260,7 +271,7 @@ def _pretrained_here(
 
     return node(
         "pretrain",
-        3,
+        4,
         {
             "pretrain": asdict(settings),
             "corpus": asdict(cleaning),

@@ -170,7 +170,7 @@ class _Reader:
 
     def read(self, needs: Needs) -> None:
         """Add everything that a command reads."""
-        from deftx.data.tasks import evaluation_place, own_test_places, protected_places, train_places
+        from deftx.data.tasks import evaluation_place, protected_places, train_places
 
         study, data, inputs = self.study, self.data, self.inputs
         if needs.tests:
@@ -178,13 +178,12 @@ class _Reader:
                 place = evaluation_place(study.task, language, data, study.split)
                 inputs.tests[code] = self._tests(language, place)
                 self._record_read("test", code, place)
-        own = own_test_places(study.task, [*study.languages.values()], data)
         if needs.task:
             for code, language in study.sources.items():
-                places = train_places(study.train, language, data)
+                places = train_places(study.train, language, data, study.evaluation)
                 # By role: the same two files as train and valid are other data than as valid and train.
                 roles = {"train": places.train} | ({"valid": places.valid} if places.valid is not None else {})
-                inputs.rows[code] = self._rows(language, roles, [*places.protected, *own.values()])
+                inputs.rows[code] = self._rows(language, roles, places.protected)
                 for role, place in roles.items():
                     self._record_read(role, code, place)
         sources = study.sources if needs.task and study.source_sft is not None else {}
@@ -196,7 +195,7 @@ class _Reader:
                     raise
                 inputs.skipped[code] = str(error)
                 continue
-            protected = [*protected_places(language, data), *([own[code]] if code in own else [])]
+            protected = protected_places(language, data, study.evaluation)
             inputs.texts[code] = self._text(language, source, protected)
             self._record_read("text", code, source)
 
@@ -235,11 +234,9 @@ class _Reader:
         sources = {"text": self._external(f"text of {language.code}", source), "protected": self._protected(protected)}
 
         def compute(work: Workspace, loggers: Loggers) -> None:
-            from deftx.data.tasks import own_test_rows, protected_texts, sentences
+            from deftx.data.tasks import protected_texts
 
-            texts = protected_texts(language, data)
-            for rows in own_test_rows(study.task, [language], data).values():
-                texts += sentences(rows)
+            texts = protected_texts(language, data, study.evaluation)
             built = build_corpus(source, texts, study.corpus, seed=stage_seed(study.seed, "corpus", language.code))
             check_all(sources)
             for split, lines in (("train", built.train), ("valid", built.valid)):
@@ -248,7 +245,7 @@ class _Reader:
 
         return node(
             "corpus",
-            2,
+            3,
             {"corpus": asdict(study.corpus), "language": language.code},
             compute,
             needs=self._needs(source, *protected),
@@ -273,11 +270,10 @@ class _Reader:
             del filters["valid_fraction"]  # nothing is held out
 
         def compute(work: Workspace, loggers: Loggers) -> None:
-            from deftx.data.tasks import fingerprint_rows, load_train, own_test_rows
+            from deftx.data.tasks import fingerprint_rows, load_train
 
-            tests = own_test_rows(study.task, [*study.languages.values()], data)
-            also = [tests[code] for code in sorted(tests)]
-            rows = load_train(study.train, source, data, stage_seed(study.seed, "task", source.code), also)
+            seed = stage_seed(study.seed, "task", source.code)
+            rows = load_train(study.train, source, data, seed, study.evaluation)
             check_all(sources)
             if rows.train["label"].nunique() == 1:
                 raise DeftxError(

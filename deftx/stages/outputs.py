@@ -14,6 +14,7 @@ from deftx import tracking
 from deftx.cache import StageCache, Workspace
 from deftx.core.folder import FACTS, TENSORS
 from deftx.errors import DeftxError
+from deftx.stages.base import PRETRAINING_TEXT
 from deftx.stages.diagnostics import diagnostics
 from deftx.stages.evaluate import Outcome
 from deftx.stages.execute import Results, StudyProgress
@@ -91,6 +92,9 @@ def _fill_from_graph(record: tracking.RunRecord, progress: StudyProgress, graph:
     record.data = {
         name: read_json(entries[node.key].file(REPORT)) for name, node in reports.values() if node.key in entries
     }
+    if graph.base.node is not None and graph.base.key in entries:
+        texts = read_json(entries[graph.base.key].file(PRETRAINING_TEXT))
+        record.data |= {f"base text {code}": report for code, report in texts.items()}
     digests = {role: record.data.get(name, {}).get("digest") for role, (name, _) in reports.items()}
     read = [replace(source, kept=digests.get((source.what, source.language))) for source in inputs.read]
     record.settings = {**record.settings, tracking.DATA_READ: tracking.data_setting(read)}

@@ -193,7 +193,7 @@ def _data_problems(study: StudySettings, needs: Needs, checked: dict[str, list[s
     if needs.task:
         for source in study.sources.values():
             if local:
-                checks.append(partial(train_places, study.train, source, data))
+                checks.append(partial(train_places, study.train, source, data, study.evaluation))
             if study.source_sft is not None:
                 checks.append(partial(resolve_text, source, data))
     for language in study.targets.values():

@@ -7,9 +7,11 @@ ignores is ``None`` in its SFTs (LT-SFT has no residual), so that it can enter n
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deftx.data.settings import CorpusSettings, DataSettings, LanguageSettings, SyntheticSettings
+from deftx.data.settings import PROTECTED, CorpusSettings, DataSettings, LanguageSettings, SyntheticSettings
+from deftx.errors import DeftxError
 from deftx.methods import METHODS, SCORED, SECOND_PHASES, SparseMethod
 from deftx.methods.settings import DENOISING, SFTKnobs
 from deftx.tracking.settings import LoggerSettings
@@ -17,6 +19,7 @@ from deftx.training.settings import ModelSettings, TrainerSettings
 
 if TYPE_CHECKING:
     from deftx.data.labelled import TaskSpec
+    from deftx.data.tasks import Evaluation
     from deftx.training.callback import SparseFineTuning
 
 
@@ -129,6 +132,9 @@ class StudySettings:
         controls: Conditions evaluated beside the composed model.
         missing_text: ``error`` or ``skip``.
         only: Parts of the study to compute for later runs, instead of a result (:class:`deftx.stages.graph.Part`).
+        protect: What the text of a base must not hold, beside what is evaluated: files, folders or globs of sentences,
+            and names of public sets.
+        protect_languages: The languages in which those sets are protected.
         device: Kind of device that trains, ``cpu`` or ``cuda``, if a sweep's launcher decides it; empty: the device
             that ``trainer.accelerator`` means on this machine.
     """
@@ -156,6 +162,8 @@ class StudySettings:
     logger: LoggerSettings
     cache_root: str
     only: tuple[str, ...] = ()
+    protect: tuple[str, ...] = ()
+    protect_languages: tuple[LanguageSettings, ...] = ()
     device: str = ""
 
     @property
@@ -174,6 +182,33 @@ class StudySettings:
     def languages(self) -> dict[str, LanguageSettings]:
         """All source and target languages by code."""
         return {**self.sources, **self.targets}
+
+    @property
+    def evaluation(self) -> Evaluation:
+        """What is evaluated, which nothing that trains may have seen.
+
+        Raises:
+            DeftxError: A pattern of ``protect`` matches no file.
+        """
+        from deftx.data.reading import expand
+        from deftx.data.tasks import Evaluation
+
+        languages = {
+            **self.languages,
+            **self.pretrain_languages,
+            **{item.code: item for item in self.protect_languages},
+        }
+        files = expand([name for name in self.protect if name not in PROTECTED], Path.cwd())
+        for pattern, paths in files.items():
+            if not paths:
+                raise DeftxError(f"protect={pattern}: no such file, and none of {', '.join(PROTECTED)}")
+        return Evaluation(
+            self.task,
+            self.split,
+            tuple(languages.values()),
+            sets=tuple(name for name in self.protect if name in PROTECTED),
+            files=tuple(path for paths in files.values() for path in paths),
+        )
 
     @property
     def generated(self) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,9 +18,10 @@ from deftx import atomic, tracking
 from deftx.cache import StageCache
 from deftx.data.settings import LanguageSettings
 from deftx.errors import DeftxError
+from deftx.stages.base import PRETRAINING_TEXT
 from deftx.stages.execute import Results, StudyProgress
 from deftx.stages.graph import GivenSFTs, graph
-from deftx.stages.inputs import NEEDS
+from deftx.stages.inputs import NEEDS, read_json
 from deftx.stages.knobs import flat_knobs, given_knobs
 from deftx.stages.outputs import fill, keep, short, show, write_tables
 from deftx.stages.preflight import refuse_used
@@ -131,7 +132,7 @@ def run_pretrain(study: StudySettings, text: Sequence[str], out: Path) -> None:
 
     Args:
         study: Resolved settings; ``model.pretrain`` and ``model.languages`` decide.
-        text: Files, folders or globs used in place of the languages' own text.
+        text: Files, folders or globs used in place of the languages' own text. ``study.protect`` is kept out of it.
         out: Folder of the model; must not exist or be empty.
     """
     refuse_used(out)
@@ -142,8 +143,26 @@ def run_pretrain(study: StudySettings, text: Sequence[str], out: Path) -> None:
         model = replace(study.model, languages=["text"], vocabulary=[])
         study = replace(study, model=model, pretrain_languages={"text": language})
     results = Results(_open_cache(study), lambda _: [])
-    _copy(results.folder(graph(study, results.cache, needs=NEEDS["pretrain"]).base), out)
+    base = graph(study, results.cache, needs=NEEDS["pretrain"]).base
+    _copy(results.folder(base), out)
+    for code, report in read_json(results.entries[base.key].file(PRETRAINING_TEXT)).items():
+        _print_text_report(code, report)
+    if text and not study.protect:
+        print("nothing was kept out of this text: protect=[FILE, nusax, ...] keeps evaluation sentences out")
     print(f"model: {short(out.absolute())}\nuse it with: model=local model.path={short(out.absolute())}")
+
+
+def _print_text_report(code: str, report: Mapping[str, Any]) -> None:
+    """Print what became of the lines of a text, with an example of what was taken for an evaluation sentence."""
+    leak = report["leak"]
+    kinds = ", ".join(f"{count} {kind}" for kind, count in leak["by_kind"].items() if count)
+    print(
+        f"{code}: {report['lines']} lines, {report['blank']} blank, {report['duplicate']} repeated; "
+        f"{leak['dropped']} dropped like any of {leak['protected']} protected ones{f' ({kinds})' if kinds else ''}; "
+        f"{report['valid']} held out, {report['near_valid']} like those dropped, {report['train']} learnt from"
+    )
+    for example in leak["examples"][:1]:
+        print(f"  such as {example['text']!r}, where an evaluation set has {example['protected']!r}")
 
 
 def _open_cache(study: StudySettings) -> StageCache:

@@ -128,7 +128,8 @@ class PretrainSettings:
         warmup: share of the steps with linear warm-up.
         weight_decay: decoupled weight decay.
         eval_every: optimizer steps between validations, None validates after each epoch.
-        valid_fraction: share of the lines held out for validation.
+        valid_fraction: share of the lines held out for validation. What ``corpus.valid_fraction`` holds out for
+            language SFTs is held out here, too, if that is more.
         mlm_probability: share of tokens to predict.
         lowercase: fold case in the tokenizer.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -56,7 +57,10 @@ def test_files_folders_and_globs(tmp_path: Path) -> None:
     assert found("**/*.md") == ["sub/c.md"]
     assert found("[z].txt") == ["[z].txt"]
     assert found(str(write(tmp_path / "da[t]a/abs.txt", "x\n"))) == ["abs.txt"]
-    assert list(resolve_text(spoken(text=["x.aym", "sub"]), root).lines()) == ["x.aym", "sub/b.txt"]
+    assert [lines for lines, _ in resolve_text(spoken(text=["x.aym", "sub"]), root).pieces(0.1)] == [
+        ["x.aym"],
+        ["sub/b.txt"],
+    ]
 
 
 def test_every_pattern_of_ones_own_must_match(tmp_path: Path) -> None:
@@ -99,16 +103,20 @@ def test_wikipedia(hub_copy: Callable[..., Path], tmp_path: Path) -> None:
     folder = hub_copy("wikipedia", {"20231101.qu": {"train": {"id": [str(i) for i in range(40)], "text": pages}}})
     data = DataSettings(wikipedia=str(folder), cache_dir=str(tmp_path / "cache"))
     wiki = resolve_text(language("quy"), data)
-    assert list(wiki.lines())[:4] == ["Title 0", "", "First line 0.", "Second line 0."]
-    corpus = build_corpus(wiki, [], CorpusSettings(), seed=0)
+    [(everything, held)] = wiki.pieces(0.05)
+    assert everything[:4] == ["Title 0", "", "First line 0.", "Second line 0."]
+    assert (len(everything), held) == (160, 8)  # two articles of forty
+    corpus = build_corpus(wiki, [], CorpusSettings(leak_threshold=2), seed=0)
     assert corpus.report["blank"] == 40
-    assert len(corpus.train) + len(corpus.valid) == 120
+    assert corpus.valid == [line for line in everything[:8] if line]
+    assert corpus.train == [line for line in everything[8:] if line]
     # A sample of a large Wikipedia reads only as much as it needs, from everywhere.
-    some = list(wiki.lines(limit=30, seed=1))
-    assert len([line for line in some if line]) == 30
-    assert {line.split()[-1] for line in some if line.startswith("Title")} != {str(i) for i in range(10)}
-    assert some == list(wiki.lines(limit=30, seed=1))
-    small = build_corpus(wiki, [], CorpusSettings(max_lines=20, valid_fraction=0.1), seed=0)
+    [(some, held)] = wiki.pieces(0.05, limit=30, seed=1)
+    assert some[:held] == everything[:4], "the held-out piece is that of the whole Wikipedia"
+    assert len([line for line in some[held:] if line]) == 30
+    assert {line.split()[-1] for line in some if line.startswith("Title")} != {str(i) for i in range(11)}
+    assert [(some, held)] == list(wiki.pieces(0.05, limit=30, seed=1)) != list(wiki.pieces(0.05, limit=30, seed=2))
+    small = build_corpus(wiki, [], CorpusSettings(max_lines=20, valid_fraction=0.1, leak_threshold=2), seed=0)
     assert (len(small.train), len(small.valid)) == (18, 2)
 
 
@@ -116,9 +124,9 @@ def test_missing_wikipedia_is_one_message(hub_copy: Callable[..., Path], tmp_pat
     folder = hub_copy("wikipedia", {"20231101.qu": {"train": {"title": ["x"]}}})
     data = DataSettings(wikipedia=str(folder), cache_dir=str(tmp_path / "cache"))
     with pytest.raises(DeftxError, match=r"20231101\.ay.*could not be loaded"):
-        list(resolve_text(language("aym"), data).lines())
+        list(resolve_text(language("aym"), data).pieces(0.1))
     with pytest.raises(DeftxError, match=r"no column 'text'; its columns are title"):
-        list(resolve_text(language("quy"), data).lines())
+        list(resolve_text(language("quy"), data).pieces(0.1))
 
 
 def test_cleaning_is_counted(tmp_path: Path) -> None:
@@ -134,30 +142,51 @@ def test_cleaning_is_counted(tmp_path: Path) -> None:
     assert (kept.train + kept.valid).count("one two") == 3
 
 
-def test_split_is_seeded_disjoint_and_keeps_the_order(tmp_path: Path) -> None:
+def test_the_first_lines_of_each_file_are_held_out(tmp_path: Path) -> None:
+    rng = random.Random(3)
+    files = {name: [sentence(rng) for _ in range(count)] for name, count in (("a", 40), ("b", 3), ("c", 57))}
+    names = [str(write(tmp_path / f"{name}.txt", "\n".join(lines))) for name, lines in files.items()]
+    text = resolve_text(spoken(text=names), DataSettings())
+    corpora = [build_corpus(text, [], CorpusSettings(valid_fraction=0.1), seed) for seed in (1, 2)]
+    assert corpora[0].valid == corpora[1].valid == files["a"][:4] + files["c"][:6]
+    assert corpora[0].train == corpora[1].train == files["a"][4:] + files["b"] + files["c"][6:]
+    small = [build_corpus(text, [], CorpusSettings(valid_fraction=0.1, max_lines=50), seed) for seed in (1, 1, 2)]
+    assert small[0] == small[1] != small[2]
+    assert [len(part) for part in (small[0].train, small[0].valid)] == [45, 5]
+    for corpus in small:
+        assert corpus.valid == corpora[0].valid[:5]
+        assert corpus.train == [line for line in corpora[0].train if line in corpus.train]
+
+
+def test_lines_like_those_held_out_are_dropped(tmp_path: Path) -> None:
+    rng = random.Random(5)
+    lines = [sentence(rng) for _ in range(100)]
+    copies = [lines[0] + " indeed", lines[3].upper(), f"before that {lines[4]} and after"]
+    lines[40:40] = copies
+    lines[70:70] = [lines[60] + " indeed"]  # of a line to learn from
+    corpus = build_corpus(source(tmp_path, "\n".join(lines)), [], CorpusSettings(), seed=0)
+    assert corpus.valid == lines[:5]
+    assert corpus.train == [line for line in lines[5:] if line not in copies]
+    assert corpus.report["near_valid"] == 3
+    off = build_corpus(source(tmp_path, "\n".join(lines)), [], CorpusSettings(leak_threshold=2), seed=0)
+    assert off.train == lines[5:]
+
+
+def test_text_of_a_few_patterns_is_kept_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    lines = [f"this is sentence number {number} of the very same pattern" for number in range(100)]
+    corpus = build_corpus(source(tmp_path, "\n".join(lines)), [], CorpusSettings(), seed=0)
+    assert (corpus.train, corpus.valid) == (lines[5:], lines[:5])
+    assert "95 of the 95 lines to learn from resemble held-out ones" in caplog.text
+
+
+def test_validation_lines_of_a_budget_are_those_of_the_whole_text(tmp_path: Path) -> None:
     text = source(tmp_path, NUMBERED)
-    first, again, other = (build_corpus(text, [], CorpusSettings(valid_fraction=0.2), seed) for seed in (1, 1, 2))
-    assert (first.train, first.valid) == (again.train, again.valid)
-    assert first.valid != other.valid
-    assert len(first.valid) == 20
-    everything = NUMBERED.splitlines()
-    assert sorted(first.train + first.valid) == sorted(everything)
-    for part in (first.train, first.valid):
-        assert part == sorted(part, key=everything.index)
-
-
-def test_sample_is_seeded_and_keeps_the_order(tmp_path: Path) -> None:
-    settings = CorpusSettings(max_lines=40)
-    samples = [build_corpus(source(tmp_path, NUMBERED), [], settings, seed) for seed in (1, 1, 2)]
-    lines = [sorted(sample.train + sample.valid, key=NUMBERED.splitlines().index) for sample in samples]
-    assert len(set(lines[0])) == 40
-    assert lines[0] == lines[1] != lines[2]
-    assert samples[0].train == sorted(samples[0].train, key=NUMBERED.splitlines().index)
+    whole, few = (build_corpus(text, [], CorpusSettings(max_lines=lines), seed=0) for lines in (None, 40))
+    assert set(few.valid) <= set(whole.valid)
+    assert not set(few.train) & set(whole.valid)
 
 
 def test_evaluation_sentences_are_dropped_and_shown(tmp_path: Path) -> None:
-    import random
-
     rng = random.Random(0)
     lines = [sentence(rng) for _ in range(60)]
     protected = [lines[3].upper(), lines[4] + " end", sentence(rng)]
@@ -199,7 +228,7 @@ def test_bytes_that_are_not_utf8(tmp_path: Path) -> None:
     file = tmp_path / "t.txt"
     file.write_bytes(b"caf\xc3\xa9\ncaf\xe9\n")
     with pytest.raises(DeftxError, match=r"t\.txt: not UTF-8: byte 0xe9 at offset 9, line 2"):
-        list(resolve_text(spoken(text=[str(file)]), DataSettings()).lines())
+        list(resolve_text(spoken(text=[str(file)]), DataSettings()).pieces(0.1))
 
 
 @pytest.mark.parametrize(

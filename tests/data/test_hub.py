@@ -148,14 +148,14 @@ def test_training_rows_protected_sentences_and_text_come_from_the_cache(
     train = upstream.root / "indonlu/dataset/smsa_doc-sentiment-prosa/train_preprocess.tsv"
     leaked = train.read_text().splitlines()[1].split("\t")[0]
     put("mteb/NusaX-senti", NEW, {"ind": {"test": sentiment(leaked, "b"), "validation": sentiment("c")}})
-    put("wikimedia/wikipedia", OLD, {"20231101.id": {"train": {"text": ["Satu.\nDua."]}}})
+    put("wikimedia/wikipedia", OLD, {"20231101.id": {"train": {"text": ["Satu.\nDua.", "Tiga."]}}})
     data = DataSettings(smsa=str(upstream.root / "indonlu"), protect=["nusax"], cache_dir=str(tmp_path / "cache"))
     loaded = load_train("smsa", language("ind"), data, seed=0)
     assert loaded.report["train"]["leak"]["dropped"] == 1
     assert loaded.report["leak"]["protected"] == 3
     assert protected_texts(language("ind"), data) == ["c", leaked, "b"]
     wiki = resolve_text(language("ind"), data)
-    assert list(wiki.lines()) == ["Satu.", "Dua."]
+    assert list(wiki.pieces(0.5)) == [(["Satu.", "Dua.", "Tiga."], 2)]
     assert wiki.identity() == {"hub": "wikimedia/wikipedia", "config": "20231101.id", "revision": OLD}
 
 

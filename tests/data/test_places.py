@@ -18,12 +18,11 @@ from deftx.data.rows import read_rows
 from deftx.data.settings import PROTECTED, DataSettings, FamilyData, LanguageSettings, SyntheticSettings
 from deftx.data.synthetic import family_data, generate_family
 from deftx.data.tasks import (
+    Evaluation,
     TrainPlaces,
     evaluation_place,
     load_test,
     load_train,
-    own_test_places,
-    own_test_rows,
     protected_places,
     protected_texts,
     train_places,
@@ -114,9 +113,13 @@ def test_loading_reads_the_places_and_nothing_else(
     load_test("xnli", language("swa"), data)
     assert read == [evaluation_place("xnli", language("swa"), data)]
     read.clear()
-    own_test_rows("sentiment", [spoken, language("jav")], data)
-    assert read == list(own_test_places("sentiment", [spoken, language("jav")], data).values())
-    assert len(read) == (train != "multinli")
+    evaluation = Evaluation("sentiment", "test", (spoken, language("jav")))
+    load_train(train, spoken, data, 0, evaluation)
+    assert set(read) == set(everything(train_places(train, spoken, data, evaluation)))
+    read.clear()
+    protected_texts(spoken, data, evaluation)
+    assert read == protected_places(spoken, data, evaluation)
+    assert len(read) == len(protected_places(spoken, data)) + (train != "multinli")
 
 
 # --- fingerprints
@@ -271,14 +274,14 @@ def test_own_files_beside_the_family_start_here(
     file = write(tmp_path / "mine/test-qba.tsv", tsv("text label", [["a", "yes"]]))
     text = write(tmp_path / "mine/t.txt", "a line\n")
     later.test, later.labels = "mine/test-{language}.tsv", ["no", "yes"]
-    places = own_test_places("tsv", MEMBERS, later)
-    assert {code: place.files for code, place in places.items()} == {"qba": (file,)}
-    assert not places["qba"].generated
+    places = Evaluation("tsv", "test", tuple(MEMBERS)).own_places(later)
+    assert [(place.language, place.files, place.generated) for place in places] == [("qba", (file,), False)]
     plain = DataSettings(test=str(tmp_path / "mine/test-{language}.tsv"), labels=["no", "yes"])
-    assert places["qba"].fingerprint() == evaluation_place("tsv", language("qba"), plain).fingerprint()
+    assert places[0].fingerprint() == evaluation_place("tsv", language("qba"), plain).fingerprint()
     # Without files of one's own, `sentiment` is the family's.
     later.test = None
     assert evaluation_place("sentiment", language("qba"), later).generated
+    assert Evaluation("sentiment", "test", tuple(MEMBERS)).own_places(later) == []
     with pytest.raises(DeftxError, match=r"nli has no test file for 'qba'"):
         evaluation_place("nli", language("qba"), later)
 
