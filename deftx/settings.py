@@ -112,7 +112,7 @@ class RunConfig(ShortKnobs):
     source: SourceConfig = knob(SourceConfig, ignored_by={"no_language_sft"}, read_by=UNDENOISED)
     lang: SFTKnobs = knob(SFTKnobs, ignored_by={"no_language_sft", "source_sft"})
     budget: BudgetConfig = knob(BudgetConfig)
-    corpus: CorpusSettings = knob(CorpusSettings, ignored_by={"no_language_sft"}, fixed=True)
+    corpus: CorpusSettings = knob(CorpusSettings, commands=COMMANDS, ignored_by={"no_language_sft"}, fixed=True)
     data: DataSettings = knob(DataSettings, commands=COMMANDS, fixed=True)
     synthetic: SyntheticSettings = knob(SyntheticSettings, commands=COMMANDS, fixed=True)
     trainer: TrainerSettings = knob(TrainerSettings, commands=COMMANDS, fixed=True)

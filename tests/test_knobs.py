@@ -136,7 +136,7 @@ def test_what_reads_the_table() -> None:
     assert set().union(*READS.values()) == {name for name in KNOBS if "." not in name}
     assert "rank" not in READS["eval"]
     assert "kind" in READS["sft"]
-    assert set(READS["pretrain"]) < set(READS["run"]) | {"text", "out"}
+    assert set(READS["pretrain"]) < set(READS["run"]) | {"text", "out", "protect"}
 
 
 def test_what_ignores_a_knob() -> None:

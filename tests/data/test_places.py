@@ -14,7 +14,7 @@ from deftx.cache import StageCache
 from deftx.data.corpora import TextSource, resolve_text
 from deftx.data.labelled import SETS, TASKS, TRAIN_SETS
 from deftx.data.places import Origin, Place, digest_files
-from deftx.data.rows import read_rows
+from deftx.data.rows import read_rows, read_sentences
 from deftx.data.settings import PROTECTED, DataSettings, FamilyData, LanguageSettings, SyntheticSettings
 from deftx.data.synthetic import family_data, generate_family
 from deftx.data.tasks import (
@@ -104,6 +104,7 @@ def test_loading_reads_the_places_and_nothing_else(
     spoken = language("eng" if train == "multinli" else "ind")
     read = []
     monkeypatch.setattr("deftx.data.tasks.read_rows", lambda place: read.append(place) or read_rows(place))
+    monkeypatch.setattr("deftx.data.tasks.read_sentences", lambda place: read.append(place) or read_sentences(place))
     load_train(train, spoken, data, seed=0)
     assert set(read) == set(everything(train_places(train, spoken, data)))
     read.clear()
@@ -274,14 +275,14 @@ def test_own_files_beside_the_family_start_here(
     file = write(tmp_path / "mine/test-qba.tsv", tsv("text label", [["a", "yes"]]))
     text = write(tmp_path / "mine/t.txt", "a line\n")
     later.test, later.labels = "mine/test-{language}.tsv", ["no", "yes"]
-    places = Evaluation("tsv", "test", tuple(MEMBERS)).own_places(later)
+    places = Evaluation("tsv", "test", tuple(MEMBERS)).places(later)
     assert [(place.language, place.files, place.generated) for place in places] == [("qba", (file,), False)]
     plain = DataSettings(test=str(tmp_path / "mine/test-{language}.tsv"), labels=["no", "yes"])
     assert places[0].fingerprint() == evaluation_place("tsv", language("qba"), plain).fingerprint()
     # Without files of one's own, `sentiment` is the family's.
     later.test = None
     assert evaluation_place("sentiment", language("qba"), later).generated
-    assert Evaluation("sentiment", "test", tuple(MEMBERS)).own_places(later) == []
+    assert Evaluation("sentiment", "test", tuple(MEMBERS)).places(later) == []
     with pytest.raises(DeftxError, match=r"nli has no test file for 'qba'"):
         evaluation_place("nli", language("qba"), later)
 

@@ -221,11 +221,11 @@ TRAINER = {
 }
 
 CORPUS = {
-    "valid_fraction": one("corpus.valid_fraction=0.3", TEXT),
+    "valid_fraction": one("corpus.valid_fraction=0.3", TEXT | {"pretrain"}),
     "max_lines": one("corpus.max_lines=50", TEXT),
-    "min_words": one("corpus.min_words=2", TEXT),
-    "deduplicate": one("corpus.deduplicate=false", TEXT),
-    "leak_threshold": one("corpus.leak_threshold=0.9", TEXT),
+    "min_words": one("corpus.min_words=2", TEXT | {"pretrain"}),
+    "deduplicate": one("corpus.deduplicate=false", TEXT | {"pretrain"}),
+    "leak_threshold": one("corpus.leak_threshold=0.9", TEXT | {"pretrain"}),
 }
 
 PRETRAIN = {
@@ -344,6 +344,8 @@ STUDY = {
     "logger": [],  # LOGGER
     "cache_root": one("paths.cache=/elsewhere", NOTHING),
     "only": one("only=[base]", NOTHING),
+    "protect": [],  # deftx pretrain alone; tests/study/test_leaks.py
+    "protect_languages": [],  # the same
     "device": one("device=cuda", NOTHING),  # RANDOM_NUMBERS
 }
 
