@@ -176,9 +176,21 @@ def build_corpus(source: TextSource, protected: Sequence[str], settings: CorpusS
     return Corpus(train, valid, report)
 
 
+_BLANK_LETTERS = frozenset("\u115f\u1160\u2800\u3164\uffa0")  # fillers and an empty Braille cell
+
+
 def clean_line(line: str) -> str:
-    """NFC, without byte-order marks; every run of white space, line separators included, becomes one space."""
-    return " ".join(unicodedata.normalize("NFC", line.replace("\ufeff", "")).split())
+    """Return a line in NFC, without byte-order marks; every run of white space becomes one space.
+
+    A line of nothing that a person sees (spaces of zero width, marks without a letter) is empty.
+    """
+    text = " ".join(unicodedata.normalize("NFC", line.replace("\ufeff", "")).split())
+    return text if any(map(_is_visible, text)) else ""
+
+
+def _is_visible(character: str) -> bool:
+    category = unicodedata.category(character)
+    return category not in ("Cc", "Cf") and category[0] not in "ZM" and character not in _BLANK_LETTERS
 
 
 _TEMPLATED = 0.5

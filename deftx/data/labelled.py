@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from deftx.data.finding import OwnFiles, PublicSet, file_split
-from deftx.data.places import PAIR, SINGLE, Form, Place
+from deftx.data.places import PAIR, SINGLE, Form, Place, label_key
 from deftx.data.settings import DataSettings, LanguageSettings
 from deftx.errors import DeftxError, did_you_mean
 
@@ -250,8 +250,8 @@ def _with_labels(spec: TaskSpec, data: DataSettings) -> TaskSpec:
     labels = tuple(data.labels)
     if len(labels) < 2:
         raise DeftxError(f"task={spec.name} needs at least two labels: data.labels=[no,yes]")
-    if len({label.strip().casefold() for label in labels}) < len(labels):
-        raise DeftxError(f"data.labels={data.labels}: labels must differ, in more than case")
+    if len(set(map(label_key, labels))) < len(labels):
+        raise DeftxError(f"data.labels={data.labels}: labels must differ, in more than case or Unicode form")
     # Labels that another set has, too, may be spelt as there.
     spellings = next((other.form.spellings for other in SETS.values() if other.labels == labels), ())
     return replace(spec, form=replace(spec.form, labels=labels, spellings=spellings))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,13 @@ Digest = Callable[[Sequence[Path]], str]
 
 Texts = tuple[tuple[str, ...], ...]
 """For each text of a row, the names its column may have, the usual one first."""
+
+
+def label_key(word: str) -> str:
+    """Return what of a label's spelling counts: not its case, its Unicode form, or what nobody sees of it."""
+    seen = "".join(letter for letter in unicodedata.normalize("NFC", word) if unicodedata.category(letter) != "Cf")
+    return unicodedata.normalize("NFC", seen.strip().casefold())
+
 
 SINGLE: Texts = (("text",),)
 PAIR: Texts = (("premise", "sentence1"), ("hypothesis", "hypo", "sentence2"))

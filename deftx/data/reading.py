@@ -66,10 +66,7 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> pd.DataFrame
 
     text = read_text(path)
     if path.suffix.lower() == ".csv":
-        try:
-            rows = [row for row in csv.reader(io.StringIO(text, newline="")) if row]
-        except csv.Error as error:
-            raise DeftxError(f"{path} is not a CSV file: {error}") from error
+        rows = _csv_rows(path, text)
     else:
         rows = [line.split("\t") for line in text.split("\n") if line]
     header = tuple(columns) if columns is not None else tuple(name.strip() for name in rows.pop(0))
@@ -86,6 +83,25 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> pd.DataFrame
     return pd.DataFrame(rows, columns=list(header))
 
 
+def _csv_rows(path: Path, text: str) -> list[list[str]]:
+    """Return the rows of a CSV file; a quote out of place is an error, for it would swallow the rows after it."""
+    rows: list[list[str]] = []
+    # csv's own strict mode takes a quote inside an unquoted cell as text, which is what it is.
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    line = 1
+    try:
+        for row in reader:
+            if row:
+                rows.append(row)
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise DeftxError(
+            f"{path}: row {len(rows)}, from line {line}, is not CSV ({error}); put a cell that begins with a "
+            'double quote into double quotes, and double those inside: "say ""no"" to it"'
+        ) from error
+    return rows
+
+
 def read_jsonl(path: Path, columns: Sequence[str]) -> pd.DataFrame:
     """Read some fields, as text, of a file with one JSON object a line.
 
@@ -100,10 +116,19 @@ def read_jsonl(path: Path, columns: Sequence[str]) -> pd.DataFrame:
             continue
         try:
             fields = json.loads(line)
-            rows.append([str(fields[name]) for name in columns])
+            rows.append([_json_text(fields[name]) for name in columns])
         except (json.JSONDecodeError, KeyError, TypeError):
-            raise DeftxError(f"{path}: line {number} is not a JSON object with {', '.join(columns)}") from None
+            raise DeftxError(
+                f"{path}: line {number} is not a JSON object with texts or numbers as {', '.join(columns)}"
+            ) from None
     return pd.DataFrame(rows, columns=list(columns))
+
+
+def _json_text(value: object) -> str:
+    """Return a text, or a whole number as text; anything else has no text that a person wrote."""
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise TypeError(value)
+    return str(value)
 
 
 def expand(patterns: Sequence[str], root: Path) -> dict[str, list[Path]]:

@@ -10,7 +10,7 @@ import pandas as pd
 
 from deftx.data.corpora import clean_line
 from deftx.data.hub import HubRef, download, label_words, load_hub, require_hub_columns
-from deftx.data.places import PAIR, SINGLE, Form, MissingSplitError, Place
+from deftx.data.places import PAIR, SINGLE, Form, MissingSplitError, Place, label_key
 from deftx.data.reading import read_jsonl, read_table, read_text
 from deftx.errors import DeftxError
 
@@ -119,13 +119,13 @@ def _common(table: pd.DataFrame, form: Form, origin: str) -> Rows:
     words = _column(table, ("label", "gold_label"), origin)
     named = _id_column(table.columns)
     ids = table[named[0]].tolist() if named else map(str, range(1, len(table) + 1))
-    labels = {word.casefold(): index for index, word in enumerate(form.labels)}
+    labels = {label_key(word): index for index, word in enumerate(form.labels)}
     labels |= {spelling: labels[word] if word else -1 for spelling, word in form.spellings}
     dropped = {"empty": 0, "unlabelled": 0}
     rows: list[tuple[str, str, str | None, int]] = []
     for number, (row_id, word, *cells) in enumerate(zip(ids, words, *columns, strict=True), 1):
         text, *other = map(clean_line, cells)
-        label = labels.get(word.strip().casefold())
+        label = labels.get(label_key(word))
         if label is None:
             raise DeftxError(f"{origin}: row {number}: unknown label {word!r}; known are {', '.join(form.labels)}")
         if label < 0:

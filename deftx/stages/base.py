@@ -24,6 +24,7 @@ from deftx.training.model_folder import (
     check_model_folder,
     draws_random_numbers,
     model_files,
+    weight_files,
 )
 from deftx.training.settings import ModelSettings, PretrainSettings
 from deftx.training.shapes import shapes_of
@@ -137,7 +138,10 @@ def resolve_model(model: ModelSettings, *, weights: bool = True) -> tuple[Path, 
     commit = resolve_commit(model.hub, model.revision, "model")
     patterns = list(MODEL_FILES) if weights else ["config.json"]
     try:
-        return Path(snapshot_download(model.hub, revision=commit, allow_patterns=patterns)), commit
+        folder = Path(snapshot_download(model.hub, revision=commit, allow_patterns=patterns))
+        if weights and not weight_files(folder):  # many encoders of small languages exist only so
+            snapshot_download(model.hub, revision=commit, allow_patterns=["pytorch_model*.bin*"])
+        return folder, commit
     except Exception as error:
         raise DeftxError(
             f"model {model.hub!r} could not be downloaded from the hub ({reason(error)}); download it where there is a "

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib.util
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,7 +31,8 @@ from torch import Tensor, nn
 from deftx.core.delta import fingerprint
 from deftx.errors import DeftxError
 from deftx.seeds import seed_of
-from deftx.training.model_folder import bert_facts, check_model_folder
+from deftx.training.model_check import BUFFERS, refuse_misfit
+from deftx.training.model_folder import bert_facts, check_model_folder, read_config, weight_files
 from deftx.training.settings import PretrainSettings
 
 logger = logging.getLogger(__name__)
@@ -139,7 +141,8 @@ def _load(auto: Any, folder: Path, *, fresh_head: Mapping[str, Any] | None = Non
                 str(folder),
                 dtype=torch.float32,
                 attn_implementation="sdpa",
-                use_safetensors=True,
+                use_safetensors=not any(path.suffix == ".bin" for path in weight_files(folder)),
+                weights_only=True,
                 trust_remote_code=False,
                 local_files_only=True,
                 ignore_mismatched_sizes=True,
@@ -157,6 +160,23 @@ def _load(auto: Any, folder: Path, *, fresh_head: Mapping[str, Any] | None = Non
         absent = [name for name in absent if name.removeprefix(prefix) not in pooler]
         report.pooler_in_head = True
         model.deftx_drawn_pooler = pooler
+    # Of what no model uses, heads and buffers are others' business; the rest is a part of this encoder.
+    unused = sorted(
+        name for name in info["unexpected_keys"] if name.removeprefix(prefix).startswith(("encoder.", "embeddings."))
+    )
+    unused = [name for name in unused if not name.endswith(BUFFERS)]
+    if unused:
+        raise DeftxError(
+            f"the checkpoint in {folder} has {len(unused)} tensors of the encoder that config.json has no place for "
+            f"({', '.join(unused[:3])}); download the model again"
+        )
+    infinite = [name for name, value in model.named_parameters() if not torch.isfinite(value).all()]
+    infinite = [name for name in infinite if name not in missing]
+    if infinite:
+        raise DeftxError(
+            f"the checkpoint in {folder} has {len(infinite)} tensors with NaN or infinite numbers "
+            f"({', '.join(infinite[:3])}); download the model again"
+        )
     odd = sorted(str(entry[0]) for entry in info["mismatched_keys"])
     if fresh_head is not None:
         odd = [name for name in odd if name.startswith(prefix)]
@@ -367,11 +387,34 @@ def load_tokenizer(folder: Path) -> Any:
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         except Exception as error:  # whatever a damaged file makes the reader raise
-            raise DeftxError(f"the tokenizer in {folder} cannot be read ({type(error).__name__}: {error})") from error
+            why = _sentencepiece_alone(folder) or f" ({type(error).__name__}: {error})"
+            raise DeftxError(f"the tokenizer in {folder} cannot be read{why}") from error
     lacking = [name for name in ("mask_token", "pad_token") if getattr(tokenizer, name) is None]
     if lacking:
         raise DeftxError(f"the tokenizer in {folder} has no {' and no '.join(lacking)}; deftx needs both")
+    segments = tokenizer("a", "b").get("token_type_ids") or [0]
+    refuse_misfit(
+        folder,
+        read_config(folder),
+        highest=len(tokenizer) - 1,
+        pad=tokenizer.pad_token_id,
+        segments=max(segments) + 1,
+    )
     return tokenizer
+
+
+def _sentencepiece_alone(folder: Path) -> str:
+    """Return what to do about a tokenizer that is there as a SentencePiece model alone; for others an empty text."""
+    models = sorted(path.name for path in folder.glob("*.model"))
+    if (folder / "tokenizer.json").is_file() or not models:
+        return ""
+    lacking = [name for name in ("sentencepiece", "google.protobuf") if importlib.util.find_spec(name) is None]
+    packages = " ".join(name.removeprefix("google.") for name in lacking)
+    install = f"install {packages} (pip install {packages}), or " if lacking else ""
+    return (
+        f": {models[0]} is a SentencePiece model without tokenizer.json: {install}save the tokenizer where it loads: "
+        "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) writes tokenizer.json"
+    )
 
 
 def model_inputs(batch: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,9 +48,17 @@ FAMILIES = {
     "camembert": _ROBERTA,
 }
 
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+"""Weights in the order in which transformers looks for them. A ``.bin`` file is a pickle: of those, tensors alone are
+read (``weights_only=True``), and one that asks for anything else is refused."""
+_TENSOR_FILES = (".safetensors", ".bin")
 TOKENIZERS = ("tokenizer.json", "vocab.txt", "sentencepiece.bpe.model", "spiece.model", "vocab.json")
-PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".h5", ".msgpack")
+PICKLES = (".pt", ".pth", ".pkl", ".ckpt", ".h5", ".msgpack")
 MODEL_FILES = (
     "config.json",
     "config.*.json",  # of other versions of transformers, where config.json lists them
@@ -74,20 +83,20 @@ MODEL_FILES = (
     "tekken.json",
 )
 """Patterns of what is read from a model folder and changes a result, for keys and for downloads."""
-_CONVERT = (
-    "which deftx never opens; convert them once where you trust the file: "
-    "AutoModelForMaskedLM.from_pretrained(FOLDER).save_pretrained(FOLDER) writes model.safetensors"
-)
+_CONVERT = "AutoModelForMaskedLM.from_pretrained(FOLDER).save_pretrained(FOLDER) writes model.safetensors"
+_NEVER = f"which deftx never opens; convert them once where you trust the file: {_CONVERT}"
 
 
 def check_model_folder(folder: Path) -> dict[str, Any]:
     """Return ``config.json`` of a model folder in the hub's shape, or say what is missing.
 
     Args:
-        folder: holds ``config.json``, safetensors weights (one file or shards) and a tokenizer.
+        folder: holds ``config.json``, weights (one file or shards; safetensors, else ``pytorch_model.bin``) and a
+            tokenizer.
 
     Raises:
-        DeftxError: a file is missing, weights are pickled, an adapter lies beside them, or the family is not supported.
+        DeftxError: a file is missing, weights are of another kind, an adapter lies beside them, the family is not
+            supported, or the files do not fit each other.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -102,13 +111,15 @@ def check_model_folder(folder: Path) -> dict[str, Any]:
     if not weights:
         pickled = [name for name in names if name.endswith(PICKLES)]
         if pickled:
-            raise DeftxError(f"{folder} has pickled weights only ({', '.join(pickled)}), {_CONVERT}")
+            raise DeftxError(f"{folder} has pickled weights only ({', '.join(pickled)}), {_NEVER}")
         missing.append("model.safetensors (or model.safetensors.index.json with its shards)")
-    # Transformers unpickles every shard whose name does not end in .safetensors, even if model.safetensors.index.json
-    # names it.
-    pickled = [name for name in weights if not name.endswith((".safetensors", ".safetensors.index.json"))]
+    # An index of safetensors names such files alone, and transformers unpickles whatever has another ending.
+    allowed = (
+        _TENSOR_FILES if all(not name.endswith(".safetensors.index.json") for name in weights) else (".safetensors",)
+    )
+    pickled = [name for name in weights if not name.endswith((*allowed, ".index.json"))]
     if pickled:
-        raise DeftxError(f"the weights of {folder} are in pickled files ({', '.join(pickled)}), {_CONVERT}")
+        raise DeftxError(f"the weights of {folder} are in pickled files ({', '.join(pickled)}), {_NEVER}")
     missing += [name for name, path in weights.items() if not path.is_file()]
     if not any(name in names for name in TOKENIZERS):
         missing.append(f"a tokenizer ({', '.join(TOKENIZERS[:3])})")
@@ -122,7 +133,11 @@ def check_model_folder(folder: Path) -> dict[str, Any]:
             f"{folder} holds an adapter beside the model (adapter_config.json), which transformers applies on machines "
             "with peft and ignores on others; merge it into the weights (PeftModel.merge_and_unload) or remove the file"
         )
-    return read_config(folder)
+    from deftx.training.model_check import check_contents  # which reads shapes, which are read from here
+
+    config = read_config(folder)
+    check_contents(folder, config)
+    return config
 
 
 def model_files(folder: Path) -> list[Path]:
@@ -155,24 +170,72 @@ def weight_files(folder: Path) -> list[Path]:
     return [first, *(Path(folder) / shard for shard in sorted(shards))]
 
 
-def tensor_names(folder: Path) -> list[str] | None:
-    """Return the names of a checkpoint's tensors without reading them; None where there are no weights to ask.
+@dataclass(frozen=True)
+class TensorFacts:
+    """What a file of weights says of a tensor.
+
+    Attributes:
+        dtype: As safetensors writes it: ``F32``, ``BF16``, ``I8``, ...
+        shape: Its shape.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def floating(self) -> bool:
+        """Whether it holds numbers that training can start from."""
+        return self.dtype in ("F64", "F32", "F16", "BF16")
+
+
+def tensor_facts(folder: Path) -> dict[str, TensorFacts] | None:
+    """Return dtypes and shapes of a checkpoint's tensors without reading them; None where there are no weights to ask.
 
     Raises:
-        DeftxError: the weights cannot be read.
+        DeftxError: the weights cannot be read, or hold something that is no tensor.
     """
+    files = [path for path in weight_files(Path(folder)) if not path.name.endswith(".index.json")]
+    if not files:
+        return None
+    facts: dict[str, TensorFacts] = {}
+    for path in files:
+        try:
+            facts |= _safetensors_facts(path) if path.suffix == ".safetensors" else _pickled_facts(path)
+        except DeftxError:
+            raise
+        except Exception as error:
+            raise DeftxError(f"the weights in {folder} cannot be read ({type(error).__name__}: {error})") from error
+    return facts
+
+
+def _safetensors_facts(path: Path) -> dict[str, TensorFacts]:
     from safetensors import safe_open
 
-    first = _first_weights(Path(folder))
-    if first is None:
-        return None
-    if first.name.endswith(".index.json"):
-        return list(_weight_map(first))
+    with safe_open(path, "np") as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        return {name: TensorFacts(part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+
+
+def _pickled_facts(path: Path) -> dict[str, TensorFacts]:
+    """Return what a ``.bin`` file holds; torch reads tensors alone, and their numbers stay in the file."""
+    import torch
+
     try:
-        with safe_open(first, "np") as file:
-            return list(file.keys())
-    except Exception as error:
-        raise DeftxError(f"the weights in {folder} cannot be read ({type(error).__name__}: {error})") from error
+        content = torch.load(path, map_location="meta", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise DeftxError(
+            f"{path} is damaged, or a pickle that holds more than tensors, and deftx reads tensors alone; convert it "
+            f"once where you trust it: {_CONVERT}"
+        ) from error
+    if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise DeftxError(
+            f"{path} holds other things than tensors by name. Convert it once where you trust it: {_CONVERT}"
+        )
+    names = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+    return {
+        str(name): TensorFacts(names.get(value.dtype, str(value.dtype).removeprefix("torch.")), tuple(value.shape))
+        for name, value in content.items()
+    }
 
 
 def _first_weights(folder: Path) -> Path | None:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from deftx.training.model_folder import FAMILIES, read_config, tensor_names
+from deftx.training.model_folder import FAMILIES, read_config, tensor_facts
 
 
 def shapes_of(model: Path | Mapping[str, Any], *, kind: str) -> dict[str, tuple[int, ...]]:
@@ -38,7 +38,7 @@ def shapes_of(model: Path | Mapping[str, Any], *, kind: str) -> dict[str, tuple[
     shapes = _shapes(model, config, kind)
     if kind == "task":
         pooler = tuple(shapes.keys() - _shapes(model, config, "language"))
-        stored = tensor_names(model) if pooler else None
+        stored = tensor_facts(model) if pooler else None
         if stored is not None and not any(name.endswith(pooler) for name in stored):
             return {name: shape for name, shape in shapes.items() if name not in pooler}
     return shapes

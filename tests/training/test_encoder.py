@@ -260,7 +260,14 @@ def test_what_a_folder_lacks_is_said(folders, tmp_path):
     with pytest.raises(DeftxError, match=r"(?s)lacks model\.safetensors.*found: config\.json.*next:"):
         check_model_folder(no_weights)
     (no_weights / "pytorch_model.bin").write_bytes(b"x")
-    with pytest.raises(DeftxError, match=r"pickled weights only \(pytorch_model.bin\).*save_pretrained"):
+    with pytest.raises(
+        DeftxError, match=r"pytorch_model.bin is damaged, or a pickle that holds more than tensors.*save_pretrained"
+    ):
+        check_model_folder(no_weights)
+    (no_weights / "pytorch_model.bin").rename(no_weights / "model.ckpt")
+    with pytest.raises(
+        DeftxError, match=r"pickled weights only \(model.ckpt\), which deftx never opens.*save_pretrained"
+    ):
         check_model_folder(no_weights)
     no_tokenizer = tmp_path / "b"
     shutil.copytree(source, no_tokenizer)
