@@ -6,17 +6,18 @@ import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from deftx.cache import Entry, StageCache, Workspace
 from deftx.errors import DeftxError
 from deftx.stages.evaluate import Outcome, outcome
 from deftx.stages.evidence import forget_module
 from deftx.stages.graph import GivenSFTs, StudyGraph, graph
-from deftx.stages.inputs import Needs, read_rows
+from deftx.stages.inputs import MEASURES, Needs, read_json, read_rows
 from deftx.stages.node import InputFolder, Loggers, Node
 from deftx.stages.objectives import SFT
 from deftx.stages.settings import StudySettings
+from deftx.tracking import print_coverage
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -85,6 +86,7 @@ class StudyProgress:
         tests: Test rows by target: columns ``id``, ``text``, ``text_pair`` (str or None) and ``label`` (int).
         sfts: Finished SFTs, in training order.
         outcomes: Evaluated cells.
+        coverage: Measures of what is read, by language and what it is (``text``, ``rows``).
     """
 
     study: StudySettings
@@ -93,12 +95,20 @@ class StudyProgress:
     tests: dict[str, pd.DataFrame] = field(default_factory=dict)
     sfts: list[SFT] = field(default_factory=list)
     outcomes: list[Outcome] = field(default_factory=list)
+    coverage: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def _trains(self) -> bool:
+        """Whether an SFT is still to be trained."""
+        nodes = [] if self.graph is None else [sft.node for sft in self.graph.sfts if sft.node is not None]
+        return any(self.results.cache.peek(item.stage) is None for item in nodes)
 
     def open(self, needs: Needs, given_sfts: GivenSFTs | None = None) -> StudyGraph:
         """Build the graph and compute all that the study reads before it trains, so that a bad row fails at once.
 
         Raises:
-            DeftxError: Data or a model is missing, or training and test rows are not of one form.
+            DeftxError: Data or a model is missing, training and test rows are not of one form, or the tokenizer knows
+                nothing of a language.
         """
         self.graph = graph(self.study, self.results.cache, needs=needs, given_sfts=given_sfts)
         inputs = self.graph.inputs
@@ -106,6 +116,10 @@ class StudyProgress:
             log.warning("%s: no unlabelled text, evaluated without a language SFT (%s)", code, error)
         for node in self.graph.opened:
             self.results.of(node)
+        self.coverage = {
+            key: read_json(self.results.of(item).file(MEASURES)) for key, item in self.graph.coverage.items()
+        }
+        _check_coverage(self.coverage, silent=not self._trains)
         self.tests = {code: rows.frame for code, rows in inputs.tests.items()}
         _refuse_mixed_forms((read_rows(self.results.of(rows), "train") for rows in inputs.rows.values()), self.tests)
         return self.graph
@@ -132,6 +146,35 @@ class StudyProgress:
     def so_far(self) -> None:
         """Drop SFTs without a current result, so that recording a failed run computes nothing."""
         self.sfts = [sft for sft in self.sfts if sft.folder is not None or sft.key in self.results.entries]
+
+
+UNKNOWN = 0.05
+"""Share of unknown pieces above which a language is warned about."""
+
+
+def _check_coverage(coverage: Mapping[tuple[str, str], Mapping[str, Any]], *, silent: bool) -> None:
+    """Print how the tokenizer cuts each language; warn of unknown pieces, refuse a language of nothing else.
+
+    Args:
+        coverage: Measures by language and what was measured.
+        silent: Whether nothing is trained, so that the table would be noise.
+    """
+    shares = {key: float(facts["unknown"] or 0) for key, facts in coverage.items() if facts["words"]}
+    if shares and not silent:
+        print_coverage(coverage)
+    named = {key: f"{share:.1%} of the pieces of the {key[1]} of {key[0]}" for key, share in shares.items()}
+    if lost := [named[key] for key, share in shares.items() if share == 1.0]:
+        raise DeftxError(
+            f"the tokenizer knows nothing of a language: {', '.join(lost)} are unknown; choose a model that was "
+            "pretrained on its script (model=xlmr_base, ...), or write the text in the script that the model knows"
+        )
+    for key, share in shares.items():
+        if share > UNKNOWN:
+            log.warning(
+                "%s are unknown to the tokenizer: the model cannot tell these words apart; another model may read the "
+                "script",
+                named[key],
+            )
 
 
 def _refuse_mixed_forms(trained_on: Iterable[pd.DataFrame], tests: Mapping[str, pd.DataFrame]) -> None:

@@ -22,7 +22,7 @@ from deftx.cache import Stage, StageCache
 from deftx.errors import DeftxError, did_you_mean
 from deftx.stages.base import Base
 from deftx.stages.evaluate import Cell, Evaluator, cells_of
-from deftx.stages.inputs import NEEDS, Inputs, Needs, inputs_of, measures
+from deftx.stages.inputs import NEEDS, Inputs, Needs, TestRows, inputs_of, measures
 from deftx.stages.knobs import flat_knobs
 from deftx.stages.learn import sft_nodes
 from deftx.stages.node import Node, ordered
@@ -83,6 +83,7 @@ class StudyGraph:
         base: θ⁰.
         inputs: Generated family, text by language, labelled rows by source, test rows by target.
         measures: Nodes that measure the targets' text, by language.
+        coverage: Nodes that measure all that is read, by language and what it is (``text``, ``rows``).
         sfts: Every SFT, in training order.
         cells: Evaluated cells with their nodes, in the order of the tables.
         parts: Named parts of the study, for later runs.
@@ -92,6 +93,7 @@ class StudyGraph:
     base: Base
     inputs: Inputs
     measures: dict[str, Node] = field(default_factory=dict)
+    coverage: dict[tuple[str, str], Node] = field(default_factory=dict)
     sfts: list[SFT] = field(default_factory=list)
     cells: list[tuple[Cell, Node]] = field(default_factory=list)
     parts: list[Part] = field(default_factory=list)
@@ -99,7 +101,7 @@ class StudyGraph:
     @property
     def opened(self) -> list[Node]:
         """Nodes that are computed before anything trains, so that a bad row fails the run at once."""
-        return [*self.inputs.nodes, *self.base.needs.values(), *self.measures.values()]
+        return [*self.inputs.nodes, *self.base.needs.values(), *self.coverage.values()]
 
     @property
     def required(self) -> list[Node]:
@@ -233,12 +235,16 @@ def graph(
         cells += [Cell(code, condition, given_sfts.task, None) for code in study.targets]
     elif needs.tests:
         cells = cells_of(list(study.targets), study.methods, study.controls, study.source.code, sfts)
+    rows: dict[str, Node | TestRows] = {**inputs.tests, **inputs.rows}
+    coverage = {(code, "text"): measures(code, node, base) for code, node in inputs.texts.items()}
+    coverage |= {(code, "rows"): measures(code, source, base) for code, source in rows.items()}
     evaluator = Evaluator(study, base, inputs.tests, length)
     return StudyGraph(
         study,
         base,
         inputs,
-        measures={code: measures(code, inputs.texts[code], base) for code in study.targets if code in inputs.texts},
+        measures={code: coverage[code, "text"] for code in study.targets if code in inputs.texts},
+        coverage=coverage,
         sfts=all_sfts,
         cells=[(cell, evaluator.node(cell)) for cell in cells],
         parts=parts,

@@ -304,33 +304,56 @@ class _Reader:
         )
 
 
-def measures(language: str, text: Node, base: Base) -> Node:
-    """Subword fertility, type-token ratio and words per sentence of a language (:mod:`deftx.data.morphology`).
+def measures(language: str, source: Node | TestRows, base: Base) -> Node:
+    """Measure a language's text: subword fertility, unknown pieces, type-token ratio, words per sentence.
 
-    Does the best sparsity follow morphology? They depend on the text and on the base's tokenizer.
+    Does the best sparsity follow morphology (:mod:`deftx.data.morphology`)? Can the base read the language at all? The
+    measures depend on the text and on the base's tokenizer. The node writes ``profile.json``.
+
+    Args:
+        language: Code of the language.
+        source: The node of its text or of its training rows, or its test rows.
+        base: Has the tokenizer.
     """
 
     def compute(work: Workspace, loggers: Loggers) -> None:
         from deftx.data.morphology import text_measures
         from deftx.training.encoder import load_tokenizer
 
+        if isinstance(source, TestRows):
+            lines = _sentences(source.frame)
+        elif source.stage.kind == "corpus":
+            lines = read_text(work.inputs["text"], "train")
+        else:
+            lines = _sentences(read_rows(work.inputs["text"], "train"))
         tokenizer = load_tokenizer(base.found_in(work))
+        unknown: list[bool] = []
 
         def count(words: list[str]) -> int:
-            encoded = tokenizer(words, add_special_tokens=False)["input_ids"] if words else []
-            return sum(map(len, encoded))
+            # With the space before it: byte-level tokenizers cut a word at the start of a text into more pieces.
+            spaced = [f" {word}" for word in words]
+            encoded = tokenizer(spaced, add_special_tokens=False)["input_ids"] if words else []
+            unknown.extend(piece == tokenizer.unk_token_id for pieces in encoded for piece in pieces)
+            return len(unknown)
 
-        write_json(work.out / MEASURES, text_measures(read_text(work.inputs["text"], "train"), count))
+        content = text_measures(lines, count)
+        share = sum(unknown) / len(unknown) if unknown else None
+        write_json(work.out / MEASURES, {**content, "unknown": share})
 
+    needs, content = ({"text": source}, {}) if isinstance(source, Node) else (source.needs, source.content)
     return node(
         "profile",
-        2,
+        3,
         {"language": language},
         compute,
-        needs={"text": text, **base.needs},
-        content=base.content,
+        needs={**needs, **base.needs},
+        content={**content, **base.content},
         label=f"text measures {language}",
     )
+
+
+def _sentences(rows: pd.DataFrame) -> list[str]:
+    return [*rows["text"], *(text for text in rows["text_pair"] if text is not None)]
 
 
 # ------------------------------------------------------------------------------------------------------- reading

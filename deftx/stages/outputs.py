@@ -17,7 +17,7 @@ from deftx.errors import DeftxError
 from deftx.stages.base import PRETRAINING_TEXT
 from deftx.stages.diagnostics import diagnostics
 from deftx.stages.evaluate import Outcome
-from deftx.stages.execute import Results, StudyProgress
+from deftx.stages.execute import UNKNOWN, Results, StudyProgress
 from deftx.stages.graph import StudyGraph
 from deftx.stages.inputs import MEASURES, REPORT, read_json
 from deftx.stages.learn import METRICS
@@ -164,6 +164,12 @@ def _remarks(record: tracking.RunRecord, progress: StudyProgress) -> Iterator[Re
     if any(read_json(progress.results.folder(sft) / FACTS)["metadata"].get("head_drawn") for sft in trained):
         text = "the base has no trained MLM head: language SFTs started from a drawn one, which weakens them"
         yield Remark("drawn_head", text)
+    if unread := tuple(
+        f"{code} {kind} {facts['unknown']:.1%}"
+        for (code, kind), facts in progress.coverage.items()
+        if (facts["unknown"] or 0) > UNKNOWN
+    ):
+        yield Remark("unknown_pieces", "pieces of a language are unknown to the tokenizer", unread)
     if (remark := tracking.provenance_remark(record.provenances)) is not None:
         yield remark
 

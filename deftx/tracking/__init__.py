@@ -47,7 +47,7 @@ from deftx.tracking.results import (
 from deftx.tracking.settings import LoggerSettings
 from deftx.tracking.summary import summarise
 from deftx.tracking.sweeps import SWEEP, SweepJob, SweepRecord, read_sweep, write_sweep
-from deftx.tracking.tables import print_results, print_steps, print_sweep, results_table
+from deftx.tracking.tables import print_coverage, print_results, print_steps, print_sweep, results_table
 from deftx.tracking.tracker import Tracker
 
 __all__ = [
@@ -78,6 +78,7 @@ __all__ = [
     "gather_provenances",
     "mean_scores",
     "names",
+    "print_coverage",
     "print_results",
     "print_steps",
     "print_sweep",

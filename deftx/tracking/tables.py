@@ -126,6 +126,36 @@ def print_results(
         _print_line(line, console)
 
 
+def print_coverage(coverage: Mapping[tuple[str, str], Mapping[str, Any]], *, console: Console | None = None) -> None:
+    """Print how the base's tokenizer cuts each language, before anything trains.
+
+    Args:
+        coverage: by language and ``text`` or ``rows``, ``fertility`` (pieces a word) and ``unknown`` (share of the
+            pieces), None where there are no words.
+        console: default: standard output.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    console = console or Console()
+    table = Table()
+    table.add_column("language")
+    for kind in ("text", "unknown", "rows", "unknown"):
+        table.add_column(kind, justify="right")
+    for code in dict.fromkeys(code for code, _ in coverage):
+        cells: list[str] = []
+        for kind in ("text", "rows"):
+            facts = coverage.get((code, kind), {})
+            fertility, unknown = facts.get("fertility"), facts.get("unknown")
+            cells += [
+                "–" if fertility is None else f"{fertility:.2f}",
+                "–" if unknown is None else f"{100 * unknown:.1f}",
+            ]
+        table.add_row(code, *cells)
+    _print_line("the tokenizer on each language: pieces a word, and unknown pieces in %", console, style="bold")
+    console.print(table)
+
+
 def print_steps(sfts: Sequence[SFTFacts], *, console: Console | None = None) -> None:
     """Print where a training step's time goes, for the phases that recorded it (``trainer.profile``).
 

@@ -31,8 +31,14 @@ from torch import Tensor, nn
 from deftx.core.delta import fingerprint
 from deftx.errors import DeftxError
 from deftx.seeds import seed_of
-from deftx.training.model_check import BUFFERS, refuse_misfit
-from deftx.training.model_folder import bert_facts, check_model_folder, read_config, weight_files
+from deftx.training.model_folder import (
+    BUFFERS,
+    bert_facts,
+    check_model_folder,
+    read_config,
+    refuse_misfit,
+    weight_files,
+)
 from deftx.training.settings import PretrainSettings
 
 logger = logging.getLogger(__name__)
