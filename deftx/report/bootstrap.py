@@ -43,29 +43,42 @@ def confusion(weights: Floats, gold: npt.NDArray[np.int64], predicted: npt.NDArr
     return (weights @ one_hot).astype(np.float64).reshape(len(weights), cells, classes, classes)
 
 
-def macro_f1(counts: Doubles) -> Doubles:
-    """Return the unweighted mean of the F1 scores of the classes that occur as label or prediction.
+Held = npt.NDArray[np.bool_]
+"""Which labels the gold rows hold [C], before any resampling."""
+
+
+def labels_held(gold: npt.NDArray[np.int64], classes: int) -> Held:
+    """Return which of ``classes`` labels some gold rows hold."""
+    return np.bincount(gold, minlength=classes) > 0
+
+
+def macro_f1(counts: Doubles, held: Held | None = None) -> Doubles:
+    """Return the unweighted mean of the F1 scores of the labels that the gold rows hold.
+
+    As :func:`deftx.training.metrics.macro_f1`. The labels are the same in every resample: one whose rows were not drawn
+    counts 0 there.
 
     Args:
         counts: Confusion counts [..., C, C].
+        held: :func:`labels_held` of the gold rows; None: the labels of each table of counts.
 
     Returns:
         Scores [...], from 0 to 1.
     """
     both = counts.sum(axis=-1) + counts.sum(axis=-2)
     hits = np.diagonal(counts, axis1=-2, axis2=-1)
-    occurs = both > 0
-    f1 = np.divide(2 * hits, both, out=np.zeros_like(both), where=occurs)
-    return np.asarray(f1.sum(axis=-1) / np.maximum(occurs.sum(axis=-1), 1))
+    f1 = np.divide(2 * hits, both, out=np.zeros_like(both), where=both > 0)
+    among = counts.sum(axis=-1) > 0 if held is None else np.broadcast_to(held, f1.shape)
+    return np.asarray((f1 * among).sum(axis=-1) / np.maximum(among.sum(axis=-1), 1))
 
 
-def accuracy(counts: Doubles) -> Doubles:
+def accuracy(counts: Doubles, held: Held | None = None) -> Doubles:
     """Return the share of examples whose prediction is right, [...], from confusion counts [..., C, C]."""
     hits = np.diagonal(counts, axis1=-2, axis2=-1).sum(axis=-1)
     return np.asarray(hits / np.maximum(counts.sum(axis=(-2, -1)), 1))
 
 
-METRICS: Mapping[str, Callable[[Doubles], Doubles]] = {"macro_f1": macro_f1, "accuracy": accuracy}
+METRICS: Mapping[str, Callable[[Doubles, Held], Doubles]] = {"macro_f1": macro_f1, "accuracy": accuracy}
 """Metrics that can be recomputed from predictions."""
 
 

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from deftx import tracking
 from deftx.errors import DeftxError, listed
 from deftx.methods.table import METHODS
-from deftx.report.bootstrap import METRICS, confusion
+from deftx.report.bootstrap import METRICS, confusion, labels_held
 from deftx.report.collect import Run, read_predictions, section_key
 from deftx.report.knobs import (
     Settings,
@@ -367,8 +367,9 @@ def _metric(items: Items, section: Section) -> float | None:
     if section.metric not in METRICS:
         return None
     weights = np.ones((1, len(items.ids)), dtype=np.float32)
-    counts = confusion(weights, items.gold, items.predicted, len(section.classes))
-    return float(METRICS[section.metric](counts).mean())
+    classes = len(section.classes)
+    counts = confusion(weights, items.gold, items.predicted, classes)
+    return float(METRICS[section.metric](counts, labels_held(items.gold, classes)).mean())
 
 
 def _equal(first: ScoreCell, second: ScoreCell) -> bool:

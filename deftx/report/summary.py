@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from deftx.report.bootstrap import METRICS, Doubles, Resampler, confusion, interval, shared_items
+from deftx.report.bootstrap import METRICS, Doubles, Resampler, confusion, interval, labels_held, shared_items
 from deftx.report.sections import MEAN, Column, ScoreCell, Section
 
 if TYPE_CHECKING:
@@ -213,7 +213,8 @@ def _resample(summary: Summary, resampler: Resampler) -> None:
                 if cell.items is not None
             ]
             predicted = np.concatenate([items.predicted for _, _, items in part])
-            values = metric(confusion(weights[language], part[0][2].gold, predicted, len(section.classes)))
+            gold, classes = part[0][2].gold, len(section.classes)
+            values = metric(confusion(weights[language], gold, predicted, classes), labels_held(gold, classes))
             first = 0
             for column, seed, items in part:
                 variants = len(items.predicted)

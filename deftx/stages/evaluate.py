@@ -111,7 +111,7 @@ class Evaluator:
             needs, content = needs | sft.needs, content | sft.content
         return node(
             "evaluate",
-            2,
+            3,
             {
                 "labels": list(self.study.task_spec.labels),
                 "max_length": self.max_length,
@@ -125,7 +125,7 @@ class Evaluator:
         )
 
     def _compute(self, cell: Cell, work: Workspace) -> None:
-        from deftx.training.modules import TASK_METRICS
+        from deftx.training.metrics import TASK_METRICS
         from deftx.training.predict import predict, score
 
         labels, rows = self.study.task_spec.labels, self.tests[cell.language].frame

@@ -19,7 +19,7 @@ from deftx.stages.diagnostics import diagnostics
 from deftx.stages.evaluate import Outcome
 from deftx.stages.execute import UNKNOWN, Results, StudyProgress
 from deftx.stages.graph import StudyGraph
-from deftx.stages.inputs import MEASURES, REPORT, read_json
+from deftx.stages.inputs import MEASURES, REPORT, read_json, read_rows
 from deftx.stages.learn import METRICS
 from deftx.stages.objectives import SFT
 from deftx.stages.settings import StudySettings
@@ -154,6 +154,16 @@ def _remarks(record: tracking.RunRecord, progress: StudyProgress) -> Iterator[Re
         yield Remark("no_source_sft", "source=none: there is no source SFT to leave in")
     if "other_language_sft" in study.controls and len(study.targets) == 1:
         yield Remark("one_target", "one target: there is no other target's language SFT to compose with")
+    words = study.task_spec.labels
+    if absent := _absent_labels(words, progress.tests):
+        yield Remark("absent_labels", "no test row has this label; macro-F1 is the mean over the others", absent)
+    if progress.graph is not None:
+        rows = {code: progress.results.entries.get(node.key) for code, node in progress.graph.inputs.rows.items()}
+        frames = {code: read_rows(entry, "train") for code, entry in rows.items() if entry is not None}
+        if untrained := _absent_labels(words, frames):
+            yield Remark(
+                "untrained_labels", "no training row has this label, so nothing learns to predict it", untrained
+            )
     constant = tuple(
         outcome.cell.name for outcome in progress.outcomes if outcome.predictions["prediction"].nunique() == 1
     )
@@ -172,6 +182,12 @@ def _remarks(record: tracking.RunRecord, progress: StudyProgress) -> Iterator[Re
         yield Remark("unknown_pieces", "pieces of a language are unknown to the tokenizer", unread)
     if (remark := tracking.provenance_remark(record.provenances)) is not None:
         yield remark
+
+
+def _absent_labels(words: Sequence[str], rows: Mapping[str, pd.DataFrame]) -> tuple[str, ...]:
+    """Return language and label for each label that no row of a language has."""
+    held = {code: set(frame["label"]) for code, frame in rows.items()}
+    return tuple(f"{code} {word}" for code in rows for number, word in enumerate(words) if number not in held[code])
 
 
 def _peak_gpu_memory() -> int | None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 from torchmetrics import Metric, MetricCollection
-from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+from torchmetrics.classification import MulticlassAccuracy
 
 from deftx.core.delta import SparseDelta
 from deftx.core.optim import SelectedGradients, SparseAdamW, clip_trained
@@ -34,11 +34,10 @@ from deftx.training.encoder import (
     maskable_parameters,
     model_inputs,
 )
+from deftx.training.metrics import TASK_METRICS, MacroF1
 from deftx.training.parts import Parts
 from deftx.training.settings import TrainerSettings, TrainingSettings
 from deftx.training.vocabulary import LARGE, frozen_cross_entropy
-
-TASK_METRICS = ("macro_f1", "accuracy")
 
 
 class Encoder(Parts, pl.LightningModule):
@@ -332,7 +331,7 @@ class SequenceClassifier(Encoder):
         self.val_loss = WeightedMean()
         self.val_metrics = MetricCollection(
             {
-                "val/macro_f1": MulticlassF1Score(classes, average="macro", validate_args=False),
+                "val/macro_f1": MacroF1(classes, validate_args=False),
                 "val/accuracy": MulticlassAccuracy(classes, average="micro", validate_args=False),
             },
             compute_groups=False,

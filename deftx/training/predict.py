@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score
+from torchmetrics.functional.classification import multiclass_accuracy
 
 from deftx.errors import DeftxError, did_you_mean
 from deftx.training.encoder import model_inputs
-from deftx.training.modules import TASK_METRICS
+from deftx.training.metrics import TASK_METRICS, confusion_of, macro_f1
 
 
 def predict(model: Any, batches: Iterable[tuple[Sequence[int], Mapping[str, Any]]], *, rows: int) -> Tensor:
@@ -45,7 +45,7 @@ def score(metric: str, logits: Tensor, labels: Tensor | Sequence[int], num_label
     """Return a task's metric, in [0, 1].
 
     Args:
-        metric: ``"macro_f1"`` (unweighted mean of the labels' F1 scores) or ``"accuracy"``.
+        metric: ``"macro_f1"`` (:func:`~deftx.training.metrics.macro_f1`) or ``"accuracy"``.
         logits: [rows, labels].
         labels: [rows], integer labels.
         num_labels: number of labels; None takes the logits' width.
@@ -58,7 +58,7 @@ def score(metric: str, logits: Tensor, labels: Tensor | Sequence[int], num_label
         raise DeftxError(f"{metric} of 0 rows is undefined; the test data is empty")
     count = num_labels or logits.shape[1]
     if metric == "macro_f1":
-        return float(multiclass_f1_score(logits, target, num_classes=count, average="macro"))
+        return float(macro_f1(confusion_of(logits, target, count)))
     if metric == "accuracy":
         return float(multiclass_accuracy(logits, target, num_classes=count, average="micro"))
     hint = did_you_mean(metric, TASK_METRICS)

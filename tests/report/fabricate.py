@@ -36,9 +36,9 @@ Report = Callable[..., Outcome]
 
 
 def macro_f1(gold: Sequence[int], predicted: Sequence[int]) -> float:
-    """Mean F1 of the classes that occur, by counting; what a run would have written."""
+    """Mean F1 of the classes of the gold rows, by counting; what a run would have written."""
     found = []
-    for label in sorted({*gold, *predicted}):
+    for label in sorted({*gold}):
         hits = sum(g == p == label for g, p in zip(gold, predicted, strict=True))
         both = sum(g == label for g in gold) + sum(p == label for p in predicted)
         found.append(2 * hits / both)

@@ -7,7 +7,7 @@ import pytest
 import scipy.stats
 from sklearn.metrics import accuracy_score, f1_score
 
-from deftx.report.bootstrap import METRICS, Resampler, confusion, interval, shared_items
+from deftx.report.bootstrap import METRICS, Resampler, confusion, interval, labels_held, shared_items
 
 
 def cells(rng: np.random.Generator, n: int, count: int, classes: int = 3) -> tuple[np.ndarray, np.ndarray]:
@@ -17,17 +17,20 @@ def cells(rng: np.random.Generator, n: int, count: int, classes: int = 3) -> tup
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_metrics_of_resamples_are_those_of_a_naive_loop(metric: str) -> None:
-    # Few items and four classes, so that some resamples lack a class.
+    # Few items and four classes, so that some resamples lack a class; a fifth is never gold, and predicted at times.
     gold, predicted = cells(np.random.default_rng(0), 12, 3, classes=4)
+    predicted[1, 3] = 4
     weights = Resampler(50, seed=1).items({"ace": [str(number) for number in range(12)]})["ace"]
-    fast = METRICS[metric](confusion(weights, gold, predicted, 4))
+    held = labels_held(gold, 5)
+    assert held.tolist() == [True] * 4 + [False]
+    fast = METRICS[metric](confusion(weights, gold, predicted, 5), held)
     for sample, counts in enumerate(weights.astype(int)):
         drawn = np.repeat(np.arange(12), counts)
         for cell in range(3):
             if metric == "accuracy":
                 slow = accuracy_score(gold[drawn], predicted[cell][drawn])
             else:
-                slow = f1_score(gold[drawn], predicted[cell][drawn], average="macro")
+                slow = f1_score(gold[drawn], predicted[cell][drawn], labels=range(4), average="macro", zero_division=0)
             assert fast[sample, cell] == pytest.approx(slow, abs=1e-12)
 
 

@@ -10,6 +10,7 @@ from tiny_models import LABELS, make_rows
 from deftx.data.encode import batches_by_length, encode_texts, padding_of
 from deftx.errors import DeftxError
 from deftx.training.encoder import load_classifier, load_tokenizer
+from deftx.training.metrics import MacroF1
 from deftx.training.modules import SequenceClassifier
 from deftx.training.predict import predict, score
 
@@ -52,7 +53,21 @@ def test_scores_are_scikit_learn_s(present):
     labels = torch.tensor(present)[torch.randint(len(present), (50,), generator=generator)]
     found = logits.argmax(1)
     assert score("accuracy", logits, labels) == pytest.approx(accuracy_score(labels, found))
-    assert score("macro_f1", logits, labels, 3) == pytest.approx(f1_score(labels, found, average="macro"))
+    # Over the labels of the gold rows, whatever is predicted.
+    expected = f1_score(labels, found, labels=present, average="macro")
+    assert score("macro_f1", logits, labels, 3) == pytest.approx(expected)
+    metric = MacroF1(3)
+    for part in (slice(0, 20), slice(20, 50)):
+        metric.update(logits[part], labels[part])
+    assert float(metric.compute()) == pytest.approx(expected)
+
+
+def test_one_stray_prediction_costs_no_class():
+    labels = torch.tensor([0, 1] * 150)
+    logits = torch.nn.functional.one_hot(labels, 3).float()
+    assert score("macro_f1", logits, labels) == 1.0
+    logits[0] = torch.tensor([0.0, 0.0, 1.0])  # of a label that no row has
+    assert score("macro_f1", logits, labels) == pytest.approx((2 * 149 / 299 + 1) / 2)
 
 
 def test_refusals():
