@@ -14,7 +14,7 @@ from deftx.data.settings import CorpusSettings, DataSettings, LanguageSettings, 
 from deftx.knobs import SEED, Knob, declared, knob, matching, one_of, table
 from deftx.launch.settings import LauncherSettings
 from deftx.methods.settings import DenoiseKnobs, SFTKnobs, ShortKnobs, SizeKnobs
-from deftx.methods.table import METHODS, UNDENOISED
+from deftx.methods.table import METHODS, UNDENOISED, WITHOUT_LANGUAGE_SFT
 from deftx.search import SearchSettings
 from deftx.tracking.settings import LoggerSettings
 from deftx.training.settings import ModelSettings, TrainerSettings, TrainingSettings
@@ -102,7 +102,9 @@ class RunConfig(ShortKnobs):
     only: list[str] = knob([], commands=("run",), fixed=True, bookkeeping=True)
     model: ModelSettings = knob(ModelSettings, commands=COMMANDS, fixed=True, bookkeeping=True)
     # A method's own scores stand under its name; a control's are those of the main method's SFTs.
-    method: MethodConfig = knob(MethodConfig, ignored_by={*METHODS, "composed", "source_language_only"})
+    method: MethodConfig = knob(
+        MethodConfig, ignored_by={*METHODS, *WITHOUT_LANGUAGE_SFT, "composed", "source_language_only"}
+    )
     denoise: DenoiseKnobs = knob(DenoiseKnobs)
     sparsity: SparsityConfig = knob(SparsityConfig)
     ablate: str = knob("nothing", fixed=True)
@@ -110,7 +112,7 @@ class RunConfig(ShortKnobs):
     language: dict[str, LanguageSettings] = knob({}, commands=_STUDY, fixed=True, bookkeeping=True)
     # φ_S has a method of its own, whatever the run's is.
     source: SourceConfig = knob(SourceConfig, ignored_by={"no_language_sft"}, read_by=UNDENOISED)
-    lang: SFTKnobs = knob(SFTKnobs, ignored_by={"no_language_sft", "source_sft"})
+    lang: SFTKnobs = knob(SFTKnobs, ignored_by={"no_language_sft", "source_sft", *WITHOUT_LANGUAGE_SFT})
     budget: BudgetConfig = knob(BudgetConfig)
     corpus: CorpusSettings = knob(CorpusSettings, commands=COMMANDS, ignored_by={"no_language_sft"}, fixed=True)
     data: DataSettings = knob(DataSettings, commands=COMMANDS, fixed=True)

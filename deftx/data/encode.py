@@ -108,7 +108,7 @@ def tokenise_blocks(lines: Sequence[str], tokenizer: Any, block: int, cache_dir:
     features = datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))})
     if not lines:
         return datasets.Dataset.from_dict({"input_ids": []}, features=features)
-    digest = hashlib.sha256(f"{TOKENISER_VERSION}/{block}/{_identity(tokenizer)}".encode())
+    digest = hashlib.sha256(f"{TOKENISER_VERSION}/{block}/{tokenizer_identity(tokenizer)}".encode())
     for line in lines:
         digest.update(line.encode("utf-8", "surrogatepass") + b"\n")
     name = digest.hexdigest()[:32]
@@ -163,7 +163,7 @@ def _digest(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _identity(tokenizer: Any) -> str:
+def tokenizer_identity(tokenizer: Any) -> str:
     """Return the digest of what decides the tokens; truncation and padding, which the last call left, do not count."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     parts = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()

@@ -1,5 +1,23 @@
 """What is learnt for a language or a task: the table of methods, and how what was learnt is put on a model."""
 
-from deftx.methods.table import METHODS, SCORED, SECOND_PHASES, UNDENOISED, Evidence, Scored, SparseMethod
+from deftx.methods.table import (
+    METHODS,
+    SCORED,
+    SECOND_PHASES,
+    UNDENOISED,
+    WITHOUT_LANGUAGE_SFT,
+    Evidence,
+    Scored,
+    SparseMethod,
+)
 
-__all__ = ["METHODS", "SCORED", "SECOND_PHASES", "UNDENOISED", "Evidence", "Scored", "SparseMethod"]
+__all__ = [
+    "METHODS",
+    "SCORED",
+    "SECOND_PHASES",
+    "UNDENOISED",
+    "WITHOUT_LANGUAGE_SFT",
+    "Evidence",
+    "Scored",
+    "SparseMethod",
+]

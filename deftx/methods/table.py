@@ -99,5 +99,9 @@ METHODS: dict[str, SparseMethod] = {
 """The methods that a study can train, by the name that ``method=`` and ``compare=`` take. In tables, the first one's
 column is the last."""
 
+WITHOUT_LANGUAGE_SFT = {f"{name}_without_language_sft": name for name in METHODS}
+"""Conditions of targets that have no language SFT: φ_T of a method, alone. They are not that method, and no part of its
+mean."""
+
 UNDENOISED = frozenset(name for name, method in METHODS.items() if not method.denoised)
 """Methods that ignore the knobs of denoising."""

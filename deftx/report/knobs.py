@@ -14,7 +14,7 @@ from typing import Any
 
 from deftx.knobs import Knob, declared
 from deftx.methods.settings import DENOISING, LABELLED, SFTKnobs, ShortKnobs
-from deftx.methods.table import METHODS, SCORED
+from deftx.methods.table import METHODS, SCORED, WITHOUT_LANGUAGE_SFT
 from deftx.settings import KNOBS, RunConfig
 from deftx.tracking import DATA_READ, CellFacts, DataRead
 
@@ -67,8 +67,10 @@ def read_by(condition: str, settings: Mapping[str, Any], cells: Iterable[CellFac
             method used.
     """
 
+    names = {condition, WITHOUT_LANGUAGE_SFT.get(condition, condition)}
+
     def reads(key: str) -> bool:
-        return condition not in _facts(key).ignored_by
+        return not names & _facts(key).ignored_by
 
     result = {key: value for key, value in settings.items() if reads(key)}
     if condition != "other_language_sft":

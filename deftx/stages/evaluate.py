@@ -9,9 +9,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deftx.cache import Entry, Workspace
+from deftx.core.folder import FACTS
+from deftx.errors import DeftxError
+from deftx.methods import WITHOUT_LANGUAGE_SFT
 from deftx.methods.adaptation import COMPOSITIONS, AdaptedClassifier
 from deftx.stages.base import Base
 from deftx.stages.inputs import TestRows, read_json
@@ -35,8 +39,8 @@ class Cell:
 
     Attributes:
         language: Target language code.
-        condition: One of :data:`deftx.tracking.CONDITIONS`: a method, a control, or for given SFTs ``composed`` and
-            ``source_language_only``.
+        condition: One of :data:`deftx.tracking.CONDITIONS`: a method (or that without φ_L), a control, or for given
+            SFTs ``composed`` and ``source_language_only``.
         task: φ_T; its head predicts.
         language_sft: The language SFT composed with it, if any.
         variant: Language of φ_L where a condition has several cells, else empty.
@@ -130,6 +134,8 @@ class Evaluator:
 
         labels, rows = self.study.task_spec.labels, self.tests[cell.language].frame
         classifier = self._opened(work)
+        for sft in cell.sfts:
+            self._check_tokenizer(sft, sft.found_in(work))
         # By digest, not by key: an SFT that was computed again may have other bits.
         classifier.wear(
             {sft.kind: COMPOSITIONS[sft.composition](sft.digest(work), sft.found_in(work)) for sft in cell.sfts}
@@ -143,6 +149,21 @@ class Evaluator:
             frame[f"score_{label}"] = logits[:, index].tolist()
         frame.to_parquet(work.out / PREDICTIONS)
         (work.out / METRICS).write_text(json.dumps({**metrics, "n": len(rows)}, sort_keys=True), encoding="utf-8")
+
+    def _check_tokenizer(self, sft: SFT, folder: Path) -> None:
+        """Refuse an SFT that was trained on other tokens; files of older versions and others' do not tell.
+
+        Raises:
+            DeftxError: The base's tokenizer is not the one that the SFT was trained with.
+        """
+        from deftx.data.encode import tokenizer_identity
+
+        stated = read_json(folder / FACTS)["metadata"].get("tokenizer")
+        if stated is not None and stated != (own := tokenizer_identity(self._tokenizer)):
+            raise DeftxError(
+                f"{sft.name} was trained with another tokenizer (digest {stated[:12]}) than that of {self.base.name} "
+                f"({own[:12]}): the same weights would read other tokens; give the model folder that it was trained on"
+            )
 
     def _encoded(self, language: str, rows: pd.DataFrame) -> list[tuple[list[int], Batch]]:
         """Return a language's rows as batches with their row numbers, tokenised once for all its cells."""
@@ -190,6 +211,7 @@ def cells_of(
             without text has no language SFT.
     """
     main = methods[0]
+    without = {method: condition for condition, method in WITHOUT_LANGUAGE_SFT.items()}
     tasks = {method: sfts["task", "", method] for method in methods}
     alone, source_sft = sfts.get(("task_alone", "", main)), sfts.get(("source", source, ""))
     cells: list[Cell] = []
@@ -202,7 +224,7 @@ def cells_of(
             sft = sfts.get(("language", other, main))
             if other != language and sft is not None:
                 cells.append(Cell(language, "other_language_sft", tasks[main], sft, variant=other))
-        cells += [
-            Cell(language, method, task, sfts.get(("language", language, method))) for method, task in tasks.items()
-        ]
+        for method, task in tasks.items():
+            sft = sfts.get(("language", language, method))
+            cells.append(Cell(language, method if sft is not None else without[method], task, sft))
     return cells

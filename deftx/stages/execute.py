@@ -17,7 +17,7 @@ from deftx.stages.inputs import MEASURES, Needs, read_json, read_rows
 from deftx.stages.node import InputFolder, Loggers, Node
 from deftx.stages.objectives import SFT
 from deftx.stages.settings import StudySettings
-from deftx.tracking import print_coverage
+from deftx.tracking import Remark, print_coverage
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -87,6 +87,7 @@ class StudyProgress:
         sfts: Finished SFTs, in training order.
         outcomes: Evaluated cells.
         coverage: Measures of what is read, by language and what it is (``text``, ``rows``).
+        remarks: Remarks that are known before anything is computed.
     """
 
     study: StudySettings
@@ -96,6 +97,7 @@ class StudyProgress:
     sfts: list[SFT] = field(default_factory=list)
     outcomes: list[Outcome] = field(default_factory=list)
     coverage: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
+    remarks: list[Remark] = field(default_factory=list)
 
     @property
     def _trains(self) -> bool:

@@ -69,7 +69,8 @@ def given_knobs(
     knobs |= {f"task_sft.{name}": task.get(name) for name in SFT_KNOBS}
     for code, facts in languages.items():
         knobs |= {f"language_sft.{code}.{name}": facts.get(name) for name in SFT_KNOBS}
-    return knobs | {"train": task.get("task"), "sources": task.get("languages")}
+    length = (task.get("training") or {}).get("max_length")  # that of φ_T, whatever this command's budget says
+    return knobs | {"train": task.get("task"), "sources": task.get("languages"), "max_length": length}
 
 
 def _shared_knobs(study: StudySettings) -> dict[str, Any]:

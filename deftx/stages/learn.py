@@ -316,6 +316,9 @@ class _Phases:
         metrics: Mapping[str, Any],
     ) -> dict[str, Any]:
         """Return what ``sft.json`` says of an SFT."""
+        from deftx.data.encode import tokenizer_identity
+        from deftx.training.encoder import load_tokenizer
+
         sft = self.sft
         facts: dict[str, Any] = {
             "kind": self.objective.kind,
@@ -330,6 +333,7 @@ class _Phases:
             "seed": self.study.seed,
             "training": asdict(sft.training),
             "precision": self.study.trainer.precision,
+            "tokenizer": tokenizer_identity(load_tokenizer(self.objective.base.found_in(work))),
             "metrics": dict(metrics),
             **self.objective.facts(work),
         }

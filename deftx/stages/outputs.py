@@ -14,6 +14,7 @@ from deftx import tracking
 from deftx.cache import StageCache, Workspace
 from deftx.core.folder import FACTS, TENSORS
 from deftx.errors import DeftxError
+from deftx.methods import WITHOUT_LANGUAGE_SFT
 from deftx.stages.base import PRETRAINING_TEXT
 from deftx.stages.diagnostics import diagnostics
 from deftx.stages.evaluate import Outcome
@@ -134,7 +135,7 @@ def _cell_facts(outcome: Outcome, methods: Sequence[str], facts: Mapping[str, SF
     cell = outcome.cell
     # A control composes the main method's SFTs; given SFTs name their own method.
     main = methods[0] if cell.task.node is not None else facts[cell.task.key].method
-    method = cell.condition if cell.condition in methods else main
+    method = cell.condition if cell.condition in methods else WITHOUT_LANGUAGE_SFT.get(cell.condition, main)
     terms = tuple(facts[sft.key].term for sft in cell.sfts)
     return CellFacts(cell.language, cell.condition, cell.variant, method, outcome.key, terms)
 
@@ -142,11 +143,14 @@ def _cell_facts(outcome: Outcome, methods: Sequence[str], facts: Mapping[str, SF
 def _remarks(record: tracking.RunRecord, progress: StudyProgress) -> Iterator[Remark]:
     """Yield remarks that a reader should see beside the numbers."""
     study = progress.study
+    yield from progress.remarks
     if study.split != "test":
         yield Remark("split", f"evaluated on the {study.split} split, not on test")
     skipped = progress.graph.inputs.skipped if progress.graph is not None else {}
     if skipped:
-        yield Remark("no_text", "no unlabelled text, so no language SFT in the row", tuple(skipped))
+        yield Remark(
+            "no_text", "no unlabelled text, so these rows are φ_T alone and no part of a method's mean", tuple(skipped)
+        )
     if learnt := tuple(code for code in study.targets if code in study.sources):
         text = "labelled rows of the language were trained on, so its row is not zero-shot"
         yield Remark("not_zero_shot", text, learnt)

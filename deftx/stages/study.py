@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -114,17 +114,34 @@ def run_eval(study: StudySettings, task_sft: str, language_sfts: dict[str, str],
     opened = {code: open_given(source, "language") for code, source in language_sfts.items()}
     languages = {code: sft for code, (sft, _) in opened.items()}
     language_facts = {code: facts for code, (_, facts) in opened.items()}
-    for code, facts in language_facts.items():
-        if facts.get("languages") != [code]:
-            log.warning("language_sft.%s=%s was trained on %s", code, language_sfts[code], facts.get("languages"))
+    remarks = list(_given_remarks(task_facts, language_facts))
+    for remark in remarks:
+        log.warning("%s", remark.line)
     knobs = given_knobs(study, task_facts, language_facts)
 
     def body(progress: StudyProgress) -> None:
         nodes = progress.open(NEEDS["eval"], GivenSFTs(task, languages, int(task_facts["training"]["max_length"])))
         progress.sfts += nodes.sfts
+        progress.remarks += remarks
         progress.evaluate()
 
     return _run(study, run_dir, "eval", knobs, body)
+
+
+def _given_remarks(task: Mapping[str, Any], languages: Mapping[str, Mapping[str, Any]]) -> Iterator[tracking.Remark]:
+    """Yield what of given SFTs makes a score another one than its column says.
+
+    Args:
+        task: Metadata of φ_T.
+        languages: Metadata of φ_L by target.
+    """
+    others = {code: "+".join(map(str, facts.get("languages") or ["?"])) for code, facts in languages.items()}
+    if mixed := tuple(f"{code} with {other}'s" for code, other in others.items() if other != code):
+        yield tracking.Remark("other_language", "the language SFT is another language's", mixed)
+    silent = [name for name, facts in {"task": task, **languages}.items() if facts.get("tokenizer") is None]
+    if silent:
+        text = "these SFTs do not say which tokenizer they were trained with, so that cannot be checked"
+        yield tracking.Remark("unknown_tokenizer", text, tuple(silent))
 
 
 def run_pretrain(study: StudySettings, text: Sequence[str], out: Path) -> None:

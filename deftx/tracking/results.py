@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from deftx import atomic
 from deftx.errors import DeftxError
 from deftx.memory import peak_memory
-from deftx.methods.table import METHODS
+from deftx.methods.table import METHODS, WITHOUT_LANGUAGE_SFT
 from deftx.tracking.facts import CellFacts, Provenance, Remark, SFTFacts, data_read
 from deftx.tracking.legacy import upgrade
 
@@ -62,11 +62,12 @@ CONDITIONS = {
     "source_sft": "source SFT left in",
     "other_language_sft": "other language's SFT",
     **{name: METHODS[name].title for name in reversed(METHODS)},
+    **{name: f"{METHODS[method].title} without φ_L" for name, method in reversed(WITHOUT_LANGUAGE_SFT.items())},
     "source_language_only": "task SFT alone",
     "composed": "composed",
 }
 """Stable names of what a target is evaluated with, in the order of the table's columns, and the columns' titles:
-controls, methods, and given SFTs."""
+controls, methods, methods where a target has no language SFT, and given SFTs."""
 
 
 @dataclass(frozen=True)

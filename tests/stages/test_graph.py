@@ -185,10 +185,10 @@ def test_cells_compose_what_their_condition_says() -> None:
         ("min", "other_language_sft", "ban"): ("task deftx", "ban deftx"),
         ("ace", "deftx", ""): ("task deftx", "ace deftx"),
         ("ban", "deftx", ""): ("task deftx", "ban deftx"),
-        ("min", "deftx", ""): ("task deftx", None),
+        ("min", "deftx_without_language_sft", ""): ("task deftx", None),
         ("ace", "ltsft", ""): ("task ltsft", "ace ltsft"),
         ("ban", "ltsft", ""): ("task ltsft", "ban ltsft"),
-        ("min", "ltsft", ""): ("task ltsft", None),
+        ("min", "ltsft_without_language_sft", ""): ("task ltsft", None),
     }
     assert cells_of(["ace"], methods, (), "ind", sfts) == [
         cell for cell in cells if cell.language == "ace" and cell.condition in methods

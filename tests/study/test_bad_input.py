@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from small_study import Command
+
+from deftx.core.delta import SparseDelta
 
 PREPARED = ["compare=[]", "controls=[]", "language=qba"]
 
@@ -235,3 +239,32 @@ def test_a_loss_that_is_not_finite_stops_and_says_where(deftx: Command, tmp_path
     assert list((tmp_path / "cache" / "pretrain").iterdir())
     labels = [stage["label"] for stage in result["stages"]]
     assert "language qba" not in " ".join(labels)
+
+
+def test_an_sft_of_other_tokens_is_refused_and_an_older_one_noted(deftx: Command, sfts: Path) -> None:
+    ask = ["language=[qba,qbb]", f"task_sft={sfts / 'task'}"]
+    stated = json.loads((sfts / "task" / "sft.json").read_text())["metadata"]["tokenizer"]
+    assert len(stated) == 64
+
+    def rewrite(folder: Path, tokenizer: str | None) -> None:
+        """The same SFT, of a file that says another tokenizer, or none."""
+        delta = SparseDelta.load(folder)
+        facts = {name: value for name, value in delta.metadata.items() if name != "tokenizer"}
+        again = replace(delta, metadata=facts | ({} if tokenizer is None else {"tokenizer": tokenizer}))
+        values = {name: value.clone() for name, value in again.values.items()}
+        again = replace(again, values=values, head={name: value.clone() for name, value in again.head.items()})
+        shutil.rmtree(folder)
+        again.save(folder)
+
+    rewrite(sfts / "language", "0" * 64)
+    refused = deftx("eval", *ask, f"language_sft.qbb={sfts / 'language'}")
+    assert refused.status == 1, refused.out
+    assert "was trained with another tokenizer (digest 000000000000)" in refused.err
+    assert stated[:12] in refused.err
+    rewrite(sfts / "language", None)
+    noted = deftx("eval", *ask, f"language_sft.qbb={sfts / 'language'}")
+    assert noted.status == 0, noted.err
+    notes = {note["kind"]: note["about"] for note in noted.result()["notes"]}
+    assert notes["unknown_tokenizer"] == ["qbb"]
+    assert notes["other_language"] == ["qbb with qba's"]
+    assert "the language SFT is another language's: qbb with qba's" in " ".join(noted.out.split())

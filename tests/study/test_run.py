@@ -281,9 +281,15 @@ def test_a_target_without_text_is_skipped_on_request_only(deftx: Command, shared
     result = skipped.result()
     assert [note["about"] for note in result["notes"] if note["kind"] == "no_text"] == [["qbb"]]
     assert re.search(r"note: no unlabelled text.*: qbb\n", skipped.out)
-    # Its row is φ_T alone; the other target's is composed as ever.
+    # Its row is φ_T alone, a condition of its own and no part of a method's mean; the other's is composed as ever.
     evaluated = {stage["label"]: stage["key"] for stage in result["stages"] if stage["kind"] == "evaluate"}
-    assert set(evaluated) == {"qba deftx", "qbb deftx", "qba ltsft", "qbb ltsft"}
+    without = {f"qbb {method}_without_language_sft" for method in ("deftx", "ltsft")}
+    assert set(evaluated) == {"qba deftx", "qba ltsft", *without}
+    scores = {(score["language"], score["condition"]) for score in result["metrics"]}
+    assert {language for language, condition in scores if condition in ("deftx", "ltsft")} == {"qba"}
+    assert {cell["method"] for cell in result["cells"] if cell["condition"] == "ltsft_without_language_sft"} == {
+        "ltsft"
+    }
     # A file that is named and not there is no missing text: skip does not cover it.
     assert "nowhere.txt" in deftx("run", "missing_text=skip", "language.qbb.text=[nowhere.txt]").err
 
