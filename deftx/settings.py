@@ -64,9 +64,16 @@ class TaskConfig(SFTKnobs):
 
 @dataclass
 class SourceConfig(SFTKnobs):
-    """The source group: settings of φ_S, the source language's own SFT. ``enabled: false`` trains on θ⁰."""
+    """The source group: settings of φ_S, the source language's own SFT. ``enabled: false`` trains on θ⁰.
+
+    Attributes:
+        enabled: Whether there is a φ_S.
+        shared: Whether one φ_S, of the settings that are given here, stands under every task SFT. Else each method has
+            a φ_S of its own, as its language SFTs are.
+    """
 
     enabled: bool = knob(True, since=3)
+    shared: bool = knob(True)
 
 
 @dataclass

@@ -75,7 +75,8 @@ def resolve(config: RunConfig, command: str = "run") -> tuple[StudySettings | No
     source_sft = None
     if config.source.enabled:
         source_sft = _sft("source", config.source, config, config.sparsity.language, messages)
-        source_sft = source_sft.by(source_sft.method) if source_sft is not None else None
+        if source_sft is not None and config.source.shared:
+            source_sft = source_sft.by(source_sft.method)
     if language_sft is not None and task_sft is not None and not set(methods) - set(METHODS):
         methods = _called(methods, language_sft, task_sft)
     messages += _ablation_problems(config)
@@ -103,6 +104,7 @@ def resolve(config: RunConfig, command: str = "run") -> tuple[StudySettings | No
         pretrain_languages={code: item for code, item in pretrain.items() if item is not None},
         language_sft=language_sft,
         source_sft=source_sft,
+        source_shared=config.source.enabled and config.source.shared,
         task_sft=task_sft,
         corpus=config.corpus,
         data=config.data,
@@ -124,8 +126,8 @@ def resolve(config: RunConfig, command: str = "run") -> tuple[StudySettings | No
 def _sft(name: str, own: SFTKnobs, config: RunConfig, default: SizeKnobs, messages: list[str]) -> SFTSettings | None:
     """Resolve one kind of SFT, appending what is wrong with it to ``messages``."""
     before = len(messages)
-    # What language and task SFTs have from the top is checked there. φ_S stands apart: it is no ablation's business.
-    top = config if name != "source" else None
+    # What language and task SFTs have from the top is checked there. A shared φ_S stands apart from it.
+    top = config if name != "source" or not config.source.shared else None
     messages += problems(own, f"{name}.", follows=top) + problems(own.training, f"{name}.training.")
     rank = residual = None
     with collected(messages):

@@ -16,7 +16,7 @@ from deftx.knobs import Knob, declared
 from deftx.methods.settings import DENOISING, LABELLED, SFTKnobs, ShortKnobs
 from deftx.methods.table import METHODS, SCORED, WITHOUT_LANGUAGE_SFT
 from deftx.settings import KNOBS, RunConfig
-from deftx.tracking import DATA_READ, CellFacts, DataRead
+from deftx.tracking import DATA_READ, CellFacts, DataRead, Term
 
 Settings = dict[str, Any]
 
@@ -66,7 +66,6 @@ def read_by(condition: str, settings: Mapping[str, Any], cells: Iterable[CellFac
         cells: The run's cells. Its settings are those of all its methods; the terms of the cells say which of them a
             method used.
     """
-
     names = {condition, WITHOUT_LANGUAGE_SFT.get(condition, condition)}
 
     def reads(key: str) -> bool:
@@ -75,15 +74,25 @@ def read_by(condition: str, settings: Mapping[str, Any], cells: Iterable[CellFac
     result = {key: value for key, value in settings.items() if reads(key)}
     if condition != "other_language_sft":
         result.pop(TARGETS, None)
-    for term in (term for cell in cells if cell.condition == condition for term in cell.terms):
-        scope = _SCOPES[term.kind]
-        if term.rank is None and reads(scope):
-            result = {
-                key: value for key, value in result.items() if key not in {f"{scope}.{name}" for name in DENOISING}
-            }
-        for name in ("mask", "second_phase"):
-            if f"{scope}.{name}" in result:
-                result[f"{scope}.{name}"] = getattr(term, name)
+    for cell in (cell for cell in cells if cell.condition == condition):
+        for term in cell.terms:
+            scope = _SCOPES[term.kind]
+            result = _as_term(term, scope, result) if reads(scope) else result
+        # φ_S is as the language SFTs are, of which φ_T alone has none.
+        if settings.get("source.shared") is False and reads("source") and cell.terms:
+            result = _as_term(cell.terms[-1], "source", result)
+    return result
+
+
+def _as_term(term: Term, scope: str, settings: Settings) -> Settings:
+    """Return settings with the knobs of one kind of SFT as a composed SFT has them."""
+    result = dict(settings)
+    if term.rank is None:
+        for name in DENOISING:
+            result.pop(f"{scope}.{name}", None)
+    result |= {
+        f"{scope}.{name}": getattr(term, name) for name in ("mask", "second_phase") if f"{scope}.{name}" in result
+    }
     return result
 
 
@@ -92,7 +101,8 @@ def as_method(method: str, settings: Mapping[str, Any]) -> Mapping[str, Any]:
     own = METHODS.get(str(settings.get("method")))
     if own is None or method not in METHODS or not SCORED[own.scored].drawn:
         return settings
-    return {**settings, **{name: "magnitude" for name in ("mask", "lang.mask", "task.mask") if name in settings}}
+    drawn = ["mask", "lang.mask", "task.mask", *(["source.mask"] if settings.get("source.shared") is False else [])]
+    return {**settings, **{name: "magnitude" for name in drawn if name in settings}}
 
 
 def data_behind(condition: str, data: Sequence[DataRead]) -> dict[str, str]:
@@ -142,6 +152,8 @@ def varying(settings: Sequence[Mapping[str, Any]]) -> list[Settings]:
     names: dict[str, str] = {}  # shown name -> key to read
     for key in differing:
         prefix, _, rest = key.partition(".")
+        if prefix == "source" and all(_follows(group, rest) for group in settings):
+            continue  # φ_S is as the language SFTs are
         twin = {"lang": f"task.{rest}", "task": f"lang.{rest}"}.get(prefix)
         agree = twin in differing and all(group.get(key) == group.get(twin) for group in settings)
         names[rest if agree else key] = key
@@ -153,6 +165,11 @@ def varying(settings: Sequence[Mapping[str, Any]]) -> list[Settings]:
         names.pop("method", None)  # the other knobs tell them apart
     ordered = sorted(names, key=lambda name: (_order_of(name), name))
     return [{name: group.get(names[name]) for name in ordered} for group in settings]
+
+
+def _follows(group: Mapping[str, Any], name: str) -> bool:
+    """Return whether φ_S has a knob from the language SFTs of its column."""
+    return group.get("source.shared") is False and group.get(f"source.{name}") == group.get(f"lang.{name}")
 
 
 def _is_one(name: str, values: Sequence[Any]) -> bool:

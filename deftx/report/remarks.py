@@ -11,7 +11,7 @@ from deftx.tracking import Remark
 
 def counts(collection: Collection) -> list[str]:
     """Say how many results there are, and which the tables leave out or count once."""
-    lines = [f"{len(collection.runs)} runs with scores"]
+    lines = [f"{len(collection.runs)} run{'s' * (len(collection.runs) != 1)} with scores"]
     if collection.without_scores:
         lines[0] += f", {len(collection.without_scores)} without (stages, SFTs)"
     if collection.repeated:

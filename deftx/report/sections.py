@@ -96,8 +96,9 @@ class Column:
 
     @property
     def title(self) -> str:
-        """The title of its condition, without settings."""
-        return tracking.CONDITIONS.get(self.condition, self.condition)
+        """The title of its condition, without settings; says where its task SFT stands on a φ_S that others share."""
+        shared = self.settings.get("source.shared") is True and self.settings.get("source.enabled") is not False
+        return tracking.title_of(self.condition, shared_source=shared)
 
     @property
     def setting(self) -> str:

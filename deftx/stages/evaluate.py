@@ -213,7 +213,10 @@ def cells_of(
     main = methods[0]
     without = {method: condition for condition, method in WITHOUT_LANGUAGE_SFT.items()}
     tasks = {method: sfts["task", "", method] for method in methods}
-    alone, source_sft = sfts.get(("task_alone", "", main)), sfts.get(("source", source, ""))
+    alone, source_sft = (
+        sfts.get(("task_alone", "", main)),
+        sfts.get(("source", source, main), sfts.get(("source", source, ""))),
+    )
     cells: list[Cell] = []
     for language in targets:
         if "no_language_sft" in controls and alone is not None:

@@ -162,11 +162,14 @@ def trained(study: StudySettings, needs: Needs = NEEDS["run"]) -> list[tuple[str
 
     Returns:
         For each SFT its role (``source``, ``language``, ``task``, ``task_alone``), the language of a source or language
-        SFT (else empty), and its method (empty for φ_S, which has settings of its own).
+        SFT (else empty), and its method (empty for a φ_S that all methods share, which has settings of its own).
     """
     main, *beside = study.methods
     methods = [main, *(beside if needs.lang and needs.task else ())]
-    sfts = [("source", code, "") for code in study.sources if needs.task and study.source_sft is not None]
+    sfts = []
+    if needs.task and study.source_sft is not None:
+        owners = [""] if study.source_shared else methods
+        sfts += [("source", code, method) for method in owners for code in study.sources]
     sfts += [("language", code, method) for method in methods for code in study.targets if needs.lang]
     sfts += [("task", "", method) for method in methods if needs.task]
     if needs.task and needs.lang and "no_language_sft" in study.controls:
@@ -259,7 +262,7 @@ def _sfts_of(
     parts = {"base": Part("base", nodes=list(base.needs.values()))}
     settings = {"source": study.source_sft, "language": study.language_sft}
     sfts: dict[tuple[str, str, str], SFT] = {}
-    on: dict[str, SFT] = {}
+    on: dict[str, dict[str, SFT]] = {}
     for role, code, method in trained(study, needs):
         if code and code not in inputs.texts:
             continue  # a target without text
@@ -267,14 +270,15 @@ def _sfts_of(
         if code:
             objective = LanguageObjective(study, base, study.languages[code], inputs.texts[code], tokens)
         else:
-            objective = TaskObjective(study, base, inputs.rows, on if role == "task" else {})
+            under = on.get("" if study.source_shared else method, {}) if role == "task" else {}
+            objective = TaskObjective(study, base, inputs.rows, under, method if method != study.methods[0] else "")
         how = settings.get(role, study.task_sft)
         if how is None:
             raise RuntimeError(f"{role}: a study without φ_S trains none")
         nodes = sft_nodes(objective, how.by(method) if method else how)
         sfts[role, code, method] = nodes.sft
         if role == "source":
-            on[code] = nodes.sft
+            on.setdefault(method, {})[code] = nodes.sft
         whose = _whose(role, code)
         for part in (Part("full", whose, nodes=nodes.shared), Part("sft", whose, method, [nodes.select, nodes.final])):
             parts.setdefault(part.name, part).add(part.nodes)

@@ -34,7 +34,10 @@ def flat_knobs(study: StudySettings) -> dict[str, Any]:
     knobs |= _sft_knobs("lang", _read(study.language_sft, study.methods))
     knobs |= _sft_knobs("task", _read(study.task_sft, study.methods), "task")
     knobs["source.enabled"] = study.source_sft is not None
-    knobs |= _sft_knobs("source", study.source_sft) if study.source_sft is not None else {}
+    if study.source_sft is not None:
+        knobs["source.shared"] = study.source_shared
+        own = study.source_sft if study.source_shared else _read(study.source_sft, study.methods)
+        knobs |= _sft_knobs("source", own)
     for name in declared(ShortKnobs):
         knobs[name] = knobs[f"lang.{name}"] if knobs[f"lang.{name}"] == knobs[f"task.{name}"] else None
     return knobs | values(study.corpus, "corpus.")

@@ -173,7 +173,9 @@ class TaskObjective(Objective):
 
     kind = "task"
 
-    def __init__(self, study: StudySettings, base: Base, rows: Mapping[str, Node], on: Mapping[str, SFT]) -> None:
+    def __init__(
+        self, study: StudySettings, base: Base, rows: Mapping[str, Node], on: Mapping[str, SFT], method: str = ""
+    ) -> None:
         """See :class:`Objective`.
 
         Args:
@@ -181,6 +183,7 @@ class TaskObjective(Objective):
             base: θ⁰.
             rows: Labelled rows by source language.
             on: φ_S by source language; empty trains on θ⁰.
+            method: The method, for names, where it is beside the main one and has a φ_S of its own.
         """
         self.several = len(rows) > 1
 
@@ -199,6 +202,8 @@ class TaskObjective(Objective):
         self.language = "+".join(rows)
         if on:
             self.label, self.slug = f"task on θ⁰+{self.language}", f"task-on-{self.language}"
+            if method and not study.source_shared:
+                self.slug += f"-{method}"
         else:
             self.label, self.slug = f"task {self.language} on θ⁰" if self.several else "task on θ⁰", "task"
 

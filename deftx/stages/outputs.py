@@ -258,6 +258,7 @@ def show(study: StudySettings, record: tracking.RunRecord, run_dir: Path, cache:
         work += f"; imports took {time_text(record.times['imports'])}"
     tracking.print_results(
         [score for score in record.metrics if score.metric == metric],
+        shared_source=study.source_shared,
         title=f"{study.name}, {study.task} ({study.split}) from {'+'.join(study.sources)}",
         where=where,
         notes=[*(note.line for note in record.notes), work],

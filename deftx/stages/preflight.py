@@ -133,7 +133,8 @@ def _size_problems(study: StudySettings, needs: Needs) -> list[str]:
         if sft is None:
             continue
         shapes = shapes_of(model, kind="task" if name == "task" else "language")
-        for trained_sft in [sft] if name == "source" else [sft.by(method) for method in study.methods]:
+        shared = name == "source" and study.source_shared
+        for trained_sft in [sft] if shared else [sft.by(method) for method in study.methods]:
             problems += _check_size(name, trained_sft, shapes)
         if sft.training.max_length > limit:
             problems.append(

@@ -127,7 +127,8 @@ class StudySettings:
         more_sources: Further source languages by code (multi-source task SFT).
         targets: Target languages by code.
         language_sft: Settings of the targets' language SFTs, whatever the method.
-        source_sft: Settings of φ_S, as it is trained; ``None`` trains the task SFT on θ⁰.
+        source_sft: Settings of φ_S, whatever the method; ``None`` trains the task SFT on θ⁰.
+        source_shared: Whether one φ_S stands under the task SFTs of all methods: ``source_sft`` as it is trained.
         task_sft: Settings of the task SFT, whatever the method.
         controls: Conditions evaluated beside the composed model.
         missing_text: ``error`` or ``skip``.
@@ -161,6 +162,7 @@ class StudySettings:
     trainer: TrainerSettings
     logger: LoggerSettings
     cache_root: str
+    source_shared: bool = False
     only: tuple[str, ...] = ()
     protect: tuple[str, ...] = ()
     protect_languages: tuple[LanguageSettings, ...] = ()

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from deftx.signals import terminated_as_interrupted
 from deftx.stages.settings import StudySettings
 from deftx.sweeps.plan import JobPlan, plan_jobs, shared_parts
 from deftx.sweeps.search import search
-from deftx.sweeps.show import job_line, print_plan, print_summary, swept
+from deftx.sweeps.show import cost_of, job_line, print_plan, print_summary, swept
 from deftx.tracking import RESULT, SWEEP, SweepJob, SweepRecord, mean_scores, read_result, write_sweep
 
 log = logging.getLogger(__name__)
@@ -73,7 +73,30 @@ def dry_run(sweep: Sweep) -> None:
     plans = plan_jobs(sweep.studies)
     open_plans = {number: plan for number, plan in plans.items() if plan.finished is None}
     waves = shared_parts(open_plans) if len(plans) > 1 else []
-    print_plan(plans, waves, sweep.cache_root)
+    print_plan(plans, waves, sweep.cache_root, _source_costs(sweep, plans))
+
+
+def _source_costs(sweep: Sweep, plans: Mapping[int, JobPlan]) -> list[str]:
+    """Return what a φ_S of each column costs beside one that all share."""
+    studies = [study for study in sweep.studies if study.source_sft is not None]
+    if len(studies) < len(sweep.studies) or any(study.only for study in studies):
+        return []
+    shared = studies[0].source_shared
+    first = studies[0].source_sft
+    others = []
+    for study in studies:
+        if first is None or study.source_sft is None or study.source_shared != shared:
+            return []
+        own = replace(study.language_sft, training=study.source_sft.training)
+        source_sft = own if shared else first.by(studies[0].methods[0])
+        others.append(replace(study, source_shared=not shared, source_sft=source_sft))
+    costs = {shared: cost_of(plans, sweep.cache_root), not shared: cost_of(plan_jobs(others), sweep.cache_root)}
+    if costs[True] == costs[False]:
+        return []
+    return [
+        f"source=sft, a φ_S of each column: {costs[False]}; source=shared, one φ_S under all columns: {costs[True]}; "
+        f"this is source={'shared' if shared else 'sft'}"
+    ]
 
 
 def run_sweep(sweep: Sweep) -> int:
@@ -170,7 +193,8 @@ def _recorded(sweep: Sweep, record: SweepRecord) -> Iterator[None]:
         for job in [*record.jobs, *record.stages]:
             job.status = "waiting" if job.status == "running" else job.status
         _note(sweep, record)
-        print_summary(record.jobs, sweep.scores, _shown(sweep.folder))
+        shared = bool(sweep.studies) and all(study.source_shared for study in sweep.studies)
+        print_summary(record.jobs, sweep.scores, _shown(sweep.folder), shared_source=shared)
 
 
 def _note(sweep: Sweep, record: SweepRecord) -> None:

@@ -24,13 +24,27 @@ def swept(overrides: Sequence[Sequence[str]]) -> list[list[str]]:
     return [[text.replace("\\", "") for text in job if text not in common] for job in overrides]
 
 
-def print_plan(plans: Mapping[int, JobPlan], waves: Sequence[Sequence[SharedPart]], cache_root: str) -> None:
+def cost_of(plans: Mapping[int, JobPlan], cache_root: str) -> str:
+    """Return how many stages some jobs would compute, and about how long that takes."""
+    missing = {item.key: item for plan in plans.values() for item in plan.missing}
+    seconds, _, unknown = History(StageCache(cache_root)).totals(list(missing.values()))
+    guess = f", about {time_text(seconds)}" if unknown < len(missing) else ""
+    return f"{len(missing)} stages{guess}" + (f" and {unknown} of unknown length" if guess and unknown else "")
+
+
+def print_plan(
+    plans: Mapping[int, JobPlan],
+    waves: Sequence[Sequence[SharedPart]],
+    cache_root: str,
+    remarks: Sequence[str] = (),
+) -> None:
     """Print what would run: stages by kind, what is missing, the waves, guesses at time and disk.
 
     Args:
         plans: Of every job.
         waves: From :func:`~deftx.sweeps.plan.shared_parts`, of the jobs that are not finished.
         cache_root: The stage cache.
+        remarks: Lines before the last ones.
     """
     from rich.console import Console
     from rich.table import Column, Table
@@ -71,6 +85,7 @@ def print_plan(plans: Mapping[int, JobPlan], waves: Sequence[Sequence[SharedPart
     unknown = history.totals(missing)[2]
     if unknown:
         lines.append(f"?: {unknown} stages of kinds and budgets that never ran with this cache: no time to go by")
+    lines += remarks
     free = next(shutil.disk_usage(p).free for p in (Path(cache_root), *Path(cache_root).parents) if p.exists())
     lines.append(f"stage cache {cache_root}: {size_text(free)} free; times are one job's after the other")
     lines.append("dry run: nothing was computed and nothing written")
@@ -91,7 +106,9 @@ def job_line(position: int, total: int, job: SweepJob) -> str:
     return text + (f" in {time_text(job.seconds)}" if job.seconds else "")
 
 
-def print_summary(jobs: Sequence[SweepJob], scores: Mapping[int, Mapping[str, float]], folder: str) -> None:
+def print_summary(
+    jobs: Sequence[SweepJob], scores: Mapping[int, Mapping[str, float]], folder: str, *, shared_source: bool = False
+) -> None:
     """Print the jobs side by side, how many ended how, and where it all lies."""
     count = {status: sum(job.status == status for job in jobs) for status in ("done", "cached", "failed")}
     unfinished = len(jobs) - sum(count.values())
@@ -99,7 +116,7 @@ def print_summary(jobs: Sequence[SweepJob], scores: Mapping[int, Mapping[str, fl
     if unfinished:
         parts.append(f"{unfinished} not run")
     rows = [(" ".join(job.swept) or "-", scores.get(job.number, {}), job.error) for job in jobs]
-    print_sweep(rows, title=f"sweep: {len(jobs)} jobs, {', '.join(parts)}")
+    print_sweep(rows, title=f"sweep: {len(jobs)} jobs, {', '.join(parts)}", shared_source=shared_source)
     lines = [f"failed: {' '.join(job.swept) or job.number}: {job.error}" for job in jobs if job.status == "failed"]
     again = "the same command again runs what is missing; " if count["failed"] or unfinished else ""
     lines.append(f"{again}deftx report {folder}")

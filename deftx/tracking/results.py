@@ -39,6 +39,7 @@ __all__ = [
     "read_result",
     "recording",
     "score_rows",
+    "title_of",
     "write_diagnostics",
     "write_predictions",
     "write_result",
@@ -68,6 +69,20 @@ CONDITIONS = {
 }
 """Stable names of what a target is evaluated with, in the order of the table's columns, and the columns' titles:
 controls, methods, methods where a target has no language SFT, and given SFTs."""
+
+SHARED_SOURCE = "shared φ_S"
+"""What tables add to the title of a condition whose task SFT stands on one φ_S for all methods and settings."""
+
+
+def title_of(condition: str, *, shared_source: bool = False) -> str:
+    """Return the title of a condition's column.
+
+    Args:
+        condition: One of :data:`CONDITIONS`, or a name of its own.
+        shared_source: Whether the run's task SFTs stand on one φ_S; the one without language SFTs stands on none.
+    """
+    title = CONDITIONS.get(condition, condition)
+    return f"{title}, {SHARED_SOURCE}" if shared_source and condition != "no_language_sft" else title
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from deftx.tracking.facts import SFTFacts
-from deftx.tracking.results import CONDITIONS, Metric, finite, score_rows
+from deftx.tracking.results import CONDITIONS, Metric, finite, score_rows, title_of
 from deftx.units import size_text
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ __all__ = ["print_results", "print_steps", "print_sweep", "results_table"]
 _NAMES = {"macro_f1": "macro-F1"}
 
 
-def results_table(metrics: Sequence[Metric], *, metric: str | None = None) -> Table:
+def results_table(metrics: Sequence[Metric], *, metric: str | None = None, shared_source: bool = False) -> Table:
     """Lay out scores for the terminal: a row for each target and their mean, a column for each condition.
 
     Scores are multiplied by 100; the best of a row is bold. ``–`` is a score that was not asked for,
@@ -30,6 +30,7 @@ def results_table(metrics: Sequence[Metric], *, metric: str | None = None) -> Ta
     Args:
         metrics: scores of one run; targets stand in the order of their first score.
         metric: which metric to show when there are several; default: the first.
+        shared_source: whether one φ_S stands under all task SFTs, which the titles then say.
 
     Raises:
         ValueError: two scores for one cell.
@@ -49,7 +50,7 @@ def results_table(metrics: Sequence[Metric], *, metric: str | None = None) -> Ta
     table.add_column("target")
     table.add_column("n", justify="right")
     for name in conditions:
-        table.add_column(Text(CONDITIONS.get(name, name)), justify="right")
+        table.add_column(Text(title_of(name, shared_source=shared_source)), justify="right")
     for (_, split, language), row in rows.items():
         sizes = sorted({score.n for score in row.values()})
         size = str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]}–{sizes[-1]}"
@@ -97,6 +98,7 @@ def print_results(
     failed: Mapping[str, str] | None = None,
     notes: Sequence[str] = (),
     title: str | None = None,
+    shared_source: bool = False,
     console: Console | None = None,
 ) -> None:
     """Print a table for each metric, then notes, failed runs with their reasons, and where everything lies.
@@ -107,6 +109,7 @@ def print_results(
         failed: name of a run -> the reason in one line.
         notes: remarks that belong to the numbers.
         title: what stands above the tables.
+        shared_source: as for :func:`results_table`.
         console: default: standard output.
     """
     from rich.console import Console
@@ -115,7 +118,7 @@ def print_results(
     for name in dict.fromkeys(score.metric for score in metrics):
         shown = f"{_NAMES.get(name, name)} × 100"
         _print_line(f"{title}: {shown}" if title else shown, console, style="bold")
-        console.print(results_table(metrics, metric=name))
+        console.print(results_table(metrics, metric=name, shared_source=shared_source))
     if not metrics:
         console.print("no scores")
     lines = [f"note: {note}" for note in notes]
@@ -185,12 +188,15 @@ def print_steps(sfts: Sequence[SFTFacts], *, console: Console | None = None) -> 
             _print_line(line, console)
 
 
-def print_sweep(jobs: Sequence[tuple[str, Mapping[str, float], str | None]], *, title: str) -> None:
+def print_sweep(
+    jobs: Sequence[tuple[str, Mapping[str, float], str | None]], *, title: str, shared_source: bool = False
+) -> None:
     """Print a sweep's jobs side by side, scores multiplied by 100.
 
     Args:
         jobs: of each job, what was swept (``rank=8``), its mean scores by condition, and its error if it failed.
         title: what stands above.
+        shared_source: as for :func:`results_table`.
     """
     from rich.console import Console
     from rich.table import Table
@@ -201,7 +207,7 @@ def print_sweep(jobs: Sequence[tuple[str, Mapping[str, float], str | None]], *, 
     table = Table()
     table.add_column("job", overflow="fold")  # cut short, two jobs could read the same
     for name in conditions:
-        table.add_column(Text(CONDITIONS[name]), justify="right")
+        table.add_column(Text(title_of(name, shared_source=shared_source)), justify="right")
     for swept, scores, error in jobs:
         cells = [f"{100 * scores[name]:.1f}" if name in scores else "failed" if error else "–" for name in conditions]
         table.add_row(Text(swept), *cells)

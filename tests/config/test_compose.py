@@ -154,6 +154,6 @@ def test_composed_settings_are_the_declared_dataclasses() -> None:
     with hydra_session():
         config = typed(compose("run", overrides=["lang.rank=3", "task=tsv"]))
         assert config.task.source == ""  # said when it is resolved
-        assert (config.lang.rank, config.task.rank, config.source.rank) == (3, "energy:0.9", "energy:0.9")
+        assert (config.lang.rank, config.task.rank, config.source.rank) == (3, "energy:0.9", 3)
         assert config.lang.training == config.budget.language
         assert list(config.language) == ["qba", "qbb", "qbc"]

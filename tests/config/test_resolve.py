@@ -22,21 +22,32 @@ def sfts(*overrides: str) -> dict[str, SFTSettings]:
 @pytest.mark.parametrize(
     ("overrides", "name", "expected"),
     [
-        # A knob at the top moves language and task SFTs, a scope's own one of them; φ_S stands apart.
-        (["rank=3"], "rank", (RankPolicy("fixed", 3), RankPolicy("fixed", 3), RankPolicy("energy", 0.9))),
-        (["rank=3", "task.rank=none"], "rank", (RankPolicy("fixed", 3), None, RankPolicy("energy", 0.9))),
-        (["mask=random"], "mask", ("random", "random", "magnitude")),
-        (["lang.mask=random"], "mask", ("random", "magnitude", "magnitude")),
+        # A knob at the top moves all SFTs, a scope's own one of them; φ_S follows the language SFTs.
+        (["rank=3"], "rank", (RankPolicy("fixed", 3), RankPolicy("fixed", 3), RankPolicy("fixed", 3))),
+        (["rank=3", "task.rank=none"], "rank", (RankPolicy("fixed", 3), None, RankPolicy("fixed", 3))),
+        (["mask=random"], "mask", ("random", "random", "random")),
+        (["lang.mask=random"], "mask", ("random", "magnitude", "random")),
         (["source.mask=random"], "mask", ("magnitude", "magnitude", "random")),
-        (["mask=random", "task.mask=magnitude"], "scored", ("random", "denoised_change", "denoised_change")),
+        (["mask=random", "task.mask=magnitude"], "scored", ("random", "denoised_change", "random")),
         (["task.second_phase=false"], "second_phase", (True, False, True)),
         (["second_phase=false", "lang.second_phase=true"], "second_phase", (True, False, True)),
-        (["value_dtype=float16"], "value_dtype", ("float16", "float16", "float32")),
-        (["denoise.exclude=[b,a]"], "exclude", (["a", "b"], ["a", "b"], [])),
+        (["second_phase=false"], "second_phase", (False, False, False)),
+        (["value_dtype=float16"], "value_dtype", ("float16", "float16", "float16")),
+        (["denoise.exclude=[b,a]"], "exclude", (["a", "b"], ["a", "b"], ["a", "b"])),
         # Of sizes the SFT's own counts, then the top's, then the sparsity group's.
-        (["k=7"], "size", ((7, None), (7, None), (None, 0.3))),
-        (["k=7", "task.density=0.5"], "size", ((7, None), (None, 0.5), (None, 0.3))),
+        (["k=7"], "size", ((7, None), (7, None), (7, None))),
+        (["k=7", "task.density=0.5"], "size", ((7, None), (None, 0.5), (7, None))),
+        (["lang.k=8", "k=7"], "size", ((8, None), (7, None), (8, None))),
         (["sparsity.language.k=9"], "size", ((9, None), (None, 0.3), (9, None))),
+        # A φ_S that all share stands apart.
+        (
+            ["source=shared", "rank=3"],
+            "rank",
+            (RankPolicy("fixed", 3), RankPolicy("fixed", 3), RankPolicy("energy", 0.9)),
+        ),
+        (["source=shared", "mask=random"], "mask", ("random", "random", "magnitude")),
+        (["source=shared", "k=7"], "size", ((7, None), (7, None), (None, 0.3))),
+        (["source=shared", "value_dtype=float16"], "value_dtype", ("float16", "float16", "float32")),
     ],
 )
 def test_a_knob_moves_its_sfts(overrides: list[str], name: str, expected: tuple[Any, ...]) -> None:

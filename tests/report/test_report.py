@@ -132,7 +132,7 @@ def test_the_report_lies_in_the_first_folder_and_is_not_read_again(report: Repor
     for _ in range(2):
         outcome = report(tmp_path / "sweep")
         assert outcome.status == 0, outcome.err
-        assert "1 runs with scores" in outcome.words
+        assert "1 run with scores" in outcome.words
         write_run(tmp_path / "sweep" / "report" / "kept", conditions=BOTH, seed=1)  # whatever lies in a report
     assert (tmp_path / "sweep" / "report" / "report.html").is_file()
     assert sorted(path.name for path in (tmp_path / "sweep").iterdir()) == ["0", "report"]
@@ -141,7 +141,7 @@ def test_the_report_lies_in_the_first_folder_and_is_not_read_again(report: Repor
 def test_a_folder_given_twice_is_read_once(report: Report, tmp_path: Path) -> None:
     write_run(tmp_path / "sweep" / "0", conditions=BOTH)
     outcome = report(tmp_path / "sweep", tmp_path / "sweep" / "0", "--out", tmp_path / "out")
-    assert "1 runs with scores" in outcome.words
+    assert "1 run with scores" in outcome.words
 
 
 def test_a_launch_that_was_repeated_counts_once(report: Report, tmp_path: Path) -> None:
@@ -191,7 +191,7 @@ def test_jobs_without_scores_are_no_error(report: Report, tmp_path: Path) -> Non
     write_run(tmp_path / "stage", record={"job_type": "stage", "metrics": []}, with_predictions=False)
     outcome = report(tmp_path, "--out", tmp_path / "out")
     assert outcome.status == 0
-    assert "1 runs with scores, 1 without" in outcome.words
+    assert "1 run with scores, 1 without" in outcome.words
 
 
 @pytest.mark.parametrize(

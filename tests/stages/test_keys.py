@@ -334,6 +334,7 @@ STUDY = {
     "source_sft": one(
         "source=none", {"corpus", "full task", "decompose task", "select task", "sparse task", "evaluate"}
     ),
+    "source_shared": [],  # test_every_column_has_its_own_source_sft
     "task_sft": [],  # SFT_FIELDS
     "corpus": [],  # CORPUS
     "data": [],  # DATA

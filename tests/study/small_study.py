@@ -39,7 +39,7 @@ SMALL = [
 FEW = ("language=qba", "compare=[]", "controls=[]")
 """Its smallest part: one target, one method."""
 
-GRID = ("-m", *FEW, "rank=2,none")
+GRID = ("-m", *FEW, "source=shared", "rank=2,none")
 
 
 def small_for(command: str) -> list[str]:

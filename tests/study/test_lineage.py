@@ -57,10 +57,10 @@ def test_a_stage_made_again_with_other_bits_never_meets_evaluations_of_the_old_o
 
 def test_results_of_other_threads_are_used_and_said(deftx: Command, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    alone = deftx("run", *FEW, "trainer.threads=1", cache=cache)
+    alone = deftx("run", *FEW, "trainer.threads=1", "source=shared", cache=cache)
     assert [item["threads"] for item in alone.result()["provenances"]] == [1]
     assert not any(note["kind"] == "provenances_differ" for note in alone.result()["notes"])
-    mixed = deftx("run", *FEW, "trainer.threads=2", "rank=3", cache=cache)
+    mixed = deftx("run", *FEW, "trainer.threads=2", "rank=3", "source=shared", cache=cache)
     assert mixed.status == 0, mixed.err
     found = {item["threads"]: item["stages"] for item in mixed.result()["provenances"]}
     assert found[1]["pretrain"] == 1, "also what was not asked for counts: the result stands on it"
@@ -70,7 +70,7 @@ def test_results_of_other_threads_are_used_and_said(deftx: Command, tmp_path: Pa
     assert note["about"] == ["threads 1 / 2"]
     assert mixed.out.count("threads 1 / 2") == 1
     # Everything from the cache: the result says what made it, not only what this process would have used.
-    again = deftx("run", *FEW, "trainer.threads=1", "rank=3", cache=cache)
+    again = deftx("run", *FEW, "trainer.threads=1", "rank=3", "source=shared", cache=cache)
     assert {stage["outcome"] for stage in again.result()["stages"]} == {"cached"}
     assert again.result()["provenances"] == mixed.result()["provenances"]
 

@@ -162,7 +162,7 @@ def test_a_result_says_of_each_cell_what_was_composed(deftx: Command, shared_cac
     assert {term["base"] for term in deftx_} == {result["fingerprints"]["base"]}
     # φ_T was trained on θ⁰ + φ_S, the control's on θ⁰.
     (under,) = deftx_[0]["on"]
-    assert (sfts[under]["languages"], sfts[under]["density"]) == (["qaa"], 0.3)  # the sparsity group's
+    assert (sfts[under]["languages"], sfts[under]["density"]) == (["qaa"], 0.2)  # as the language SFTs are
     (alone,) = {cell["terms"][0]["key"] for cell in result["cells"] if cell["condition"] == "no_language_sft"}
     assert sfts[alone]["on"] == []
     frame = pd.read_parquet(next(outcome.folder.rglob("diagnostics.parquet")))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,7 @@ def test_a_shared_part_that_fails_fails_the_jobs_that_need_it(deftx: Command, tm
     jobs = sweep_of(outcome.folder)["jobs"]
     assert {job["status"] for job in jobs} == {"failed"}
     parts = {stage["swept"][0]: stage["status"] for stage in sweep_of(outcome.folder)["stages"]}
-    assert parts == {"base": "done", "sft:source:qaa": "done", "full:language:qba": "failed"}
+    assert parts == {"base": "done", "full:source:qaa": "done", "full:language:qba": "failed"}
     assert all("language qba, which it shares with other jobs" in job["error"] for job in jobs)
     assert not (outcome.folder / "0").exists()
 
@@ -322,3 +323,23 @@ def test_a_part_with_nothing_to_make_is_said(deftx: Command) -> None:
     outcome = deftx("run", *FEW, "method=random_mask", "only=[full:language:qba]")
     assert outcome.status == 0, outcome.err
     assert "only=full:language:qba: this study makes nothing of that name" in outcome.err
+
+
+def test_a_dry_run_says_what_each_source_sft_costs(deftx: Command, tmp_path: Path) -> None:
+    ranks = ["-m", *FEW, "rank=2,3", "--dry-run"]
+    own, shared = (deftx("run", *ranks, f"source={name}", cache=tmp_path / "c").out for name in ("sft", "shared"))
+    costs = [
+        re.search(
+            r"source=sft, a φ_S of each column: (\d+) stages; source=shared, .*: (\d+) stages; this is (.*)", text
+        )
+        for text in (own, shared)
+    ]
+    assert costs[0] is not None
+    assert costs[1] is not None
+    assert costs[0].groups()[:2] == costs[1].groups()[:2]
+    assert int(costs[0][1]) > int(costs[0][2])
+    assert (costs[0][3], costs[1][3]) == ("source=sft", "source=shared")
+
+
+def test_tables_say_that_a_source_sft_is_shared(grid: tuple[Outcome, Path]) -> None:
+    assert "shared φ_S" in " ".join(grid[0].out.split())
