@@ -52,7 +52,7 @@ def labels_held(gold: npt.NDArray[np.int64], classes: int) -> Held:
     return np.bincount(gold, minlength=classes) > 0
 
 
-def macro_f1(counts: Doubles, held: Held | None = None) -> Doubles:
+def macro_f1(counts: Doubles, held: Held) -> Doubles:
     """Return the unweighted mean of the F1 scores of the labels that the gold rows hold.
 
     As :func:`deftx.training.metrics.macro_f1`. The labels are the same in every resample: one whose rows were not drawn
@@ -60,7 +60,7 @@ def macro_f1(counts: Doubles, held: Held | None = None) -> Doubles:
 
     Args:
         counts: Confusion counts [..., C, C].
-        held: :func:`labels_held` of the gold rows; None: the labels of each table of counts.
+        held: :func:`labels_held` of the gold rows.
 
     Returns:
         Scores [...], from 0 to 1.
@@ -68,11 +68,10 @@ def macro_f1(counts: Doubles, held: Held | None = None) -> Doubles:
     both = counts.sum(axis=-1) + counts.sum(axis=-2)
     hits = np.diagonal(counts, axis1=-2, axis2=-1)
     f1 = np.divide(2 * hits, both, out=np.zeros_like(both), where=both > 0)
-    among = counts.sum(axis=-1) > 0 if held is None else np.broadcast_to(held, f1.shape)
-    return np.asarray((f1 * among).sum(axis=-1) / np.maximum(among.sum(axis=-1), 1))
+    return np.asarray(f1[..., held].mean(axis=-1))
 
 
-def accuracy(counts: Doubles, held: Held | None = None) -> Doubles:
+def accuracy(counts: Doubles, held: Held) -> Doubles:
     """Return the share of examples whose prediction is right, [...], from confusion counts [..., C, C]."""
     hits = np.diagonal(counts, axis1=-2, axis2=-1).sum(axis=-1)
     return np.asarray(hits / np.maximum(counts.sum(axis=(-2, -1)), 1))

@@ -320,7 +320,8 @@ def _items(run: Run, section: Section) -> dict[tuple[str, str], Items]:
     if wrong and section.metric in METRICS:
         section.warnings.append(
             f"{run.shown}: its predictions do not give the {section.metric_name} that {tracking.RESULT} says "
-            f"({listed(wrong, 4)}); no intervals for these scores"
+            f"({listed(wrong, 4)}); no intervals for these scores. Results of older versions count a label that only "
+            "predictions hold as a class of macro-F1"
         )
     if doubled:
         section.warnings.append(

@@ -246,7 +246,7 @@ def _pretrained_here(
         check_all(external)
         report = {code: text.report for code, text in texts.items()}
         (work.out / PRETRAINING_TEXT).write_text(
-            json.dumps(report, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
+            json.dumps(report, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8"
         )
         train = [line for code, text in texts.items() if code in languages for line in text.train]
         valid = [line for code, text in texts.items() if code in languages for line in text.valid]

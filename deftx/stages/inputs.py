@@ -225,7 +225,7 @@ class _Reader:
         )
 
     def _text(self, language: LanguageSettings, source: TextSource, protected: Sequence[Place]) -> Node:
-        """Unlabelled text of one language: cleaned, without evaluation sentences, split by the seed.
+        """Unlabelled text of one language: cleaned, without evaluation sentences, its first lines held out.
 
         Reads nothing but what was given, or the generated family. Writes ``train.txt`` and ``valid.txt`` (UTF-8, a
         sentence on each line) and ``report.json`` (how many lines were read, dropped and why, and kept).

@@ -292,7 +292,7 @@ class _Phases:
 
     @contextlib.contextmanager
     def _progress(self, change: Mapping[str, Tensor]) -> Iterator[Callable[[str], None] | None]:
-        """Return a progress bar over the matrices that are decomposed, on a terminal."""
+        """Show a progress bar over the matrices that are decomposed, on a terminal."""
         from deftx.core.denoise import denoised_names
 
         if not (self.study.trainer.progress and sys.stderr.isatty()):

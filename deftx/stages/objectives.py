@@ -264,4 +264,5 @@ class TaskObjective(Objective):
     def key_settings(self) -> dict[str, Any]:
         """Also what labels mean and what chooses the checkpoint."""
         task = self.study.task_spec
-        return {**super().key_settings(), "labels": list(task.labels), "metric": task.metric}
+        # Version 2 of macro-F1 is the mean over the labels that the gold rows hold.
+        return {**super().key_settings(), "labels": list(task.labels), "metric": task.metric, "metric_version": 2}

@@ -43,6 +43,11 @@ def open_given(source: str, kind: str, study: StudySettings | None = None) -> tu
         )
     if study is not None and facts.get("labels") != (needed := list(study.task_spec.labels)):
         raise DeftxError(f"{source} predicts {facts.get('labels')}; {study.task} needs {needed}: give another task_sft")
+    if kind == "task" and "max_length" not in (facts.get("training") or {}):
+        raise DeftxError(
+            f"{source}: its sft.json does not say training.max_length, the length at which texts are cut; save it with "
+            'metadata={"kind": "task", "labels": [...], "training": {"max_length": 128}, ...}'
+        )
     languages = "+".join(map(str, facts.get("languages", [])))
     name = f"{kind} {languages} {facts.get('method', '')}".strip()
     on = tuple(map(str, (facts.get("trained_on") or {}).values()))

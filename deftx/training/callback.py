@@ -3,7 +3,7 @@
 Full phase: everything in M and the head trains, pulled to its start by λ/P · (Σ|θ − θ⁰| + Σ|h − h⁰|). From its change
 Δ the K coordinates with the largest |Δ̂| are selected (Δ̂: denoised for DeFT-X, Δ itself for LT-SFT). Sparse phase: the
 model returns to (θ⁰, h⁰) bit for bit, and only those coordinates and the head train. θ⁰ is what the module holds when
-the first fit starts, so a task SFT on θ⁰ + φ_S needs nothing special.
+the full phase starts, so a task SFT on θ⁰ + φ_S needs nothing special.
 
 There are three ways to drive it, and they give the same bits:
 
@@ -20,11 +20,13 @@ from __future__ import annotations
 import hashlib
 import inspect
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from deftx.core.delta import SparseDelta
@@ -38,6 +40,7 @@ from deftx.training.parts import FoundParts, Parts
 _BLOCK = 1 << 18  # entries at a time
 _LIGHTNING_EPOCHS = 1000  # what Lightning takes where no limit is given
 _PRECISIONS = ("32-true", "bf16-mixed")
+_NONE = torch.empty(0, dtype=torch.int64)
 
 log = logging.getLogger(__name__)
 
@@ -136,6 +139,8 @@ class SparseFineTuning(pl.Callback):
         self._hooks: list[Any] = []
         self._best: tuple[float, int, dict[str, Tensor]] | None = None
         self._validated = -1
+        self._interrupted = False
+        self._selects = True  # whether select() chose the coordinates
 
     def _check_settings(self) -> None:
         if (self.full_steps is None) != (self.sparse_steps is None):
@@ -215,10 +220,10 @@ class SparseFineTuning(pl.Callback):
             selection: Flat indices by base name; None selects from what the full phase changed.
         """
         chosen = self.select(self.change()) if selection is None else selection
-        self.phase, self.selection = "sparse", dict(chosen)
+        self.phase, self.selection, self._selects = "sparse", dict(chosen), selection is None
 
     def rewind(self) -> None:
-        """Return the module of the last fit to (θ⁰, h⁰), bit for bit."""
+        """Rewind the module of the last fit to (θ⁰, h⁰), bit for bit."""
         if self._parts is None:
             raise RuntimeError("only the module of a fit can be rewound")
         self._put(self._parts, self._start, self._start_selection)
@@ -253,9 +258,10 @@ class SparseFineTuning(pl.Callback):
         if not isinstance(self._parts, FoundParts) or self.selection is None:
             return {}
         denoised = {"method": "deftx", "rank": str(self.rank), "residual": str(self.residual)}
+        how = {"method": "ltsft"} if self.rank.kind == "none" else denoised
         return {
             "base_fingerprint": self._parts.base_fingerprint,
-            **({"method": "ltsft"} if self.rank.kind == "none" else denoised),
+            **(how if self._selects else {}),  # of a selection that was given, nothing is known
             "k": sum(index.numel() for index in self.selection.values()),
             "maskable": sum(parameter.numel() for parameter in self._parts.maskable.values()),
         }
@@ -317,7 +323,7 @@ class SparseFineTuning(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep the weights if they are the phase's best so far."""
-        if self.monitor is None or trainer.sanity_checking:
+        if self.monitor is None or trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
             return
         metrics = trainer.callback_metrics
         if self.monitor not in metrics:
@@ -325,6 +331,11 @@ class SparseFineTuning(pl.Callback):
                 f"monitor={self.monitor!r} was not logged in validation; available: {', '.join(sorted(metrics))}"
             )
         score = float(metrics[self.monitor])
+        if not math.isfinite(score):
+            raise DeftxError(
+                f"{self.monitor} is {score} after step {trainer.global_step} of the {self.phase} phase; lower the "
+                "learning rate, or look for rows that are empty"
+            )
         self._validated = trainer.global_step
         if self._best is None or (score < self._best[0] if self.mode == "min" else score > self._best[0]):
             assert self._parts is not None
@@ -342,21 +353,24 @@ class SparseFineTuning(pl.Callback):
         self._finish_phase(trainer)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Give frozen parameters their gradients back; the module is as it was but for its values."""
+        """Give frozen parameters their gradients back; an output embedding stays untied from the input embedding."""
         self._release()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """As :meth:`teardown`, which Lightning leaves out after an error."""
         self._release()
+        self._interrupted = True
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Refuse a checkpoint of Lightning's: it knows nothing of θ⁰ and of the selection.
+        """Refuse to train on from a checkpoint of Lightning's: it knows nothing of θ⁰ and of the selection.
 
         Raises:
-            DeftxError: Always.
+            DeftxError: Always, in a fit.
         """
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
         raise DeftxError(
             "SparseFineTuning does not resume from a checkpoint of Lightning's; start the fit again without ckpt_path, "
             "or let `deftx sft` train it, which resumes"
@@ -368,6 +382,8 @@ class SparseFineTuning(pl.Callback):
         assert self.full_steps is not None
         assert self.sparse_steps is not None
         total, loop = self.full_steps + self.sparse_steps, trainer.fit_loop
+        if getattr(trainer, "fast_dev_run", False):
+            raise DeftxError("fast_dev_run ends the fit early; leave it out, and try full_steps=1, sparse_steps=1")
         for name, value, fitting in (
             ("max_steps", loop.max_steps, (-1, total)),
             ("max_epochs", loop.max_epochs, (None, -1, _LIGHTNING_EPOCHS)),
@@ -377,7 +393,6 @@ class SparseFineTuning(pl.Callback):
                     f"Trainer({name}={value}) contradicts full_steps + sparse_steps = {total}; leave {name} out"
                 )
         self.phase, self.selection = "full", None
-        self._best, self._validated = None, -1
         loop.max_epochs = -1
         loop.epoch_loop.max_steps = self.full_steps  # what configure_optimizers is told of the phase's length
 
@@ -436,6 +451,9 @@ class SparseFineTuning(pl.Callback):
     def begin(self, module: pl.LightningModule) -> None:
         """Start a phase: snapshot, or rewind and freeze the rest."""
         again, parts = self._module is module, self._parts
+        if again and self.phase == "full" and self._interrupted:
+            log.warning("the last fit of this module was interrupted; it starts from the weights that are left of it")
+        self._best, self._validated, self._interrupted = None, -1, False
         if isinstance(module, Parts):
             parts = module
         elif not (again and isinstance(parts, FoundParts) and parts.frozen):
@@ -474,10 +492,18 @@ class SparseFineTuning(pl.Callback):
     def _announce_phase(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Tell module and data module which phase starts, and how many optimizer steps it has."""
         steps = {"full": self.full_steps, "sparse": self.sparse_steps}[self.phase]
+        if steps is None:
+            steps = trainer.max_steps
         for listener in (module, getattr(trainer, "datamodule", None)):
             hook = getattr(listener, "on_phase_start", None)
-            if callable(hook):
-                hook(self.phase, trainer.max_steps if steps is None else steps)
+            if not callable(hook):
+                continue
+            if steps < 0:  # Trainer(max_epochs=...)
+                length = trainer.estimated_stepping_batches
+                if not math.isfinite(length):
+                    raise DeftxError("the length of the phase is not known; give Trainer(max_steps=...)")
+                steps = int(length)
+            hook(self.phase, steps)
 
     def watch(self, optimizer: torch.optim.Optimizer) -> None:
         """Let an optimizer train this phase: what it moves outside the selection is put back after each step.
@@ -494,7 +520,12 @@ class SparseFineTuning(pl.Callback):
         parts = self._parts
         assert parts is not None
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        if self.phase == "full" and held.isdisjoint(map(id, parts.maskable.values())):
+        wanted = [
+            parameter
+            for name, parameter in parts.maskable.items()
+            if self.phase == "full" or ((self.selection or {}).get(name, _NONE).numel())
+        ]
+        if wanted and held.isdisjoint(map(id, wanted)):
             raise DeftxError(
                 f"no parameter of the encoder in {type(parts.model).__name__} is in its optimizer; "
                 "configure_optimizers has to give one optimizer of what requires gradients"
@@ -540,7 +571,7 @@ class SparseFineTuning(pl.Callback):
         for name, parameter in parts.trained().items():
             selected, gradient = gathered.get(parameter), parameter.grad
             if selected is None and gradient is None:
-                continue  # untouched by the loss, so still at its start
+                continue  # untouched by the loss of this step: an optimizer leaves it alone, too
             start = self._device_start.get(name)
             if start is None:
                 start = self._device_start[name] = self._start[name].to(parameter.device)
@@ -621,7 +652,7 @@ class SparseFineTuning(pl.Callback):
             if index is not None and index.numel():
                 tensor = tensor.clone()
                 tensor.view(-1)[index.cpu()] = self._start[name]
-            digests[full_name] = hashlib.sha256(tensor.contiguous().numpy()).hexdigest()
+            digests[full_name] = hashlib.sha256(tensor.contiguous().view(-1).view(torch.uint8).numpy()).hexdigest()
         return digests
 
 

@@ -277,7 +277,7 @@ def _run(job: _Job, loggers: Sequence[Any] = ()) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def computing(module: Encoder, trainer: TrainerSettings) -> Iterator[None]:
-    """Return the encoder compiled, or recomputing its layers in backward, for the length of a fit.
+    """Compile the encoder, or let it recompute its layers in backward, for the length of a fit.
 
     Compiled graphs go when it ends, all of this process.
     """

@@ -8,7 +8,7 @@ output embedding is a frozen copy that does not follow the input embedding.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -83,22 +83,27 @@ class FoundParts(Parts):
         from deftx.training.encoder import base_parameters, norm_parameters, untie
 
         holder = _encoder(module, encoder)
-        if getattr(holder, "get_output_embeddings", lambda: None)() is not None:
-            untie(holder)
         base = getattr(holder, "base_model", holder)
         named = base_parameters(holder) if hasattr(holder, "base_model") else dict(base.named_parameters())
         inside = {id(parameter) for parameter in named.values()}
-        outside = {name: parameter for name, parameter in _named(module, holder) if id(parameter) not in inside}
-        norms = [*norm_parameters(base), *(p for name, p in outside.items() if "LayerNorm" in name)]
+
+        def outside_of() -> dict[str, nn.Parameter]:
+            return {name: parameter for name, parameter in _named(module, holder) if id(parameter) not in inside}
+
+        of_base = norm_parameters(base)
+        self.maskable, self.head = _training(named, of_base), _training(outside_of(), [])
+        self._refuse(module)  # before anything of it is changed
+        for model in _tied(module, holder):
+            untie(model)
+        outside = outside_of()
+        norms = [*of_base, *(p for name, p in outside.items() if "LayerNorm" in name)]
         self.model = module
         self.frozen = [parameter for parameter in norms if parameter.requires_grad]
         for parameter in self.frozen:
             parameter.requires_grad_(False)
         weights = {name: parameter.detach() for name, parameter in named.items()}
         self.base_fingerprint = base_fingerprint or fingerprint(weights)
-        self.maskable = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
-        self.head = {name: parameter for name, parameter in outside.items() if parameter.requires_grad}
-        self._refuse(module)
+        self.maskable, self.head = _training(named, norms), _training(outside, norms)
 
     def _refuse(self, module: nn.Module) -> None:
         """Refuse a module whose φ would not say all that training changed, or could not say it exactly."""
@@ -113,12 +118,30 @@ class FoundParts(Parts):
                     f"{name} is {parameter.dtype}; an SFT needs float32 weights: load the encoder with "
                     "dtype=torch.float32, and train with precision='bf16-mixed' where that is faster"
                 )
+        embeddings = {id(parameter) for parameter in self.maskable.values()}
         for name, layer in module.named_modules():
+            if isinstance(layer, nn.Embedding) and layer.sparse and id(layer.weight) in embeddings:
+                raise DeftxError(f"{name} has sparse=True, and its gradients cannot be masked; use sparse=False")
             if isinstance(layer, nn.modules.batchnorm._NormBase) and layer.track_running_stats:
                 raise DeftxError(
                     f"{name} ({type(layer).__name__}) keeps running statistics, which an SFT does not hold; "
                     "use LayerNorm, or track_running_stats=False"
                 )
+
+
+def _training(parameters: Mapping[str, nn.Parameter], norms: Sequence[nn.Parameter]) -> dict[str, nn.Parameter]:
+    """Return the parameters that train: those that require gradients and are no norm."""
+    frozen = {id(parameter) for parameter in norms}
+    return {name: p for name, p in parameters.items() if p.requires_grad and id(p) not in frozen}
+
+
+def _tied(module: nn.Module, holder: nn.Module) -> list[Any]:
+    """Return the models that may tie their output embedding to the encoder's: the encoder's own, and one around it."""
+    from transformers import PreTrainedModel
+
+    models: list[Any] = [part for part in module.modules() if isinstance(part, PreTrainedModel)]
+    around = [part for part in models if any(inner is holder for inner in part.modules())]
+    return [part for part in around if part.get_output_embeddings() is not None]
 
 
 def _encoder(module: nn.Module, path: str | None) -> Any:

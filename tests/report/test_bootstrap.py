@@ -84,7 +84,7 @@ def test_seeds_are_drawn_with_replacement(seeds: list[int], shares: set[float]) 
 def test_one_language_and_one_seed_agree_with_scipy() -> None:
     gold, predicted = cells(np.random.default_rng(5), 150, 2)
     weights = Resampler(4000, seed=0).items({"ace": [str(number) for number in range(150)]})["ace"]
-    values = METRICS["macro_f1"](confusion(weights, gold, predicted, 3))
+    values = METRICS["macro_f1"](confusion(weights, gold, predicted, 3), labels_held(gold, 3))
     ours = interval(values[:, 0] - values[:, 1], 0.9)
 
     def f1(labels: np.ndarray, guesses: np.ndarray) -> float:
@@ -124,7 +124,10 @@ def coverage(noise: float, tries: int = 400, n: int = 100, seeds: int = 12) -> f
         right = (drawn < rates).astype(np.int64)
         resampler = Resampler(400, seed=int(rng.integers(1 << 30)))
         weights = resampler.items({"ace": [str(number) for number in range(n)]})["ace"]
-        values = METRICS["accuracy"](confusion(weights, np.ones(n, dtype=np.int64), right.reshape(-1, n), 2))
+        values = METRICS["accuracy"](
+            confusion(weights, np.ones(n, dtype=np.int64), right.reshape(-1, n), 2),
+            labels_held(np.ones(n, dtype=np.int64), 2),
+        )
         by_seed = values[:, :seeds] - values[:, seeds:]
         low, high = interval((by_seed * resampler.seeds(range(seeds))).sum(axis=1), 0.95)
         covered += low <= 0.1 <= high
@@ -148,7 +151,10 @@ def test_joint_draws_widen_the_mean_over_parallel_languages() -> None:
 
     def width(names: dict[str, list[str]]) -> float:
         weights = Resampler(1000, seed=0).items(names)
-        values = [METRICS["accuracy"](confusion(weights[code], gold, predicted, 3))[:, 0] for code in codes]
+        values = [
+            METRICS["accuracy"](confusion(weights[code], gold, predicted, 3), labels_held(gold, 3))[:, 0]
+            for code in codes
+        ]
         low, high = interval(np.mean(values, axis=0), 0.95)
         return high - low
 

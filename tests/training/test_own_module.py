@@ -539,3 +539,139 @@ def test_the_lines_of_the_readme_run(folders, tmp_path, monkeypatch):
     names = {"MyClassifier": lambda: OwnClassifier(folders["bert"]), "train_loader": items, "valid_loader": items}
     exec(compile(code, "README", "exec"), names)
     assert SparseDelta.load(tmp_path / "my-sft").k == 200
+
+
+# --- what lies around a fit
+
+
+def test_validating_between_two_fits_changes_nothing(folder):
+    items = batches(folder, 4, 1)
+    plain, looked = OwnClassifier(folder), OwnClassifier(folder)
+    deltas = []
+    for module, looks in ((plain, False), (looked, True)):
+        sft = SparseFineTuning(k=K, rank="none", monitor="val_loss")
+        if looks:
+            trainer_of(sft).validate(module, loader(items), verbose=False)
+        trainer_of(sft, max_steps=FULL).fit(module, loader(items), loader(items))
+        if looks:
+            trainer_of(sft).validate(module, loader(items), verbose=False)
+        sft.begin_sparse()
+        trainer_of(sft, max_steps=SPARSE).fit(module, loader(items), loader(items))
+        deltas.append(sft.delta())
+    assert equal(*deltas)
+
+
+def test_a_failed_fit_leaves_the_next_module_nothing(folder, caplog):
+    class FailsLate(OwnClassifier):
+        def training_step(self, batch, index):
+            if self.trainer.global_step == FULL - 1:
+                raise ValueError("broken")
+            return super().training_step(batch, index)
+
+    items = batches(folder, 4, 1)
+    sft, fresh = (SparseFineTuning(k=K, rank="none", monitor="val_loss") for _ in range(2))
+    failed = FailsLate(folder)
+    with pytest.raises(ValueError, match="broken"):
+        trainer_of(sft, max_steps=FULL, val_check_interval=1).fit(failed, loader(items), loader(items))
+    ended = []
+    for callback in (sft, fresh):
+        module = OwnClassifier(folder)
+        trainer_of(callback, max_steps=FULL).fit(module, loader(items), loader(items))
+        ended.append(copies(module))
+    assert all(torch.equal(ended[0][name], ended[1][name]) for name in ended[0])
+    # The same module again starts from what is left of it, and that is said.
+    assert "interrupted" not in caplog.text
+    with pytest.raises(ValueError, match="broken"):
+        trainer_of(sft, max_steps=FULL).fit(failed, loader(items), loader(items))
+    with pytest.raises(ValueError, match="broken"):
+        trainer_of(sft, max_steps=FULL).fit(failed, loader(items), loader(items))
+    assert "the last fit of this module was interrupted" in caplog.text
+
+
+@pytest.mark.parametrize("score", [float("nan"), float("inf")])
+def test_a_score_that_is_no_number_stops_the_fit(folders, score):
+    class Lost(OwnClassifier):
+        def validation_step(self, batch, index):
+            self.log("val_loss", torch.tensor(score))
+
+    items = batches(folders["bert"], 2, 1)
+    with pytest.raises(DeftxError, match=rf"val_loss is {score} after step 2 of the full phase; lower the learning"):
+        trainer_of(one_fit(monitor="val_loss")).fit(Lost(folders["bert"]), loader(items), loader(items))
+
+
+def test_deftx_s_own_module_learns_in_a_trainer_of_epochs(folder, settings):
+    model, _ = load_classifier(folder, labels=LABELS, seed=0)
+    module = SequenceClassifier(model, settings)
+    items = [{**item, "normalizer": torch.tensor(float(len(item["labels"])))} for item in batches(folder, 4, 1)]
+    items = [{name: value for name, value in item.items() if name != "attention_mask"} for item in items]
+    sft = SparseFineTuning(k=K, rank="none")
+    trainer_of(sft, max_epochs=2).fit(module, loader(items))
+    assert module.total_steps == 8
+
+
+def test_what_was_selected_by_somebody_else_is_not_called_deftx(folder):
+    items = batches(folder, 3, 1)
+    module, sft = OwnClassifier(folder), SparseFineTuning(k=K, rank="energy:0.9")
+    trainer_of(sft, max_steps=FULL).fit(module, loader(items))
+    sft.begin_sparse({name: torch.arange(2) for name in list(sft.change())[:3]})
+    trainer_of(sft, max_steps=SPARSE).fit(module, loader(items))
+    assert not {"method", "rank", "residual"} & set(sft.delta().metadata)
+
+
+def test_testing_from_a_checkpoint_is_no_fit(folders, tmp_path):
+    class Tested(OwnClassifier):
+        test_step = OwnClassifier.validation_step
+
+    items = batches(folders["bert"], 2, 1)
+    module, sft = Tested(folders["bert"]), one_fit()
+    trainer = trainer_of(sft)
+    trainer.fit(module, loader(items))
+    trainer.save_checkpoint(tmp_path / "c.ckpt")
+    trainer.test(module, loader(items), ckpt_path=str(tmp_path / "c.ckpt"), verbose=False, weights_only=False)
+
+
+def test_a_refused_module_is_left_as_it_was(folders):
+    class Sparse(OwnClassifier):
+        def __init__(self, folder):
+            super().__init__(folder)
+            self.backbone.get_input_embeddings().sparse = True
+
+    for make, message in ((Half, "bfloat16"), (Sparse, "has sparse=True, and its gradients cannot be masked")):
+        module = make(folders["bert"])
+        with pytest.raises(DeftxError, match=message):
+            trainer_of(one_fit()).fit(module, loader(batches(folders["bert"], 2, 1)))
+        assert all(parameter.requires_grad for parameter in module.parameters())
+
+
+def test_an_encoder_inside_a_language_model_is_untied_from_its_decoder(folder):
+    module = OwnMaskedLM(folder)
+    path = next(name for name, part in module.named_modules() if part is module.lm.base_model)
+    items = batches(folder, 3, 1)
+    sft = one_fit(encoder=path)
+    decoder = module.lm.get_output_embeddings().weight.detach().clone()
+    trainer_of(sft).fit(module, loader(items))
+    assert torch.equal(module.lm.get_output_embeddings().weight, decoder)
+
+
+def test_frozen_parameters_of_other_dtypes_are_in_no_way(folder):
+    class Mixed(OwnClassifier):
+        def __init__(self, folder):
+            super().__init__(folder)
+            self.scale = nn.Parameter(torch.ones(3, dtype=torch.bfloat16), requires_grad=False)
+
+    sft = one_fit()
+    trainer_of(sft).fit(Mixed(folder), loader(batches(folder, 2, 1)))
+    assert sft.delta().k == K
+
+
+def test_a_sparse_phase_that_would_train_nothing_is_refused(folder):
+    class HeadOnly(OwnClassifier):
+        def configure_optimizers(self):
+            chosen = self.parameters() if not self.configured else self.linear.parameters()
+            self.configured.append(1)
+            return torch.optim.SGD([p for p in chosen if p.requires_grad], lr=0.1)
+
+    with pytest.raises(DeftxError, match="no parameter of the encoder in HeadOnly is in its optimizer"):
+        trainer_of(one_fit()).fit(HeadOnly(folder), loader(batches(folder, 2, 1)))
+    with pytest.raises(DeftxError, match="fast_dev_run ends the fit early"):
+        trainer_of(one_fit(), fast_dev_run=True).fit(OwnClassifier(folder), loader(batches(folder, 2, 1)))
