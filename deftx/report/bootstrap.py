@@ -140,8 +140,33 @@ def shared_items(ids: Mapping[str, Sequence[str]]) -> list[list[str]]:
     return [members for _, members in groups]
 
 
-def interval(values: Doubles, confidence: float) -> tuple[float, float]:
-    """Return the percentile interval of resampled values [B]."""
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(values, [tail, 1 - tail])
-    return float(low), float(high)
+def interval(by_seed: Doubles, resampled: Doubles, confidence: float) -> tuple[Doubles, Doubles]:
+    """Return a confidence interval over seeds and items of a score, or of a difference of two.
+
+    Seeds are few, so that resampling them gives intervals that are too narrow: their part is Student's t with S − 1
+    degrees of freedom. The items' part is the percentile interval of the bootstrap. Both half-widths are added in
+    quadrature (docs/report.md). The spread over seeds already holds what differs between seeds item by item, so that
+    share is taken out of the items' part.
+
+    Args:
+        by_seed: Scores [..., S] of the examples as they are.
+        resampled: Scores of the resampled examples [..., S, B].
+        confidence: Level, such as 0.95.
+
+    Returns:
+        Low and high ends, each [...]. With one seed they are the items' alone.
+    """
+    tail, seeds = (1 - confidence) / 2, by_seed.shape[-1]
+    center, together = by_seed.mean(axis=-1), resampled.mean(axis=-2)
+    low, high = np.quantile(together, [tail, 1 - tail], axis=-1)
+    if seeds == 1:
+        return low, high
+    from scipy.stats import t
+
+    items = together.var(axis=-1)
+    # Of the items' variance with seeds held, (V_s − V) S / (S − 1) is a seed's own; V holds an S-th of it.
+    own = np.maximum(resampled.var(axis=-1).mean(axis=-1) - items, 0) / (seeds - 1)
+    share = np.sqrt(np.maximum(items - own, 0) / np.maximum(items, np.finfo(float).tiny))
+    over_seeds = t.ppf(1 - tail, seeds - 1) * by_seed.std(axis=-1, ddof=1) / np.sqrt(seeds)
+    below, above = share * (center - low), share * (high - center)
+    return center - np.hypot(below, over_seeds), center + np.hypot(above, over_seeds)

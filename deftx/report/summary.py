@@ -14,6 +14,7 @@ from deftx.report.sections import MEAN, Column, ScoreCell, Section
 if TYPE_CHECKING:
     import pandas as pd
 
+MARKED_SEEDS = 3  # fewer tell nothing of the spread over seeds
 CELLS_AT_ONCE = 64  # cells in one matrix product; bounds its memory
 
 
@@ -120,14 +121,23 @@ class Summary:
         """Say in one sentence how the intervals were computed."""
         options, seeds = self.options, len(self.seeds)
         several = [group for group in self.parallel if len(group) > 1]
-        over = "of seeds and items" if seeds > 1 else "of items (one seed: the spread over seeds is not in them)"
+        over = "of items" if seeds > 1 else "of items (one seed: the spread over seeds is not in them)"
         joint = ", items jointly across languages" if several else ""
         if several and len(self.parallel) > 1:
             joint = f", items jointly across {' and across '.join(', '.join(group) for group in several)}"
-        return (
-            f"paired bootstrap, {options.samples} resamples {over}{joint}, "
-            f"{100 * options.confidence:g} % percentile intervals, not corrected for their number"
-        )
+        spread = ", and Student's t over seeds" if seeds > 1 else ""
+        level = f"{100 * options.confidence:g} % intervals"
+        return f"paired bootstrap, {options.samples} resamples {over}{joint}{spread}; {level}"
+
+    def marked(self, column: Column, row: str) -> bool:
+        """Return whether a difference is marked: zero is outside its interval, and it was not picked from many.
+
+        Only the mean over languages is marked (of one language that language), and from three seeds on: an interval
+        for each language and setting would find some by chance, and two seeds tell nothing of the spread over seeds.
+        """
+        difference = self.differences.get((column, row))
+        alone = row == self.rows[-1]
+        return difference is not None and difference.clear and alone and len(difference.seeds) >= MARKED_SEEDS
 
 
 def summarise(section: Section, baseline: str | None, options: Options) -> Summary:
@@ -160,7 +170,7 @@ def summarise(section: Section, baseline: str | None, options: Options) -> Summa
         _resample(summary, resampler)
         for column in summary.baselines:
             for row in summary.rows:
-                _difference(summary, column, row, resampler)
+                _difference(summary, column, row)
     _remark(summary)
     return summary
 
@@ -222,7 +232,7 @@ def _resample(summary: Summary, resampler: Resampler) -> None:
                 first += variants
 
 
-def _difference(summary: Summary, column: Column, row: str, resampler: Resampler) -> None:
+def _difference(summary: Summary, column: Column, row: str) -> None:
     base = summary.baselines[column]
     if (column, row) not in summary.scores or (base, row) not in summary.scores:
         return
@@ -247,9 +257,9 @@ def _difference(summary: Summary, column: Column, row: str, resampler: Resampler
         )
         for seed in seeds
     ]
-    drawn = (np.stack(by_seed, axis=1) * resampler.seeds(seeds)).sum(axis=1)
-    low, high = interval(drawn, summary.options.confidence)
-    summary.differences[column, row] = Difference(value, seeds, low, high)
+    observed = np.array([own.values[seed] - other.values[seed] for seed in seeds])
+    low, high = interval(observed, np.stack(by_seed), summary.options.confidence)
+    summary.differences[column, row] = Difference(value, seeds, float(low), float(high))
 
 
 def _remark(summary: Summary) -> None:
@@ -292,7 +302,30 @@ def _remark(summary: Summary) -> None:
         few: Sequence[str] = apart[:4]
         more = f" and {len(apart) - 4} more" if len(apart) > 4 else ""
         summary.notes.append(f"no interval (no predictions that could be paired): {'; '.join(few)}{more}")
-    if 1 < most < 5:
+    if most < MARKED_SEEDS and summary.differences:
         summary.notes.append(
-            f"{most} seeds tell little about the spread over seeds: intervals are somewhat too narrow below five"
+            f"{most} seed{'s' * (most > 1)}: no difference is marked; five seeds give intervals that tell something"
         )
+    summary.notes += _copies(summary)
+
+
+def _copies(summary: Summary) -> list[str]:
+    """Return a note for each column whose runs of different seeds made the same predictions: copies of one run."""
+    notes = []
+    for column in summary.section.columns:
+        predictions: dict[tuple[bytes, ...], list[int]] = {}
+        for seed in summary.seeds:
+            items = [
+                cell.items.predicted.tobytes()
+                for language in summary.section.languages
+                if (cell := summary.section.cells.get((column, language, seed))) is not None and cell.items is not None
+            ]
+            if items:
+                predictions.setdefault(tuple(items), []).append(seed)
+        notes += [
+            f"{column.label}: seeds {', '.join(map(str, seeds))} have identical predictions; copies of one run are no "
+            "sample of seeds"
+            for seeds in predictions.values()
+            if len(seeds) > 1
+        ]
+    return notes

@@ -9,7 +9,7 @@ from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from deftx.report.sections import MEAN, Column
-from deftx.report.summary import Difference, Score, Summary
+from deftx.report.summary import MARKED_SEEDS, Difference, Score, Summary
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
@@ -132,14 +132,16 @@ def difference_table(summary: Summary) -> Table | None:
         if difference is None:
             return Text("–")
         marks = f" ({_seeds(len(difference.seeds))})" if len(difference.seeds) < most else ""
-        return Text(difference_text(difference) + marks, bold=difference.clear)
+        return Text(difference_text(difference) + marks, bold=summary.marked(column, row))
 
     named = {
         baseline.title if baseline.condition == summary.baseline else baseline.label
         for baseline in summary.baselines.values()
     }
     against = " / ".join(sorted(named))
-    caption = f"{summary.section.metric_name} × 100 minus {against}'s; {summary.method()}; bold: zero is outside."
+    alone = "the mean" if len(summary.rows) > 1 else "the language"
+    marks = f"bold: zero is outside, for {alone} alone and from {MARKED_SEEDS} seeds on"
+    caption = f"{summary.section.metric_name} × 100 minus {against}'s; {summary.method()}; {marks}."
     title = f"Difference to {against}: {summary.section.title}"
     return _laid_out(summary, columns, cell, f"{summary.section.slug}-differences", title, caption)
 

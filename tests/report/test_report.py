@@ -55,7 +55,10 @@ def test_a_sweep_becomes_a_folder_with_everything(grid_report: tuple[Path, str])
     assert "failed: grid/3 (rank=4 density=0.1 seed=1): the disk is full" in shown
     assert "missing: grid/8 (rank=none density=0.05 seed=0): begun but not finished" in shown
     assert "10 runs with scores" in shown
-    assert "paired bootstrap, 200 resamples of seeds and items, items jointly across languages, 95 %" in shown
+    assert (
+        "paired bootstrap, 200 resamples of items, items jointly across languages, and Student's t over seeds; 95 %"
+        in shown
+    )
 
 
 def test_scores_csv_is_tidy_and_whole(grid: Path, grid_report: tuple[Path, str]) -> None:

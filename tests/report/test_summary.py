@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.stats
 from fabricate import LABELS, N, write_run, write_sweep
 
 from deftx import tracking
@@ -72,17 +75,25 @@ def test_differences_are_those_of_a_naive_loop_over_the_same_draws(tmp_path: Pat
             parts[(seed, *where)] = rows["label"].to_numpy(dtype=str), rows["prediction"].to_numpy(dtype=str)
     resampler = Resampler(options.samples, options.seed)
     weights = resampler.items({"ace": ids, "min": ids})
-    shares = resampler.seeds([0, 1])
-    drawn = np.zeros(options.samples)
+    drawn = np.zeros((2, options.samples))
     for sample, (place, seed), language in itertools.product(range(options.samples), enumerate((0, 1)), ("ace", "min")):
         items = np.repeat(np.arange(N), weights[language][sample].astype(int))
         for condition, sign in (("deftx", 1), ("ltsft", -1)):
             label, prediction = parts[seed, language, condition]
             f1 = f1_score(label[items], prediction[items], average="macro")
-            drawn[sample] += sign * shares[sample, place] * f1 / 2
+            drawn[place, sample] += sign * f1 / 2
     (column,) = found.section.named(["deftx"])
     difference = found.differences[column, MEAN]
-    assert (difference.low, difference.high) == pytest.approx(tuple(np.quantile(drawn, [0.025, 0.975])))
+    own, other = (found.scores[c, MEAN].values for c in (column, found.baselines[column]))
+    by_seed = [own[seed] - other[seed] for seed in (0, 1)]
+    # Written out: the items' part without what differs between the two seeds item by item, and t with one degree.
+    center, items = np.mean(by_seed), np.var(drawn.mean(axis=0))
+    apart = np.mean([np.var(drawn[0]), np.var(drawn[1])]) - items
+    share = (max(items - max(apart, 0), 0) / items) ** 0.5
+    low, high = (share * (end - center) for end in np.quantile(drawn.mean(axis=0), [0.025, 0.975]))
+    over_seeds = scipy.stats.t(1).ppf(0.975) * abs(by_seed[0] - by_seed[1]) / 2
+    expected = center - (low**2 + over_seeds**2) ** 0.5, center + (high**2 + over_seeds**2) ** 0.5
+    assert (difference.low, difference.high) == pytest.approx(expected)
     assert difference.value == pytest.approx(
         found.scores[column, MEAN].mean - found.scores[found.baselines[column], MEAN].mean
     )
@@ -499,3 +510,31 @@ def test_what_filters_left_is_data_too(tmp_path: Path) -> None:
         "DeFT-X train ind kept=aaaaaaaa",
         "DeFT-X train ind kept=bbbbbbbb",
     ]
+
+
+def test_only_the_mean_is_marked_and_only_from_three_seeds_on(tmp_path: Path) -> None:
+    for seed in range(3):
+        write_run(tmp_path / str(seed), conditions={"ltsft": 0.3, "deftx": 0.9}, seed=seed)
+    three = summary(tmp_path)
+    shutil.rmtree(tmp_path / "2")
+    two = summary(tmp_path)
+    (column,) = three.section.named(["deftx"])
+    assert all(three.differences[column, row].clear for row in three.rows)
+    for found, marked in ((two, set()), (three, {MEAN})):
+        (column,) = found.section.named(["deftx"])
+        assert {row for row in found.rows if found.marked(column, row)} == marked
+    assert any("2 seeds: no difference is marked" in note for note in two.notes)
+
+
+def test_copies_of_one_run_are_no_seeds(tmp_path: Path) -> None:
+    write_run(tmp_path / "0", conditions=BOTH, seed=0)
+    write_run(tmp_path / "1", conditions=BOTH, seed=1)
+    assert not any("identical predictions" in note for note in summary(tmp_path).notes)
+    shutil.copy(tmp_path / "0/predictions.parquet", tmp_path / "1/predictions.parquet")
+    result = json.loads((tmp_path / "0/result.json").read_text())
+    (tmp_path / "1/result.json").write_text(
+        json.dumps(result | {"seed": 1, "settings": result["settings"] | {"seed": 1}})
+    )
+    notes = [note for note in summary(tmp_path).notes if "identical predictions" in note]
+    assert len(notes) == 2
+    assert "seeds 0, 1 have identical predictions; copies of one run are no sample of seeds" in notes[0]
