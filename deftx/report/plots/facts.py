@@ -50,10 +50,10 @@ def overlap(summary: Summary) -> Drawn | str:
             counts = pairs.get((run_number, *(cell.pair or ())))
             column = section.column_of(run, cell.condition)
             score = section.cells.get((column, cell.language, run.record.seed or 0)) if column is not None else None
-            if counts is None or cell.pair is None or score is None or score.value is None or cell.key in seen:
+            where = (column, cell.language, run.record.seed or 0)
+            if counts is None or cell.pair is None or score is None or score.value is None or where in seen:
                 continue
-            if cell.key:  # older results may not say it
-                seen.add(cell.key)  # several runs may hold one evaluation
+            seen.add(where)  # several runs may hold the same target, setting and seed
             both = float(counts["overlap"])
             size = sum(float(sizes.get((run_number, key), 0)) for key in cell.pair)
             if size > both:
