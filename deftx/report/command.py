@@ -34,6 +34,9 @@ usage: deftx report DIR... [--out FOLDER] [--baseline NAME] [--metric NAME] [opt
   --baseline NAME      what differences are taken to: a condition (ltsft, no_language_sft, source_sft, ...) or a
                        column's title ("DeFT-X rank=16"); default: ltsft where there is one; none: no differences
   --metric NAME        macro_f1 or accuracy; default: each task's own
+  --choose RULE        says which setting RULE chooses, and its score: source_validation (the task SFTs' score on the
+                       source's validation rows) or target_mlm_loss (the language SFTs' loss on their own held-out
+                       text). Neither looks at target labels; the best test score of a sweep would
   --samples N          resamples of the bootstrap (2000)
   --confidence P       of the intervals (0.95)
   --seed N             of the resamples (0)
@@ -52,6 +55,7 @@ class Request:
     baseline: str | None
     metric: str | None
     options: Options
+    choose: str | None = None
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -91,13 +95,19 @@ def parse(arguments: Sequence[str]) -> Request:
     parser.add_argument("--out")
     parser.add_argument("--baseline")
     parser.add_argument("--metric")
+    parser.add_argument("--choose")
     parser.add_argument("--samples", type=int, default=2000)
     parser.add_argument("--confidence", type=float, default=0.95)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_intermixed_args(list(arguments))
+    from deftx.report.choose import RULES
+
     problems = []
     if not options.folders:
         problems.append("no folder: deftx report DIR... (such as outputs/demo or multirun/rank_ablation)")
+    if options.choose not in (None, *RULES):
+        hint = did_you_mean(options.choose, RULES)
+        problems.append(f"--choose {options.choose}: must be {' or '.join(RULES)}{hint}; target labels choose nothing")
     if not 100 <= options.samples <= 1_000_000:
         problems.append(f"--samples {options.samples}: must lie in [100, 1000000]")
     if not 0.5 <= options.confidence < 1:
@@ -109,7 +119,12 @@ def parse(arguments: Sequence[str]) -> Request:
     folders = tuple(Path(text).expanduser() for text in options.folders)
     out = Path(options.out).expanduser() if options.out else folders[0] / "report"
     return Request(
-        folders, out, options.baseline, options.metric, Options(options.samples, options.confidence, options.seed)
+        folders,
+        out,
+        options.baseline,
+        options.metric,
+        Options(options.samples, options.confidence, options.seed),
+        options.choose,
     )
 
 
@@ -117,6 +132,7 @@ def report(request: Request, collection: Collection) -> int:
     """Write the report of a collection, and print its tables."""
     if not collection.runs:
         _refuse_empty(collection)
+    from deftx.report.choose import describe
     from deftx.report.page import page
     from deftx.report.plots import make_plots
     from deftx.report.sections import make_sections
@@ -126,6 +142,9 @@ def report(request: Request, collection: Collection) -> int:
     sections = make_sections(collection.runs, request.metric)
     baseline = choose_baseline(sections, request.baseline)
     summaries = [summarise(section, baseline, request.options) for section in sections]
+    if request.choose is not None:
+        for summary in summaries:
+            summary.notes[:0] = describe(summary, request.choose)
     tables: list[tuple[Summary, list[Table]]] = [
         (summary, [table for table in (score_table(summary), difference_table(summary)) if table is not None])
         for summary in summaries
