@@ -201,6 +201,24 @@ def test_rank_correlations_are_those_of_every_order(n: int) -> None:
     assert p == pytest.approx(np.mean(np.abs(drawn) >= abs(rho) - 1e-9), abs=1e-12 if few else 0.03)
 
 
+def test_permutations_within_families_exchange_nothing_else() -> None:
+    rng = np.random.default_rng(2)
+    x, y = rng.random(7), rng.random(7)
+    families = ["a", "a", "a", "b", "b", "c", "d"]
+    test = facts.permuted(x, y, seed=0, groups=families)
+    ranks = pd.Series(x).rank().to_numpy(), pd.Series(y).rank().to_numpy()
+    orders = [[*first, *second, 5, 6] for first in itertools.permutations(range(3)) for second in ([3, 4], [4, 3])]
+    strengths = np.abs([np.corrcoef(ranks[0], ranks[1][order])[0, 1] for order in orders])
+    assert test.orders == len(orders) == 12
+    assert test.p == pytest.approx(np.mean(strengths >= strengths[0] - 1e-9))
+    assert test.smallest == pytest.approx(1 / 12)
+    assert facts.permuted(x, y, seed=0).orders == 5040
+    many = facts.permuted(rng.random(14), rng.random(14), seed=0)
+    assert (many.orders, many.smallest) == (20_000, 1 / 20_001)
+    alone = facts.permuted(x, y, seed=0, groups=list("abcdefg"))
+    assert (alone.p, alone.orders, alone.smallest) == (1.0, 1, 1.0), "languages alone in their families say nothing"
+
+
 def test_no_spread_is_no_correlation() -> None:
     assert np.isnan(facts.spearman(np.array([1.0, 2.0, 3.0]), np.ones(3), seed=0)).all()
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +29,8 @@ OF_SAMPLE = "type_token_ratio"
 """The measure that falls as a sample grows; only samples of equal size are compared."""
 WORDS = "words"  # size of the sample
 _NAMED = 6
-EXACT = 8  # languages up to which every permutation is counted
+EXACT = 8  # points whose permutations are all counted
+DRAWN = 20_000  # permutations where there are more
 
 
 def overlap(summary: Summary) -> Drawn | str:
@@ -227,6 +230,9 @@ def morphology(summary: Summary) -> Drawn | str:
                 continue
             values = {name: number(language_facts.get(name)) for name in (*MEASURES, WORDS)}
             facts.setdefault(code, {}).update((name, value) for name, value in values.items() if value is not None)
+    about = [item for run in section.runs for item in run.record.languages.items()]
+    families = {code: str(of_code.get("family") or code) for code, of_code in about}
+    by_loss = {code: value for code in section.languages if (value := _best_by_loss(summary, columns, code, key))}
     best: dict[str, tuple[float, float, float]] = {}
     for language in section.languages:
         scored = [
@@ -261,14 +267,23 @@ def morphology(summary: Summary) -> Drawn | str:
             elinewidth=0.8,
             ecolor="#9a9a9a",
         )
+        told = [code for code in codes if code in by_loss]
+        axis.plot(
+            [facts[code][name] for code in told],
+            [by_loss[code] for code in told],
+            linestyle="none",
+            marker="o",
+            markersize=8,
+            markerfacecolor="none",
+            color="#9a9a9a",
+        )
         for order, code in enumerate(codes):
             # Slanted: many languages share one best value, and their names would meet.
             axis.annotate(
                 code, (x[order], y[order]), xytext=(1, 5), textcoords="offset points", fontsize=7.5, rotation=55
             )
-        rho, p = spearman(x, y, seed=summary.options.seed)
-        title = f"ρ = {rho:+.2f}, p = {p:.2f}, n = {len(codes)}" if not math.isnan(rho) else "ρ is undefined: no spread"
-        axis.set_title(title)
+        text = _correlation_text(x, y, [families.get(code, code) for code in codes], summary.options.seed)
+        axis.set_title(text, fontsize=7.5)
         axis.set_xlabel(MEASURES[name])
         axis.set_yscale("log", base=2)
         axis.set_yticks(tried, [f"{value:g}" for value in tried])
@@ -284,8 +299,10 @@ def morphology(summary: Summary) -> Drawn | str:
     return Drawn(
         figure,
         f"The {key} with the highest {section.metric_name} in each language against measures of its text"
-        f"{bars_text}. Spearman's ρ with a two-sided permutation p, not corrected for {len(measures)} "
-        f"measures.{small}{left_out} The best {key} is chosen on the split that is shown.",
+        f"{bars_text}; grey rings: the {key} at which a language's own SFT has the lowest loss on its held-out text, "
+        f"which no label chose. Spearman's ρ with two-sided permutation p, unrestricted and within language families, "
+        f"each with the number of permutations and the smallest p that it can give; not corrected for {len(measures)} "
+        f"measures.{small}{left_out} The best {key} by score is chosen on the split that is shown.",
     )
 
 
@@ -312,26 +329,107 @@ def _best_with_range(summary: Summary, language: str, columns: list[Column], key
     return best, float(low), float(high)
 
 
-def spearman(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64], *, seed: int) -> tuple[float, float]:
-    """Return Spearman's ρ of x and y, float64 [n], and its two-sided permutation p.
+def _best_by_loss(summary: Summary, columns: Sequence[Column], language: str, key: str) -> float | None:
+    """Return the value of a knob at which a language's own SFT has the lowest loss; None where results lack it."""
+    losses: dict[float, list[float]] = {}
+    for column in columns:
+        value = number(column.knobs[key])
+        for run in summary.section.runs_of(column):
+            sfts = {sft.key: sft for sft in run.record.sfts}
+            cells = (c for c in run.record.cells if (c.language, c.condition) == (language, column.condition))
+            for sft in (sfts.get(term.key) for cell in cells for term in cell.terms if term.kind == "language"):
+                loss = None if sft is None else number(sft.metrics.get("best_score"))
+                if loss is not None and value is not None:
+                    losses.setdefault(value, []).append(loss)
+    return min(losses, key=lambda value: float(np.mean(losses[value]))) if losses else None
 
-    p is exact up to :data:`EXACT` points, else of 20,000 permutations.
+
+class Permuted(NamedTuple):
+    """A permutation test of Spearman's ρ.
+
+    Attributes:
+        p: Two-sided p.
+        orders: Number of permutations: all there are, or those that were drawn.
+        smallest: The smallest p that they can give.
     """
-    from scipy.stats import permutation_test, rankdata
+
+    p: float
+    orders: int
+    smallest: float
+
+
+def spearman(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64], *, seed: int) -> tuple[float, float]:
+    """Return Spearman's ρ of x and y, float64 [n], and its two-sided p under all permutations (:func:`permuted`)."""
+    from scipy.stats import rankdata
+
+    return _correlation(rankdata(x), rankdata(y)), permuted(x, y, seed=seed).p
+
+
+def permuted(
+    x: npt.NDArray[np.float64], y: npt.NDArray[np.float64], *, seed: int, groups: Sequence[str] | None = None
+) -> Permuted:
+    """Return the permutation test of Spearman's ρ of x and y, float64 [n].
+
+    All permutations count where there are at most 40,320 of them (eight points), else 20,000 are drawn.
+
+    Args:
+        x: One variable.
+        y: The other, which is permuted.
+        seed: Seed of the permutations that are drawn.
+        groups: Groups within which alone values are exchanged, such as language families; None: any are.
+    """
+    from scipy.stats import rankdata
 
     # Centred ranks are multiples of a half, so their products add up exactly and ties between orders count as ties.
     first, second = (rankdata(values) - (len(values) + 1) / 2 for values in (x, y))
+    if not (np.ptp(first) and np.ptp(second)):
+        return Permuted(math.nan, 0, math.nan)
+    names = list(groups) if groups is not None else [""] * len(x)
+    members = [np.flatnonzero([name == group for name in names]) for group in dict.fromkeys(names)]
+    total = math.prod(math.factorial(len(group)) for group in members)
+    exact = total <= math.factorial(EXACT)
+    rng = np.random.default_rng(seed)
+    orders = _all_orders(members, len(x)) if exact else _drawn_orders(members, len(x), DRAWN, rng)
+    strengths = np.abs((first * second[orders]).sum(axis=1))
+    reached = int((strengths >= abs(float((first * second).sum()))).sum())
+    if exact:
+        return Permuted(reached / total, total, int((strengths == strengths.max()).sum()) / total)
+    return Permuted((reached + 1) / (DRAWN + 1), DRAWN, 1 / (DRAWN + 1))
 
-    def strength(order: npt.NDArray[np.float64], axis: int) -> npt.NDArray[np.float64]:
-        return np.asarray(np.abs((first * order).sum(axis=axis)))
 
-    rho = _correlation(first, second)
+def _all_orders(members: Sequence[npt.NDArray[np.int64]], n: int) -> npt.NDArray[np.int64]:
+    """Return every order [orders, n] that exchanges within groups alone."""
+    orders = []
+    for parts in itertools.product(*(itertools.permutations(group) for group in members)):
+        order = np.arange(n)
+        for group, part in zip(members, parts, strict=True):
+            order[group] = part
+        orders.append(order)
+    return np.array(orders)
+
+
+def _drawn_orders(
+    members: Sequence[npt.NDArray[np.int64]], n: int, count: int, rng: np.random.Generator
+) -> npt.NDArray[np.int64]:
+    """Draw orders [count, n] that exchange within groups alone."""
+    orders = np.tile(np.arange(n), (count, 1))
+    for group in members:
+        orders[:, group] = rng.permuted(np.tile(group, (count, 1)), axis=1)
+    return orders
+
+
+def _correlation_text(
+    x: npt.NDArray[np.float64], y: npt.NDArray[np.float64], families: Sequence[str], seed: int
+) -> str:
+    """Return ρ and both permutation tests in three lines."""
+    rho, _ = spearman(x, y, seed=seed)
     if math.isnan(rho):
-        return rho, math.nan
-    orders = math.factorial(EXACT) if len(x) <= EXACT else 20_000
-    options: dict[str, Any] = {"permutation_type": "pairings", "alternative": "greater", "n_resamples": orders}
-    test = permutation_test((second,), strength, **options, rng=np.random.default_rng(seed))
-    return rho, float(test.pvalue)
+        return "ρ is undefined: no spread"
+    lines = [f"ρ = {rho:+.2f}, n = {len(x)}"]
+    for name, groups in (("free", None), ("within families", families)):
+        test = permuted(x, y, seed=seed, groups=groups)
+        lines.append(f"{name}: p = {test.p:.3f} of {test.orders:,}, ≥ {test.smallest:.2g}")
+    return "\n".join(lines)
 
 
 def _correlation(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) -> float:
