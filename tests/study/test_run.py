@@ -193,6 +193,7 @@ def test_a_rank_sweep_trains_each_full_phase_once(
     outcome = deftx(
         "run",
         "experiment=rank_ablation",
+        "seed=0",
         "hydra.sweeper.params.rank='2,energy:0.9,gavish_donoho,none'",
         cache=tmp_path / "c",
     )
