@@ -142,7 +142,10 @@ def _eval(study: StudySettings, config: RunConfig) -> JobEnd:
     from deftx.stages.study import run_eval
     from deftx.tracking import mean_scores
 
-    return JobEnd(scores=mean_scores(run_eval(study, str(config.task_sft), config.language_sft, run_directory())))
+    asked = config.task.training.max_length
+    length = asked if asked != getattr(config.budget, config.task.family).max_length else None  # the user's own
+    record = run_eval(study, str(config.task_sft), config.language_sft, run_directory(), length)
+    return JobEnd(scores=mean_scores(record))
 
 
 def _pretrain(study: StudySettings, config: RunConfig) -> None:

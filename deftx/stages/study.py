@@ -101,7 +101,9 @@ def run_sft(study: StudySettings, kind: str, out: Path | None, run_dir: Path) ->
     return _run(study, run_dir, f"sft-{kind}", flat_knobs(study), body)
 
 
-def run_eval(study: StudySettings, task_sft: str, language_sfts: dict[str, str], run_dir: Path) -> tracking.RunRecord:
+def run_eval(
+    study: StudySettings, task_sft: str, language_sfts: dict[str, str], run_dir: Path, max_length: int | None = None
+) -> tracking.RunRecord:
     """Compose given SFTs and evaluate them.
 
     Args:
@@ -109,12 +111,13 @@ def run_eval(study: StudySettings, task_sft: str, language_sfts: dict[str, str],
         task_sft: Folder or hub id of φ_T.
         language_sfts: Folder or hub id of φ_L by target; a target without one is evaluated on θ⁰ + φ_T.
         run_dir: Folder of this run.
+        max_length: The length that the command asks for, if it does; texts are cut as when φ_T was trained.
     """
     task, task_facts = open_given(task_sft, "task", study)
     opened = {code: open_given(source, "language") for code, source in language_sfts.items()}
     languages = {code: sft for code, (sft, _) in opened.items()}
     language_facts = {code: facts for code, (_, facts) in opened.items()}
-    remarks = list(_given_remarks(task_facts, language_facts))
+    remarks = list(_given_remarks(task_facts, language_facts, max_length))
     for remark in remarks:
         log.warning("%s", remark.line)
     knobs = given_knobs(study, task_facts, language_facts)
@@ -128,13 +131,23 @@ def run_eval(study: StudySettings, task_sft: str, language_sfts: dict[str, str],
     return _run(study, run_dir, "eval", knobs, body)
 
 
-def _given_remarks(task: Mapping[str, Any], languages: Mapping[str, Mapping[str, Any]]) -> Iterator[tracking.Remark]:
+def _given_remarks(
+    task: Mapping[str, Any], languages: Mapping[str, Mapping[str, Any]], max_length: int | None
+) -> Iterator[tracking.Remark]:
     """Yield what of given SFTs makes a score another one than its column says.
 
     Args:
         task: Metadata of φ_T.
         languages: Metadata of φ_L by target.
+        max_length: The length that the command asks for, if it does.
     """
+    own_length = task["training"]["max_length"]
+    if max_length not in (None, own_length):
+        text = (
+            f"texts are cut at {own_length} tokens, as when the task SFT was trained, and not at "
+            f"task.training.max_length={max_length}"
+        )
+        yield tracking.Remark("other_length", text)
     others = {code: "+".join(map(str, facts.get("languages") or ["?"])) for code, facts in languages.items()}
     if mixed := tuple(f"{code} with {other}'s" for code, other in others.items() if other != code):
         yield tracking.Remark("other_language", "the language SFT is another language's", mixed)

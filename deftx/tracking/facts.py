@@ -139,7 +139,7 @@ class Remark:
         kind: A stable word: ``split``, ``no_text``, ``not_zero_shot``, ``no_source_sft``, ``one_target``,
             ``constant_predictions``, ``drawn_head``,
             ``unknown_pieces``, ``absent_labels``, ``untrained_labels``, ``other_language``,
-            ``unknown_tokenizer``, ``provenances_differ``; ``other`` in older
+            ``other_length``, ``unknown_tokenizer``, ``provenances_differ``; ``other`` in older
             results.
         text: One sentence, without what it lists.
         about: The cells, languages or files that it lists.

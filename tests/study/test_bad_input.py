@@ -262,9 +262,11 @@ def test_an_sft_of_other_tokens_is_refused_and_an_older_one_noted(deftx: Command
     assert "was trained with another tokenizer (digest 000000000000)" in refused.err
     assert stated[:12] in refused.err
     rewrite(sfts / "language", None)
-    noted = deftx("eval", *ask, f"language_sft.qbb={sfts / 'language'}")
+    noted = deftx("eval", *ask, f"language_sft.qbb={sfts / 'language'}", "task.training.max_length=9")
     assert noted.status == 0, noted.err
     notes = {note["kind"]: note["about"] for note in noted.result()["notes"]}
     assert notes["unknown_tokenizer"] == ["qbb"]
+    assert notes["other_length"] == []
+    assert "and not at task.training.max_length=9" in " ".join(noted.out.split())
     assert notes["other_language"] == ["qbb with qba's"]
     assert "the language SFT is another language's: qbb with qba's" in " ".join(noted.out.split())
