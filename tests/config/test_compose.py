@@ -128,7 +128,7 @@ def test_jobs_of_equal_choices_are_composed_once(monkeypatch: pytest.MonkeyPatch
 
 SWEEPS = [
     ["experiment=demo", "seed=1,2", "rank=energy:0.9,none"],
-    ["experiment=component_ablation"],
+    ["experiment=component_ablation", "seed=0,1"],
     ["experiment=rank_x_sparsity", "seed=0", "density=0.1", "compare=[ltsft]"],
     ["experiment=demo", "budget=smoke,demo", "lang.exclude=['embeddings.*']", "++data.revisions.nusax=x"],
     ["language=[qba],[qba,qbb]", "source=sft,none", "lang.k=10", "trainer.threads=2"],
