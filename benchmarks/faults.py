@@ -2,7 +2,7 @@
 
     python -m benchmarks.faults --kills 10 [--reference CACHE] [override ...]
 
-Without overrides it is the demo family's ``rank_x_sparsity`` for two languages. The whole process group gets SIGKILL,
+Without overrides it is the demo family's ``rank_x_sparsity`` for two languages and seeds. The whole process group gets SIGKILL,
 so that launchers' workers die, too. After each kill all entries the cache shows are verified: a partial one would be
 damaged. At the end tensors, predictions and metrics of both caches are compared byte by byte, by stage key.
 """
@@ -21,7 +21,13 @@ from pathlib import Path
 
 from deftx.cache import StageCache
 
-SWEEP = ("experiment=[demo,rank_x_sparsity]", "language=[qba,qbb]", "logger=csv", "trainer.progress=false")
+SWEEP = (
+    "experiment=[demo,rank_x_sparsity]",
+    "seed=0,1",
+    "language=[qba,qbb]",
+    "logger=csv",
+    "trainer.progress=false",
+)
 COMPARED = ("sft/sft.safetensors", "predictions.parquet", "full.safetensors", "mask.safetensors")
 
 
