@@ -2,9 +2,9 @@
 
     python -m benchmarks.faults --kills 10 [--reference CACHE] [override ...]
 
-Without overrides it is the demo family's ``rank_x_sparsity`` for two languages and seeds. The whole process group gets SIGKILL,
-so that launchers' workers die, too. After each kill all entries the cache shows are verified: a partial one would be
-damaged. At the end tensors, predictions and metrics of both caches are compared byte by byte, by stage key.
+Without overrides it is the demo family's ``rank_x_sparsity`` for two languages and seeds. The whole process group gets
+SIGKILL, so that launchers' workers die, too. After each kill all entries the cache shows are verified: a partial one
+would be damaged. At the end tensors, predictions and metrics of both caches are compared byte by byte, by stage key.
 """
 
 from __future__ import annotations
