@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from deftx.data.settings import CorpusSettings, DataSettings, LanguageSettings, SyntheticSettings
+from deftx.data.settings import SPLITS, CorpusSettings, DataSettings, LanguageSettings, SyntheticSettings
 from deftx.knobs import SEED, Knob, declared, knob, matching, one_of, table
 from deftx.launch.settings import LauncherSettings
 from deftx.methods.settings import DenoiseKnobs, SFTKnobs, ShortKnobs, SizeKnobs
@@ -97,7 +97,7 @@ class RunConfig(ShortKnobs):
         fixed=True,
         bookkeeping=True,
     )
-    split: str = knob("test", one_of("test", "dev"), commands=("run", "eval"), fixed=True, bookkeeping=True)
+    split: Any = knob("test", one_of(*SPLITS), commands=("run", "eval"), fixed=True, bookkeeping=True)
     missing_text: str = knob("error", one_of("error", "skip"), fixed=True, bookkeeping=True)
     study: str = knob(
         "study",

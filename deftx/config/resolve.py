@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 
 from deftx.config.session import group_options, language_settings, typed, unknown
 from deftx.core.settings import RankPolicy, ResidualPolicy
-from deftx.data.settings import PROTECTED, LanguageSettings
+from deftx.data.settings import PROTECTED, SPLITS, LanguageSettings
 from deftx.errors import DeftxError, collected
 from deftx.knobs import declared, problems
 from deftx.methods import METHODS
@@ -49,8 +49,7 @@ def resolve(config: RunConfig, command: str = "run") -> tuple[StudySettings | No
     with collected(messages):
         task_spec(config.task.name, config.data)
     task = TASKS.get(config.task.name)
-    if task is not None and config.split not in task.evaluated and config.split in ("test", "dev"):
-        messages.append(f"split={config.split}: task={task.name} has {' and '.join(task.evaluated)} sets only")
+    splits = _splits(config.split, task, messages)
     if not config.language:
         messages.append("no target language: language=ace or language=[ace,ban]")
     messages += [
@@ -97,7 +96,7 @@ def resolve(config: RunConfig, command: str = "run") -> tuple[StudySettings | No
         model=config.model,
         task=config.task.name,
         train=config.task.train,
-        split=config.split,
+        splits=splits,
         source=source,
         more_sources={code: item for code, item in more.items() if item is not None},
         targets=config.language,
@@ -174,6 +173,19 @@ def _ablation_problems(config: RunConfig) -> list[str]:
     return (
         [] if whole else [f"ablate={config.ablate} is {knob}, and the command sets it to something else: leave out one"]
     )
+
+
+def _splits(asked: str | list[str], task: TaskSpec | None, messages: list[str]) -> tuple[str, ...]:
+    """Return the splits that are evaluated; adds a message for each that the task lacks or that is named twice."""
+    splits = [asked] if isinstance(asked, str) else list(asked or [])
+    if not splits or len(set(splits)) < len(splits):
+        messages.append(f"split={asked!r}: name one split or both: split=test, split=dev or split=[{','.join(SPLITS)}]")
+    messages += [
+        f"split={split}: task={task.name} has {' and '.join(task.evaluated)} sets only"
+        for split in splits
+        if task is not None and split in SPLITS and split not in task.evaluated
+    ]
+    return tuple(split for split in SPLITS if split in splits)
 
 
 def _source_problems(train: TaskSpec | None, config: RunConfig) -> list[str]:

@@ -14,6 +14,9 @@ from typing import Any, NamedTuple
 from deftx.knobs import Range, at_least, between, knob, matching, one_of
 
 DEFAULT_LEAK_THRESHOLD = 0.7
+SPLITS = ("test", "dev")
+"""What can be evaluated, in the order of tables."""
+
 PROTECTED = ("nusax", "americasnli", "xnli")
 _THRESHOLD = Range("must lie in (0, 1], or above 1 to turn the filter off", lambda value: value > 0)
 

@@ -38,14 +38,14 @@ class Evaluation(NamedTuple):
 
     Attributes:
         task: One of ``labelled.TASKS``.
-        split: The split that is evaluated; test rows are kept out of training whatever it is.
+        splits: The splits that are evaluated; test rows are kept out of training whatever they are.
         languages: Every language of the study. Rows of one language may stand in another one's text.
         sets: Public sets that are protected in every one of the languages, not only in the text's own.
         files: Files of sentences that will be evaluated later: tables with a text column, or a sentence a line.
     """
 
     task: str
-    split: str = "test"
+    splits: tuple[str, ...] = ("test",)
     languages: tuple[LanguageSettings, ...] = ()
     sets: tuple[str, ...] = ()
     files: tuple[Path, ...] = ()
@@ -60,7 +60,7 @@ class Evaluation(NamedTuple):
         Raises:
             DeftxError: One of ``sets`` has no rows at hand.
         """
-        own = {self.task: sorted({"test", self.split})} if task_spec(self.task, data).own else {}
+        own = {self.task: sorted({"test", *self.splits})} if task_spec(self.task, data).own else {}
         wanted = {**own, **{name: ["dev", "test"] for name in self.sets}}
         places: list[Place] = []
         for name, splits in wanted.items():
@@ -194,14 +194,12 @@ def evaluation_place(task: str, language: LanguageSettings, data: DataSettings, 
         task: One of ``labelled.TASKS``.
         language: The target language.
         data: Where the data sets are.
-        split: ``test``, or ``dev`` where a task has it; never chosen silently.
+        split: One of :data:`~deftx.data.settings.SPLITS`; never chosen silently.
 
     Raises:
         DeftxError: Unknown task or split; the language is not in the task; the file is missing (the message names
             ``split=dev`` when there is one).
     """
-    if split not in ("test", "dev"):
-        raise DeftxError(f"split={split!r}: must be test or dev")
     spec = task_spec(task, data)
     try:
         return place_of(spec, language, data, split)

@@ -116,12 +116,18 @@ class Collection:
         return [trouble for trouble in self.troubles if trouble.kind in kinds and not trouble.finished_in]
 
 
-def section_key(record: tracking.RunRecord) -> tuple[str, ...]:
-    """Study, task, split, model and fingerprint of the base: scores stand in one table only if these agree."""
+def section_key(record: tracking.RunRecord, split: str | None = None) -> tuple[str, ...]:
+    """Study, task, split, model and fingerprint of the base: scores stand in one table only if these agree.
+
+    Args:
+        record: A result.
+        split: One of the splits that it scored; None: all of them together.
+    """
     base = record.fingerprints.get("base") or record.fingerprints.get("base files") or ""
     settings = record.settings
     splits = sorted({metric.split for metric in record.metrics}) or [str(settings.get("split", "test"))]
-    return (record.study, str(settings.get("task", "")), "+".join(splits), str(settings.get("model", "")), base)
+    split = split or "+".join(splits)
+    return (record.study, str(settings.get("task", "")), split, str(settings.get("model", "")), base)
 
 
 def collect(folders: Sequence[Path]) -> Collection:
@@ -227,7 +233,9 @@ def _sort(
 
 def _same_scores(first: Run, second: Run) -> bool:
     """Return whether two runs of one job have equal scores and, where both have them, equal predictions."""
-    values = [{(m.language, m.condition, m.metric): m.value for m in run.record.metrics} for run in (first, second)]
+    values = [
+        {(m.language, m.condition, m.metric, m.split): m.value for m in run.record.metrics} for run in (first, second)
+    ]
     if values[0] != values[1]:
         return False
     paths = [run.folder / tracking.PREDICTIONS for run in (first, second)]
@@ -237,7 +245,7 @@ def _same_scores(first: Run, second: Run) -> bool:
         frames = [read_predictions(run) for run in (first, second)]
     except DeftxError:
         return True  # sections.py reports it where they are needed
-    by = ["language", "condition", "variant", "id"]
+    by = ["split", "language", "condition", "variant", "id"]
     tables = [frame.sort_values(by).reset_index(drop=True)[[*by, "label", "prediction"]] for frame in frames]
     return bool(tables[0].equals(tables[1]))
 
@@ -246,13 +254,16 @@ def read_predictions(run: Run) -> pd.DataFrame:
     """Read a run's predictions.
 
     Returns:
-        Columns ``language``, ``condition``, ``variant`` (str), ``id`` (str), ``label`` and ``prediction``; one row for
-        each example of each cell.
+        Columns ``split``, ``language``, ``condition``, ``variant`` (str), ``id`` (str), ``label`` and ``prediction``;
+        one row for each example of each cell.
 
     Raises:
         DeftxError: There are none, or they cannot be read.
     """
-    frame = _parquet(run, tracking.PREDICTIONS, ["language", "condition", "variant", "id", "label", "prediction"])
+    columns = ["split", "language", "condition", "variant", "id", "label", "prediction"]
+    frame = _parquet(run, tracking.PREDICTIONS, columns)
+    if "split" not in frame:  # an older result evaluated one
+        frame["split"] = section_key(run.record)[2]
     if "variant" not in frame:
         frame["variant"] = ""
     missing = {"language", "condition", "id", "label", "prediction"} - set(frame.columns)

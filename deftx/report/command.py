@@ -19,6 +19,7 @@ from deftx.report.summary import Options
 from deftx.tracking.names import BASELINE
 
 if TYPE_CHECKING:
+    from deftx.report.choose import Rule
     from deftx.report.sections import Section
     from deftx.report.summary import Summary
     from deftx.report.tables import Table
@@ -37,6 +38,8 @@ usage: deftx report DIR... [--out FOLDER] [--baseline NAME] [--metric NAME] [opt
   --choose RULE        says which setting RULE chooses, and its score: source_validation (the task SFTs' score on the
                        source's validation rows) or target_mlm_loss (the language SFTs' loss on their own held-out
                        text). Neither looks at target labels; the best test score of a sweep would
+  --choose-on dev      chooses by the targets' labelled dev rows instead, of runs with split=[test,dev]. The table's
+                       title says so: chosen on target labels, not zero-shot
   --samples N          resamples of the bootstrap (2000)
   --confidence P       of the intervals (0.95)
   --seed N             of the resamples (0)
@@ -55,7 +58,7 @@ class Request:
     baseline: str | None
     metric: str | None
     options: Options
-    choose: str | None = None
+    rule: Rule | None = None
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -96,18 +99,25 @@ def parse(arguments: Sequence[str]) -> Request:
     parser.add_argument("--baseline")
     parser.add_argument("--metric")
     parser.add_argument("--choose")
+    parser.add_argument("--choose-on")
     parser.add_argument("--samples", type=int, default=2000)
     parser.add_argument("--confidence", type=float, default=0.95)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_intermixed_args(list(arguments))
-    from deftx.report.choose import RULES
+    from deftx.report.choose import ON_LABELS, RULES
 
     problems = []
     if not options.folders:
         problems.append("no folder: deftx report DIR... (such as outputs/demo or multirun/rank_ablation)")
-    if options.choose not in (None, *RULES):
-        hint = did_you_mean(options.choose, RULES)
-        problems.append(f"--choose {options.choose}: must be {' or '.join(RULES)}{hint}; target labels choose nothing")
+    asked = {"--choose": (options.choose, RULES), "--choose-on": (options.choose_on, ON_LABELS)}
+    problems += [
+        f"{option} {name}: must be {' or '.join(rules)}{did_you_mean(name, rules)}"
+        for option, (name, rules) in asked.items()
+        if name not in (None, *rules)
+    ]
+    rules = [rules[name] for name, rules in asked.values() if name in rules]
+    if len(rules) > 1:
+        problems.append("--choose and --choose-on: one of them chooses; leave the other out")
     if not 100 <= options.samples <= 1_000_000:
         problems.append(f"--samples {options.samples}: must lie in [100, 1000000]")
     if not 0.5 <= options.confidence < 1:
@@ -124,7 +134,7 @@ def parse(arguments: Sequence[str]) -> Request:
         options.baseline,
         options.metric,
         Options(options.samples, options.confidence, options.seed),
-        options.choose,
+        next(iter(rules), None),
     )
 
 
@@ -132,7 +142,8 @@ def report(request: Request, collection: Collection) -> int:
     """Write the report of a collection, and print its tables."""
     if not collection.runs:
         _refuse_empty(collection)
-    from deftx.report.choose import describe
+    from deftx.report.choose import choose, chosen_table, describe
+    from deftx.report.masks import mask_table
     from deftx.report.page import page
     from deftx.report.plots import make_plots
     from deftx.report.sections import make_sections
@@ -142,13 +153,15 @@ def report(request: Request, collection: Collection) -> int:
     sections = make_sections(collection.runs, request.metric)
     baseline = choose_baseline(sections, request.baseline)
     summaries = [summarise(section, baseline, request.options) for section in sections]
-    if request.choose is not None:
-        for summary in summaries:
-            summary.notes[:0] = describe(summary, request.choose)
-    tables: list[tuple[Summary, list[Table]]] = [
-        (summary, [table for table in (score_table(summary), difference_table(summary)) if table is not None])
-        for summary in summaries
-    ]
+    tables: list[tuple[Summary, list[Table]]] = []
+    for summary in summaries:
+        shown = [score_table(summary), difference_table(summary), mask_table(summary)]
+        rule = request.rule
+        if rule is not None and summary.section.split != rule.split:  # rows that chose would score what they chose
+            choices = choose(summary, rule, summaries)
+            summary.notes[:0] = describe(summary, rule, choices)
+            shown[:0] = [chosen_table(summary, rule, choices)] if choices else []
+        tables.append((summary, [table for table in shown if table is not None]))
 
     def fill(folder: Path) -> None:
         (folder / "tables").mkdir()

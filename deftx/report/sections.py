@@ -124,6 +124,11 @@ class Section:
     _held: dict[tuple[Run, str], Column] = field(default_factory=dict)
 
     @property
+    def split(self) -> str:
+        """Which labelled rows of the targets its scores are of."""
+        return self.key[2]
+
+    @property
     def metric_name(self) -> str:
         """The metric's name in tables."""
         return METRIC_NAMES.get(self.metric, self.metric)
@@ -223,8 +228,9 @@ def make_sections(runs: Sequence[Run], metric: str | None = None) -> list[Sectio
         name = metric or run.record.metrics[0].metric
         if not any(score.metric == name for score in run.record.metrics):
             continue
-        key = (*section_key(run.record), name)
-        sections.setdefault(key, Section(key, name)).runs.append(run)
+        for split in dict.fromkeys(score.split for score in run.record.metrics if score.metric == name):
+            key = (*section_key(run.record, split), name)
+            sections.setdefault(key, Section(key, name)).runs.append(run)
     for section in sections.values():
         _fill(section)
         _name_columns(section)
@@ -240,7 +246,7 @@ def _fill(section: Section) -> None:
         settings = score_settings(run.record.settings)
         items = _items(run, section)
         for score in run.record.metrics:
-            if score.metric != section.metric:
+            if (score.metric, score.split) != (section.metric, section.split):
                 continue
             if score.language not in section.languages:
                 section.languages.append(score.language)
@@ -268,7 +274,7 @@ def _fill(section: Section) -> None:
     section.languages.sort(key=_order_of([run.record.settings.get("language") for run in section.runs]))
     for language in section.languages:
         rows = {
-            cell.run.record.fingerprints.get(f"{section.key[2]} {language}")
+            cell.run.record.fingerprints.get(f"{section.split} {language}")
             for (_, where, _), cell in section.cells.items()
             if where == language
         }
@@ -299,7 +305,9 @@ def _items(run: Run, section: Section) -> dict[tuple[str, str], Items]:
         section.warnings.append(f"{error}: no intervals for its scores")
         return {}
     usable: dict[tuple[str, str], Items] = {}
-    values = {(m.language, m.condition): m.value for m in run.record.metrics if m.metric == section.metric}
+    frame = frame[frame["split"] == section.split]
+    scored = [m for m in run.record.metrics if (m.metric, m.split) == (section.metric, section.split)]
+    values = {(m.language, m.condition): m.value for m in scored}
     labels = _coded(section, frame["label"])
     predictions = _coded(section, frame["prediction"])
     frame = frame.assign(label=labels, prediction=predictions).sort_values(["variant", "id"], kind="stable")
@@ -308,7 +316,7 @@ def _items(run: Run, section: Section) -> dict[tuple[str, str], Items]:
         where = (str(language), str(condition))
         if where not in values:
             continue
-        items = _cell_items(rows, run.record.fingerprints.get(f"{section.key[2]} {language}", ""))
+        items = _cell_items(rows, run.record.fingerprints.get(f"{section.split} {language}", ""))
         if items is None:
             doubled.append(" ".join(where))
             continue

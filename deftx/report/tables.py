@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from deftx.report.sections import MEAN, Column
 from deftx.report.summary import MARKED_SEEDS, Difference, Score, Summary
@@ -95,14 +95,22 @@ class Table:
         return table
 
 
-def score_table(summary: Summary) -> Table:
-    """Lay out languages × methods, mean ± standard deviation over seeds, × 100."""
+def score_table(summary: Summary, columns: Sequence[Column] = (), name: str = "scores", title: str = "Scores") -> Table:
+    """Lay out languages × methods, mean ± standard deviation over seeds, × 100.
+
+    Args:
+        summary: A section's summary.
+        columns: What to show; default: every column.
+        name: What the names of its files end with.
+        title: What its title begins with.
+    """
     section = summary.section
+    columns = columns or section.columns
     most = len(summary.seeds)
     best = {
-        row: max(score.mean for column in section.columns if (score := summary.scores.get((column, row))) is not None)
+        row: max(score.mean for column in columns if (score := summary.scores.get((column, row))) is not None)
         for row in summary.rows
-        if any((column, row) in summary.scores for column in section.columns)
+        if any((column, row) in summary.scores for column in columns)
     }
 
     def cell(column: Column, row: str) -> Text:
@@ -113,11 +121,11 @@ def score_table(summary: Summary) -> Table:
         marks = [f"{present} of {len(section.languages)}"] if score.missing else []
         marks += [_seeds(len(score.values))] if len(score.values) < most else []
         text = score_text(score) + (f" ({', '.join(marks)})" if marks else "")
-        return Text(text, bold=len(section.columns) > 1 and not marks and score.mean == best[row])
+        return Text(text, bold=len(columns) > 1 and not marks and score.mean == best[row])
 
     spread = f"mean ± standard deviation over {_seeds(most)}" if most > 1 else f"one seed ({summary.seeds[0]})"
     caption = f"{section.metric_name} × 100, {spread}; n: examples; bold: the highest of its language."
-    return _laid_out(summary, section.columns, cell, f"{section.slug}-scores", f"Scores: {section.title}", caption)
+    return laid_out(summary, columns, cell, f"{section.slug}-{name}", f"{title}: {section.title}", caption)
 
 
 def difference_table(summary: Summary) -> Table | None:
@@ -143,24 +151,58 @@ def difference_table(summary: Summary) -> Table | None:
     marks = f"bold: zero is outside, for {alone} alone and from {MARKED_SEEDS} seeds on"
     caption = f"{summary.section.metric_name} × 100 minus {against}'s; {summary.method()}; {marks}."
     title = f"Difference to {against}: {summary.section.title}"
-    return _laid_out(summary, columns, cell, f"{summary.section.slug}-differences", title, caption)
+    return laid_out(summary, columns, cell, f"{summary.section.slug}-differences", title, caption)
 
 
-def _laid_out(summary: Summary, columns: Sequence[Column], cell: Any, name: str, title: str, caption: str) -> Table:
-    """Build a table whose rows are languages, or methods where there are many, with numbers of examples."""
+class Labelled(Protocol):
+    """What a table has a column for, or a row."""
+
+    @property
+    def label(self) -> str:
+        """Its title."""
+
+    @property
+    def condition(self) -> str:
+        """What tells groups of rows apart."""
+
+
+def laid_out(
+    summary: Summary,
+    columns: Sequence[Labelled],
+    cell: Callable[[Any, str], Text],
+    name: str,
+    title: str,
+    caption: str,
+    *,
+    sizes: bool = True,
+) -> Table:
+    """Build a table whose rows are languages, or methods where there are many.
+
+    Args:
+        summary: Has the languages.
+        columns: What is shown of each language.
+        cell: The text of one of them in a row.
+        name: Name of the table's files.
+        title: The line above it.
+        caption: What stands below.
+        sizes: Whether the numbers of examples are shown.
+    """
     rows = summary.rows
-    sizes = {row: _size(summary, row) for row in rows}
+    examples = [Text(_size(summary, row)) for row in rows]
     shown = {row: f"mean of {len(summary.section.languages)}" if row == MEAN else row for row in rows}
     last = [len(rows) - 1] if MEAN in rows else []
     if len(columns) <= max(WIDEST, len(rows)) and len(columns) <= 2 * WIDEST:
-        header = ["target", "n", *(column.label for column in columns)]
-        cells = [[Text(shown[row]), Text(sizes[row]), *(cell(column, row) for column in columns)] for row in rows]
+        header = ["target", *(["n"] if sizes else []), *(column.label for column in columns)]
+        cells = [
+            [Text(shown[row]), *([size] if sizes else []), *(cell(column, row) for column in columns)]
+            for row, size in zip(rows, examples, strict=True)
+        ]
         return Table(name, title, header, cells, last, caption)
     header = ["method", *(shown[row] for row in rows)]
-    cells = [[Text("n"), *(Text(sizes[row]) for row in rows)]]
-    cells += [[Text(column.label), *(cell(column, row) for row in rows)] for column in columns]
+    first = [[Text("n"), *examples]] if sizes else []
+    cells = first + [[Text(column.label), *(cell(column, row) for row in rows)] for column in columns]
     ruled = [
-        number + 1
+        number + len(first)
         for number, column in enumerate(columns)
         if number == 0 or column.condition != columns[number - 1].condition
     ]

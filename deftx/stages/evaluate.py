@@ -44,6 +44,7 @@ class Cell:
         task: φ_T; its head predicts.
         language_sft: The language SFT composed with it, if any.
         variant: Language of φ_L where a condition has several cells, else empty.
+        split: Split of the language's rows.
     """
 
     language: str
@@ -51,11 +52,13 @@ class Cell:
     task: SFT
     language_sft: SFT | None
     variant: str = ""
+    split: str = "test"
 
     @property
     def name(self) -> str:
-        """Language, condition and variant."""
-        return " ".join(filter(None, (self.language, self.condition, self.variant)))
+        """Language, condition, variant, and the split unless it is ``test``."""
+        split = "" if self.split == "test" else self.split
+        return " ".join(filter(None, (self.language, self.condition, self.variant, split)))
 
     @property
     def sfts(self) -> list[SFT]:
@@ -93,11 +96,13 @@ class Evaluator:
     Args:
         study: Resolved settings; the task and the accelerator are read.
         base: θ⁰.
-        tests: Test rows by target.
+        tests: Evaluated rows by target and split.
         max_length: Tokens a text is truncated to, the same as when φ_T was trained.
     """
 
-    def __init__(self, study: StudySettings, base: Base, tests: Mapping[str, TestRows], max_length: int) -> None:
+    def __init__(
+        self, study: StudySettings, base: Base, tests: Mapping[tuple[str, str], TestRows], max_length: int
+    ) -> None:
         self.study = study
         self.base = base
         self.tests = tests
@@ -105,11 +110,11 @@ class Evaluator:
         self._classifier: AdaptedClassifier | None = None
         self._opened_on = ""
         self._tokenizer: Any = None
-        self._batches: dict[str, list[tuple[list[int], Batch]]] = {}
+        self._batches: dict[tuple[str, str], list[tuple[list[int], Batch]]] = {}
 
     def node(self, cell: Cell) -> Node:
         """Return the node of a cell."""
-        rows = self.tests[cell.language]
+        rows = self.tests[cell.language, cell.split]
         needs, content = {**self.base.needs, **rows.needs}, {**self.base.content, **rows.content}
         for sft in cell.sfts:
             needs, content = needs | sft.needs, content | sft.content
@@ -132,7 +137,7 @@ class Evaluator:
         from deftx.training.metrics import TASK_METRICS
         from deftx.training.predict import predict, score
 
-        labels, rows = self.study.task_spec.labels, self.tests[cell.language].frame
+        labels, rows = self.study.task_spec.labels, self.tests[cell.language, cell.split].frame
         classifier = self._opened(work)
         for sft in cell.sfts:
             self._check_tokenizer(sft, sft.found_in(work))
@@ -140,7 +145,7 @@ class Evaluator:
         classifier.wear(
             {sft.kind: COMPOSITIONS[sft.composition](sft.digest(work), sft.found_in(work)) for sft in cell.sfts}
         )
-        logits = predict(classifier.model, self._encoded(cell.language, rows), rows=len(rows))
+        logits = predict(classifier.model, self._encoded((cell.language, cell.split), rows), rows=len(rows))
         gold = rows["label"].tolist()
         metrics = {name: score(name, logits, gold, len(labels)) for name in TASK_METRICS}
         frame = rows[["id", "label"]].reset_index(drop=True)
@@ -165,14 +170,14 @@ class Evaluator:
                 f"({own[:12]}): the same weights would read other tokens; give the model folder that it was trained on"
             )
 
-    def _encoded(self, language: str, rows: pd.DataFrame) -> list[tuple[list[int], Batch]]:
-        """Return a language's rows as batches with their row numbers, tokenised once for all its cells."""
+    def _encoded(self, key: tuple[str, str], rows: pd.DataFrame) -> list[tuple[list[int], Batch]]:
+        """Return the rows of a language and split as batches with their row numbers, tokenised once for all cells."""
         from deftx.data.encode import batches_by_length, encode_texts, padding_of
 
-        if language not in self._batches:
+        if key not in self._batches:
             columns = encode_texts(self._tokenizer, rows["text"].tolist(), rows["text_pair"].tolist(), self.max_length)
-            self._batches[language] = batches_by_length(columns, padding_of(self._tokenizer), EVAL_BATCH)
-        return self._batches[language]
+            self._batches[key] = batches_by_length(columns, padding_of(self._tokenizer), EVAL_BATCH)
+        return self._batches[key]
 
     def _opened(self, work: Workspace) -> AdaptedClassifier:
         """Return the classifier on θ⁰, loaded for the first cell."""

@@ -83,7 +83,7 @@ class StudyProgress:
         study: Settings of the study.
         results: Results computed or taken from the cache.
         graph: Nodes of the study; None before :meth:`open`.
-        tests: Test rows by target: columns ``id``, ``text``, ``text_pair`` (str or None) and ``label`` (int).
+        tests: Evaluated rows by target and split: ``id``, ``text``, ``text_pair`` (str or None), ``label`` (int).
         sfts: Finished SFTs, in training order.
         outcomes: Evaluated cells.
         coverage: Measures of what is read, by language and what it is (``text``, ``rows``).
@@ -93,7 +93,7 @@ class StudyProgress:
     study: StudySettings
     results: Results
     graph: StudyGraph | None = None
-    tests: dict[str, pd.DataFrame] = field(default_factory=dict)
+    tests: dict[tuple[str, str], pd.DataFrame] = field(default_factory=dict)
     sfts: list[SFT] = field(default_factory=list)
     outcomes: list[Outcome] = field(default_factory=list)
     coverage: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
@@ -122,7 +122,7 @@ class StudyProgress:
             key: read_json(self.results.of(item).file(MEASURES)) for key, item in self.graph.coverage.items()
         }
         _check_coverage(self.coverage, silent=not self._trains)
-        self.tests = {code: rows.frame for code, rows in inputs.tests.items()}
+        self.tests = {key: rows.frame for key, rows in inputs.tests.items()}
         _refuse_mixed_forms((read_rows(self.results.of(rows), "train") for rows in inputs.rows.values()), self.tests)
         return self.graph
 
@@ -179,13 +179,15 @@ def _check_coverage(coverage: Mapping[tuple[str, str], Mapping[str, Any]], *, si
             )
 
 
-def _refuse_mixed_forms(trained_on: Iterable[pd.DataFrame], tests: Mapping[str, pd.DataFrame]) -> None:
+def _refuse_mixed_forms(trained_on: Iterable[pd.DataFrame], tests: Mapping[tuple[str, str], pd.DataFrame]) -> None:
     """Refuse to learn from pairs and predict single sentences, or the reverse."""
 
     def form(rows: pd.DataFrame) -> str:
         return "pairs" if rows["text_pair"].notna().any() else "single sentences"
 
     learnt = sorted({form(rows) for rows in trained_on}, reverse=True)
-    for code, rows in tests.items():
+    for (code, split), rows in tests.items():
         if learnt and learnt != [form(rows)]:
-            raise DeftxError(f"the test rows of {code} are {form(rows)}, the training rows are {' and '.join(learnt)}")
+            raise DeftxError(
+                f"the {split} rows of {code} are {form(rows)}, the training rows are {' and '.join(learnt)}"
+            )

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -238,7 +238,9 @@ def graph(
         cells += [Cell(code, condition, given_sfts.task, None) for code in study.targets]
     elif needs.tests:
         cells = cells_of(list(study.targets), study.methods, study.controls, study.source.code, sfts)
-    rows: dict[str, Node | TestRows] = {**inputs.tests, **inputs.rows}
+    cells = [replace(cell, split=split) for split in study.splits for cell in cells]
+    tested = {code: rows for (code, split), rows in inputs.tests.items() if split == study.splits[0]}
+    rows: dict[str, Node | TestRows] = {**tested, **inputs.rows}
     coverage = {(code, "text"): measures(code, node, base) for code, node in inputs.texts.items()}
     coverage |= {(code, "rows"): measures(code, source, base) for code, source in rows.items()}
     evaluator = Evaluator(study, base, inputs.tests, length)

@@ -104,7 +104,7 @@ class Inputs:
         base: θ⁰.
         texts: Nodes of unlabelled text by language.
         rows: Nodes of labelled rows by source language.
-        tests: Test rows by target.
+        tests: Evaluated rows by target and split.
         skipped: Targets without text, and why.
         read: Every piece of data that is read, as it was when the command began.
     """
@@ -113,7 +113,7 @@ class Inputs:
     base: Base
     texts: dict[str, Node] = field(default_factory=dict)
     rows: dict[str, Node] = field(default_factory=dict)
-    tests: dict[str, TestRows] = field(default_factory=dict)
+    tests: dict[tuple[str, str], TestRows] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     read: list[DataRead] = field(default_factory=list)
 
@@ -175,9 +175,10 @@ class _Reader:
         study, data, inputs = self.study, self.data, self.inputs
         if needs.tests:
             for code, language in study.targets.items():
-                place = evaluation_place(study.task, language, data, study.split)
-                inputs.tests[code] = self._tests(language, place)
-                self._record_read("test", code, place)
+                for split in study.splits:
+                    place = evaluation_place(study.task, language, data, split)
+                    inputs.tests[code, split] = self._tests(language, split, place)
+                    self._record_read(split, code, place)
         if needs.task:
             for code, language in study.sources.items():
                 places = train_places(study.train, language, data, study.evaluation)
@@ -214,14 +215,14 @@ class _Reader:
         """Return the family's node, where it makes some of what is read."""
         return self.inputs.family if any(origin.generated for origin in origins) else {}
 
-    def _tests(self, language: LanguageSettings, place: Place) -> TestRows:
+    def _tests(self, language: LanguageSettings, split: str, place: Place) -> TestRows:
         from deftx.data.tasks import load_test
 
         study = self.study
         return TestRows(
             self._needs(place),
-            self._external(f"the {study.split} set of {language.code}", place),
-            partial(load_test, study.task, language, self.data, study.split),
+            self._external(f"the {split} set of {language.code}", place),
+            partial(load_test, study.task, language, self.data, split),
         )
 
     def _text(self, language: LanguageSettings, source: TextSource, protected: Sequence[Place]) -> Node:

@@ -88,7 +88,7 @@ def _shared_knobs(study: StudySettings) -> dict[str, Any]:
         "study": study.name,
         "seed": study.seed,
         "task": study.task,
-        "split": study.split,
+        "split": study.splits[0] if len(study.splits) == 1 else list(study.splits),
         "language": list(study.targets),
         "model": study.model.name,
         "precision": study.trainer.precision,

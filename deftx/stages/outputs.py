@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from deftx import tracking
 from deftx.cache import StageCache, Workspace
 from deftx.core.folder import FACTS, TENSORS
+from deftx.data.settings import SPLITS
 from deftx.errors import DeftxError
 from deftx.methods import WITHOUT_LANGUAGE_SFT
 from deftx.stages.base import PRETRAINING_TEXT
@@ -59,7 +60,7 @@ def fill(record: tracking.RunRecord, progress: StudyProgress) -> None:
     else:  # nothing was computed, and no device used
         record.provenance = tracking.provenance(threads=study.trainer.threads)
         record.peak_memory["gpu"] = None
-    record.metrics = scores(progress.outcomes, list(study.targets), study.task_spec.metric, study.split)
+    record.metrics = scores(progress.outcomes, list(study.targets), study.task_spec.metric)
     record.stages = [event._asdict() for event in cache.events]
     for event in cache.events:
         record.times[event.kind] = round(record.times.get(event.kind, 0.0) + event.seconds, 3)
@@ -99,7 +100,7 @@ def _fill_from_graph(record: tracking.RunRecord, progress: StudyProgress, graph:
     digests = {role: record.data.get(name, {}).get("digest") for role, (name, _) in reports.items()}
     read = [replace(source, kept=digests.get((source.what, source.language))) for source in inputs.read]
     record.settings = {**record.settings, tracking.DATA_READ: tracking.data_setting(read)}
-    record.fingerprints = {f"{study.split} {code}": fingerprint_rows(rows) for code, rows in progress.tests.items()}
+    record.fingerprints = {f"{split} {code}": fingerprint_rows(rows) for (code, split), rows in progress.tests.items()}
     record.fingerprints["base files"] = graph.base.key
     if graph.base.revision is not None:
         record.fingerprints["base commit"] = graph.base.revision
@@ -137,15 +138,15 @@ def _cell_facts(outcome: Outcome, methods: Sequence[str], facts: Mapping[str, SF
     main = methods[0] if cell.task.node is not None else facts[cell.task.key].method
     method = cell.condition if cell.condition in methods else WITHOUT_LANGUAGE_SFT.get(cell.condition, main)
     terms = tuple(facts[sft.key].term for sft in cell.sfts)
-    return CellFacts(cell.language, cell.condition, cell.variant, method, outcome.key, terms)
+    return CellFacts(cell.language, cell.condition, cell.variant, method, outcome.key, terms, cell.split)
 
 
 def _remarks(record: tracking.RunRecord, progress: StudyProgress) -> Iterator[Remark]:
     """Yield remarks that a reader should see beside the numbers."""
     study = progress.study
     yield from progress.remarks
-    if study.split != "test":
-        yield Remark("split", f"evaluated on the {study.split} split, not on test")
+    if study.splits == ("dev",):
+        yield Remark("split", "evaluated on the dev split, not on test")
     skipped = progress.graph.inputs.skipped if progress.graph is not None else {}
     if skipped:
         yield Remark(
@@ -159,7 +160,10 @@ def _remarks(record: tracking.RunRecord, progress: StudyProgress) -> Iterator[Re
     if "other_language_sft" in study.controls and len(study.targets) == 1:
         yield Remark("one_target", "one target: there is no other target's language SFT to compose with")
     words = study.task_spec.labels
-    if absent := _absent_labels(words, progress.tests):
+    tests = {
+        " ".join((code, *([] if split == "test" else [split]))): rows for (code, split), rows in progress.tests.items()
+    }
+    if absent := _absent_labels(words, tests):
         yield Remark("absent_labels", "no test row has this label; macro-F1 is the mean over the others", absent)
     if progress.graph is not None:
         rows = {code: progress.results.entries.get(node.key) for code, node in progress.graph.inputs.rows.items()}
@@ -200,23 +204,27 @@ def _peak_gpu_memory() -> int | None:
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
 
 
-def scores(outcomes: Sequence[Outcome], targets: Sequence[str], metric: str, split: str) -> list[tracking.Metric]:
-    """Return one score for each language, condition and metric: the task's metric first, in the order of ``targets``.
+def scores(outcomes: Sequence[Outcome], targets: Sequence[str], metric: str) -> list[tracking.Metric]:
+    """Return one score for each language, condition, split and metric: the task's metric first, split by split.
 
-    A condition with several cells for one language (each other target's φ_L in turn) gives their mean.
+    Targets stand in the order of ``targets``. A condition with several cells for one language (each other target's φ_L
+    in turn) gives their mean.
     """
-    groups: dict[tuple[str, str], list[dict[str, float]]] = {}
+    groups: dict[tuple[str, str, str], list[dict[str, float]]] = {}
     for outcome in outcomes:
-        groups.setdefault((outcome.cell.language, outcome.cell.condition), []).append(outcome.metrics)
+        cell = outcome.cell
+        groups.setdefault((cell.split, cell.language, cell.condition), []).append(outcome.metrics)
     conditions = list(tracking.CONDITIONS)
-    shown = sorted(groups, key=lambda group: (targets.index(group[0]), conditions.index(group[1])))
+    shown = sorted(
+        groups, key=lambda group: (SPLITS.index(group[0]), targets.index(group[1]), conditions.index(group[2]))
+    )
     computed = sorted({name for outcome in outcomes for name in outcome.metrics} - {"n", metric})
     metrics: list[tracking.Metric] = []
     for name in (metric, *computed):
-        for language, condition in shown:
-            cells = groups[language, condition]
-            value = sum(cell[name] for cell in cells) / len(cells)
-            metrics.append(tracking.Metric(language, condition, name, value, int(cells[0]["n"]), split))
+        for split, language, condition in shown:
+            values = groups[split, language, condition]
+            value = sum(each[name] for each in values) / len(values)
+            metrics.append(tracking.Metric(language, condition, name, value, int(values[0]["n"]), split))
     return metrics
 
 
@@ -233,6 +241,7 @@ def write_tables(run_dir: Path, progress: StudyProgress) -> pd.DataFrame | None:
                 prediction=outcome.predictions["prediction"].map(words),
                 language=outcome.cell.language,
                 condition=outcome.cell.condition,
+                split=outcome.cell.split,
                 variant=outcome.cell.variant,
             )
             for outcome in outcomes
@@ -259,7 +268,7 @@ def show(study: StudySettings, record: tracking.RunRecord, run_dir: Path, cache:
     tracking.print_results(
         [score for score in record.metrics if score.metric == metric],
         shared_source=study.source_shared,
-        title=f"{study.name}, {study.task} ({study.split}) from {'+'.join(study.sources)}",
+        title=f"{study.name}, {study.task} ({'+'.join(study.splits)}) from {'+'.join(study.sources)}",
         where=where,
         notes=[*(note.line for note in record.notes), work],
     )

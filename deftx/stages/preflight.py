@@ -199,7 +199,7 @@ def _data_problems(study: StudySettings, needs: Needs, checked: dict[str, list[s
                 checks.append(partial(resolve_text, source, data))
     for language in study.targets.values():
         if needs.tests and local:
-            checks.append(partial(load_test, study.task, language, data, split=study.split))
+            checks += [partial(load_test, study.task, language, data, split=split) for split in study.splits]
         if needs.lang and study.missing_text == "error":
             checks.append(partial(resolve_text, language, data))
     for check in checks:

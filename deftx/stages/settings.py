@@ -122,7 +122,7 @@ class StudySettings:
         methods: The main method first, then those trained beside it.
         task: Task name (``deftx.data.labelled.TASKS``).
         train: Data set the task SFT learns from.
-        split: Split of the targets that is evaluated.
+        splits: Splits of the targets that are evaluated, in the order of :data:`~deftx.data.settings.SPLITS`.
         source: Source language of the task.
         more_sources: Further source languages by code (multi-source task SFT).
         targets: Target languages by code.
@@ -146,7 +146,7 @@ class StudySettings:
     model: ModelSettings
     task: str
     train: str
-    split: str
+    splits: tuple[str, ...]
     source: LanguageSettings
     more_sources: dict[str, LanguageSettings]
     targets: dict[str, LanguageSettings]
@@ -206,7 +206,7 @@ class StudySettings:
                 raise DeftxError(f"protect={pattern}: no such file, and none of {', '.join(PROTECTED)}")
         return Evaluation(
             self.task,
-            self.split,
+            self.splits,
             tuple(languages.values()),
             sets=tuple(name for name in self.protect if name in PROTECTED),
             files=tuple(path for paths in files.values() for path in paths),

@@ -110,6 +110,7 @@ class CellFacts:
         method: The method whose SFTs it composes; a control's is the main method.
         key: Key of the evaluation's stage.
         terms: What it composes: task, then language.
+        split: Which rows of the language.
     """
 
     language: str
@@ -118,6 +119,7 @@ class CellFacts:
     method: str | None
     key: str
     terms: tuple[Term, ...] = ()
+    split: str = "test"
 
     @property
     def pair(self) -> tuple[str, str] | None:

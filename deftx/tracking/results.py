@@ -211,10 +211,11 @@ def score_rows(
 
 
 def mean_scores(record: RunRecord) -> dict[str, float]:
-    """Return each condition's mean over the targets, in the task's own metric (the record's first)."""
+    """Return each condition's mean over the targets: the record's first metric, the task's own, on its first split."""
     values: dict[str, list[float]] = {}
     for score in record.metrics:
-        if score.metric == record.metrics[0].metric and score.value is not None:
+        first = record.metrics[0]
+        if (score.metric, score.split) == (first.metric, first.split) and score.value is not None:
             values.setdefault(score.condition, []).append(score.value)
     return {condition: sum(fractions) / len(fractions) for condition, fractions in values.items()}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,7 @@ def write_run(
     folder: Path,
     *,
     conditions: Mapping[str, float] | None = None,
+    on_dev: Mapping[str, float] | None = None,
     seed: int = 0,
     n: int = N,
     ids: Sequence[str] | None = None,
@@ -98,6 +100,7 @@ def write_run(
     Args:
         folder: Its directory.
         conditions: Condition -> how often it is right.
+        on_dev: The same on dev rows, which are then evaluated, too.
         seed: The run's seed, which also decides its predictions.
         n: Examples of each language; the same gold labels for all runs.
         ids: Of the examples.
@@ -113,11 +116,13 @@ def write_run(
     flat = settings(seed=seed, **knobs)
     conditions = conditions or {"ltsft" if flat["rank"] is None else "deftx": 0.6}
     frames, metrics = [], []
-    for language in flat["language"]:
-        gold = np.random.default_rng([7, n, zlib.crc32(language.encode())]).integers(0, len(LABELS), n)
-        for condition, skill in conditions.items():
+    splits = {flat["split"]: conditions} | ({"dev": on_dev} if on_dev else {})
+    for (split, skills), language in product(splits.items(), flat["language"]):
+        name = language if split == flat["split"] else f"{language} {split}"
+        gold = np.random.default_rng([7, n, zlib.crc32(name.encode())]).integers(0, len(LABELS), n)
+        for condition, skill in skills.items():
             read = (flat["rank"], flat["residual"]) if condition == "deftx" else ()
-            key = draw if draw is not None else zlib.crc32(repr((read, flat["density"], condition, language)).encode())
+            key = draw if draw is not None else zlib.crc32(repr((read, flat["density"], condition, name)).encode())
             rng = np.random.default_rng([seed, key])
             values = []
             for variant in variants:
@@ -132,14 +137,15 @@ def write_run(
                             "score_negative": np.zeros(n, dtype=np.float32),
                             "language": language,
                             "condition": condition,
+                            "split": split,
                             "variant": variant,
                         }
                     )
                 )
             f1, accuracy = np.mean(values, axis=0)
             metrics += [
-                tracking.Metric(language, condition, "macro_f1", float(f1), n, flat["split"]),
-                tracking.Metric(language, condition, "accuracy", float(accuracy), n, flat["split"]),
+                tracking.Metric(language, condition, "macro_f1", float(f1), n, split),
+                tracking.Metric(language, condition, "accuracy", float(accuracy), n, split),
             ]
     metrics.sort(key=lambda item: item.metric != metric)
     trained = sfts(flat, list(conditions))
@@ -249,6 +255,7 @@ def diagnostic_rows(flat: Mapping[str, Any], conditions: Sequence[str]) -> pd.Da
                 count = int(size * (flat["density"] or 0.1) * (0.5 + rng.random()))
                 row = {"what": "sft", "sft": sft.name, "key": sft.key, "parameter": f"{layer}.{module}"}
                 row |= {"layer": layer, "module": module, "size": size, "selected": count, "density": count / size}
+                row |= {"sample": np.sort(rng.choice(size, count, replace=False)) + 1}
                 if sft.rank is not None and module != "embeddings.LayerNorm":
                     kept = int(sft.rank) if sft.rank.isdigit() else int(10 + 3 * layer + 2 * len(sft.rank) % 7)
                     squares = spectrum**2
@@ -264,7 +271,7 @@ def diagnostic_rows(flat: Mapping[str, Any], conditions: Sequence[str]) -> pd.Da
                 row |= {"other_key": language.key, "layer": layer, "module": MODULES[0]}
                 rows.append(row | {"overlap": both, "jaccard": 0.05, "sign_conflicts": both // 3})
     columns = ["what", "sft", "other", "key", "other_key", "parameter", "layer", "module", "size", "selected"]
-    columns += ["density", "rank", "energy", "singular_values", "overlap", "jaccard", "sign_conflicts"]
+    columns += ["density", "rank", "energy", "singular_values", "sample", "overlap", "jaccard", "sign_conflicts"]
     return pd.DataFrame(rows, columns=columns)
 
 

@@ -11,7 +11,7 @@ import torch
 from deftx.core import gaps
 from deftx.core.composition import compare
 from deftx.core.delta import SparseDelta
-from deftx.stages.diagnostics import _coordinates, _overlaps, from_gaps
+from deftx.stages.diagnostics import _coordinates, _overlaps, from_gaps, sample, sampling_rate
 
 
 def delta(seed: int, names: list[str]) -> SparseDelta:
@@ -58,3 +58,32 @@ def test_half_precision_values_are_read(tmp_path: Path, dtype: str) -> None:
     loaded = SparseDelta.load(folder)
     assert index.tolist() == loaded.indices["a"].tolist()
     assert values.tolist() == loaded.values["a"].tolist()
+
+
+def test_samples_overlap_as_the_masks_do() -> None:
+    rng, size = np.random.default_rng(0), 4_000_000
+    drawn = [np.sort(rng.choice(size, 400_000, replace=False)) for _ in range(2)]
+    masks = [drawn[0], np.union1d(drawn[0][:200_000], drawn[1][:200_000])]
+    values = [rng.standard_normal(len(mask)).astype(np.float32) for mask in masks]
+    rate = sampling_rate(size)
+    assert rate == pytest.approx(2**18 / size)
+    first, second = (sample("a.weight", *each, rate) for each in zip(masks, values, strict=True))
+    for taken, mask, value in ((first, *each) for each in [(masks[0], values[0])]):
+        assert len(taken) == pytest.approx(rate * len(mask), rel=0.05)
+        where = np.searchsorted(mask, np.abs(taken) - 1)
+        assert (mask[where] == np.abs(taken) - 1).all()
+        assert (np.sign(taken) == np.sign(value[where])).all()
+    exact = len(np.intersect1d(*masks)) / len(np.union1d(*masks))
+    met = len(np.intersect1d(np.abs(first), np.abs(second)))
+    estimate = met / (len(first) + len(second) - met)
+    assert estimate == pytest.approx(exact, abs=0.01)
+    # What is looked at depends on the coordinate alone, not on the SFT, and differs between parameters.
+    part = sample("a.weight", masks[0][::2], values[0][::2], rate)
+    assert set(part) == set(first) & set(np.concatenate([masks[0][::2] + 1, -masks[0][::2] - 1]))
+    assert set(np.abs(sample("b.weight", masks[0], values[0], rate))) != set(np.abs(first))
+
+
+def test_a_small_base_is_sampled_whole() -> None:
+    assert sampling_rate(1000) == 1.0
+    taken = sample("a", np.array([0, 5, 9]), np.array([0.5, -1.0, 2.0], dtype=np.float32), 1.0)
+    assert taken.tolist() == [1, -6, 10]

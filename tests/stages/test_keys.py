@@ -325,7 +325,7 @@ STUDY = {
     "model": [],  # MODEL
     "task": [],  # tests/stages/test_plan.py: tasks that learn from the same rows share their SFT
     "train": [],  # the same
-    "split": [],  # OWN_FILES
+    "splits": [],  # OWN_FILES
     "source": [],  # test_another_source_of_the_family
     "more_sources": [],  # OWN_FILES
     "targets": one("language=[qba,qbb]", NOTHING),

@@ -305,6 +305,28 @@ def test_every_table_names_the_split(deftx: Command, shared_cache: Path, tmp_pat
     assert any(note["kind"] == "split" and "dev split, not on test" in note["text"] for note in result["notes"])
     assert "dev" in outcome.out
 
+    # Both splits in one run: one training, two tables.
+    both = deftx("run", *own, *FEW, "split=[dev,test]")
+    assert both.status == 0, both.err
+    found = both.result()
+    assert Counter(stage["outcome"] for stage in found["stages"] if stage["kind"] in ("full", "sparse")) == {
+        "cached": 3
+    }
+    assert [row["split"] for row in found["metrics"] if row["metric"] == "macro_f1"] == ["test", "dev"]
+    alone = {row["metric"]: row["value"] for row in result["metrics"]}
+    assert {row["metric"]: row["value"] for row in found["metrics"] if row["split"] == "dev"} == alone
+    assert {name for name in found["fingerprints"] if " q" in name} == {"test qba", "dev qba"}
+    assert found["settings"]["split"] == ["test", "dev"]
+    assert [cell["split"] for cell in found["cells"]] == ["test", "dev"]
+    predictions = pd.read_parquet(next(both.folder.rglob("predictions.parquet")))
+    assert "(test+dev)" in both.out
+    for row in found["metrics"]:
+        if row["metric"] == "macro_f1":
+            rows = predictions[predictions["split"] == row["split"]]
+            assert f1_score(rows["label"], rows["prediction"], average="macro") == pytest.approx(row["value"])
+    again = deftx("run", *own, *FEW, "split=[test,dev]")
+    assert {stage["outcome"] for stage in again.result()["stages"]} == {"cached"}, "the order makes no difference"
+
 
 def test_a_task_sft_learns_from_several_sources(deftx: Command, shared_cache: Path, tmp_path: Path) -> None:
     deftx("run", *FEW)
