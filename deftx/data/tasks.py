@@ -27,7 +27,7 @@ from deftx.data.labelled import place_of, task_spec, train_spec
 from deftx.data.leakage import LeakFilter, normalise, summarise
 from deftx.data.places import Form, MissingSplitError, Place
 from deftx.data.rows import SENTENCES, Rows, read_rows, read_sentences
-from deftx.data.settings import PROTECTED, DataSettings, LanguageSettings
+from deftx.data.settings import PROTECTED, SPLITS, DataSettings, LanguageSettings
 from deftx.errors import DeftxError
 
 _SPLIT_NAMES = {"train": "training", "valid": "validation"}
@@ -200,6 +200,8 @@ def evaluation_place(task: str, language: LanguageSettings, data: DataSettings, 
         DeftxError: Unknown task or split; the language is not in the task; the file is missing (the message names
             ``split=dev`` when there is one).
     """
+    if split not in SPLITS:
+        raise DeftxError(f"split={split!r}: must be {' or '.join(SPLITS)}")
     spec = task_spec(task, data)
     try:
         return place_of(spec, language, data, split)

@@ -114,7 +114,7 @@ def test_loading_reads_the_places_and_nothing_else(
     load_test("xnli", language("swa"), data)
     assert read == [evaluation_place("xnli", language("swa"), data)]
     read.clear()
-    evaluation = Evaluation("sentiment", "test", (spoken, language("jav")))
+    evaluation = Evaluation("sentiment", ("test",), (spoken, language("jav")))
     load_train(train, spoken, data, 0, evaluation)
     assert set(read) == set(everything(train_places(train, spoken, data, evaluation)))
     read.clear()
@@ -275,14 +275,14 @@ def test_own_files_beside_the_family_start_here(
     file = write(tmp_path / "mine/test-qba.tsv", tsv("text label", [["a", "yes"]]))
     text = write(tmp_path / "mine/t.txt", "a line\n")
     later.test, later.labels = "mine/test-{language}.tsv", ["no", "yes"]
-    places = Evaluation("tsv", "test", tuple(MEMBERS)).places(later)
+    places = Evaluation("tsv", ("test",), tuple(MEMBERS)).places(later)
     assert [(place.language, place.files, place.generated) for place in places] == [("qba", (file,), False)]
     plain = DataSettings(test=str(tmp_path / "mine/test-{language}.tsv"), labels=["no", "yes"])
     assert places[0].fingerprint() == evaluation_place("tsv", language("qba"), plain).fingerprint()
     # Without files of one's own, `sentiment` is the family's.
     later.test = None
     assert evaluation_place("sentiment", language("qba"), later).generated
-    assert Evaluation("sentiment", "test", tuple(MEMBERS)).places(later) == []
+    assert Evaluation("sentiment", ("test",), tuple(MEMBERS)).places(later) == []
     with pytest.raises(DeftxError, match=r"nli has no test file for 'qba'"):
         evaluation_place("nli", language("qba"), later)
 
