@@ -231,17 +231,37 @@ def task_spec(task: str, data: DataSettings) -> TaskSpec:
     return _with_labels(TASKS[task], data)
 
 
-def train_spec(train: str, data: DataSettings) -> TaskSpec:
-    """Return the training set, with its labels.
+def train_spec(train: str, data: DataSettings, task: str | None = None) -> TaskSpec:
+    """Return the training set, with its labels; for a task, with the task's integers.
+
+    Args:
+        train: One of :data:`TRAIN_SETS`.
+        data: Where data sets are.
+        task: What will be predicted, one of :data:`TASKS`; null for the training set's own order of labels.
 
     Raises:
-        DeftxError: Unknown training set, or ``tsv`` without ``data.labels``.
+        DeftxError: Unknown training set; ``tsv`` without ``data.labels``; its labels are not the task's.
     """
     if train not in TRAIN_SETS:
         raise DeftxError(
             f"unknown training set {train!r}{did_you_mean(train, TRAIN_SETS)}; available: {', '.join(TRAIN_SETS)}"
         )
-    return _with_labels(SETS[train], data)
+    spec = _with_labels(SETS[train], data)
+    return spec if task is None else _in_order_of(spec, task_spec(task, data))
+
+
+def _in_order_of(spec: TaskSpec, task: TaskSpec) -> TaskSpec:
+    """Return a training set whose integers mean what the task's do: a label's position in both is the same."""
+    if spec.labels == task.labels:
+        return spec
+    if set(map(label_key, spec.labels)) != set(map(label_key, task.labels)):
+        raise DeftxError(
+            f"task.train={spec.name} has the labels {', '.join(spec.labels)}, and task={task.name} asks for "
+            f"{', '.join(task.labels)}; choose a training set with the task's labels"
+        )
+    return replace(
+        spec, form=replace(spec.form, labels=task.labels, hub_labels=spec.form.hub_labels or spec.form.labels)
+    )
 
 
 def _with_labels(spec: TaskSpec, data: DataSettings) -> TaskSpec:

@@ -122,10 +122,14 @@ class LeakFilter:
         self._first = first
         self._texts = list(first)
         self._weights = [_weight(text) for text in self._texts]
-        letters = sum(map(len, self._texts))
-        wide = sum(self._weights) > letters * (1 + _IDEOGRAPH_WEIGHT) / 2
-        self._gram = _IDEOGRAPH_GRAM if wide else _GRAM
-        self._build_index()
+        # Each sentence by its own script, so that sentences of another one beside it change nothing.
+        pairs = zip(self._texts, self._weights, strict=True)
+        wide = [2 * weight > len(text) * (1 + _IDEOGRAPH_WEIGHT) for text, weight in pairs]
+        self._indices = [
+            _Index([position for position, is_wide in enumerate(wide) if is_wide is kind], self._texts, gram)
+            for kind, gram in ((False, _GRAM), (True, _IDEOGRAPH_GRAM))
+            if kind in wide
+        ]
 
     def __len__(self) -> int:
         """Return how many distinct sentences are protected."""
@@ -148,7 +152,11 @@ class LeakFilter:
         size = max(1, _CELLS // len(self._texts))
         for start in range(0, len(texts), size):
             chunk = texts[start : start + size]
-            for text, candidates in zip(chunk, self._candidates(chunk), strict=True):
+            candidates_of: list[list[tuple[int, float]]] = [[] for _ in chunk]
+            for index in self._indices:
+                for line, position, share in index.candidates(chunk, self.threshold):
+                    candidates_of[line].append((position, share))
+            for text, candidates in zip(chunk, candidates_of, strict=True):
                 yield self._best(text, candidates)
 
     def _best(self, text: str, candidates: Sequence[tuple[int, float]]) -> Match | None:
@@ -183,54 +191,64 @@ class LeakFilter:
     def _budget(self, weight: int) -> float:
         return (1 - self.threshold) * min(1.0, weight / FULL_LENGTH)
 
-    def _build_index(self) -> None:
-        grams, owners = _grams(self._texts, self._gram)
+
+class _Index:
+    """An inverted index of the character n-grams of some protected sentences.
+
+    Args:
+        positions: Which of ``texts`` it holds.
+        texts: All protected sentences, normalised.
+        gram: Characters of an n-gram.
+    """
+
+    def __init__(self, positions: Sequence[int], texts: Sequence[str], gram: int) -> None:
+        self._positions = np.array(positions, dtype=np.int64)
+        self._gram = gram
+        texts = [texts[position] for position in positions]
+        grams, owners = _grams(texts, gram)
         order = np.lexsort((owners, grams))
         grams, owners = grams[order], owners[order]
         first = np.ones(len(grams), dtype=bool)
         first[1:] = (grams[1:] != grams[:-1]) | (owners[1:] != owners[:-1])
         grams, owners = grams[first], owners[first]
         _, inverse, frequency = np.unique(grams, return_inverse=True, return_counts=True)
-        total = np.bincount(owners, minlength=len(self._texts))
+        total = np.bincount(owners, minlength=len(texts))
         # Frequent n-grams cost most and tell least; a sentence made of little else keeps all of its own.
-        rare = frequency[inverse] <= max(20, int(_COMMON_SHARE * len(self._texts)))
-        left = np.bincount(owners[rare], minlength=len(self._texts))
+        rare = frequency[inverse] <= max(20, int(_COMMON_SHARE * len(texts)))
+        left = np.bincount(owners[rare], minlength=len(texts))
         keep = rare | (left < 0.5 * total)[owners]
         grams, owners = grams[keep], owners[keep]
         self._keys, self._starts = np.unique(grams, return_index=True)
         self._ends = np.append(self._starts[1:], len(grams))
         self._owners = owners
-        self._lengths = np.array([len(text) for text in self._texts], dtype=np.int64)
-        self._kept = np.bincount(owners, minlength=len(self._texts))
+        self._lengths = np.array([len(text) for text in texts], dtype=np.int64)
+        self._kept = np.bincount(owners, minlength=len(texts))
 
-    def _candidates(self, texts: list[str]) -> list[list[tuple[int, float]]]:
-        """For each text the protected sentences that share enough n-grams: position, share of the shorter's n-grams."""
+    def candidates(self, texts: Sequence[str], threshold: float) -> Iterator[tuple[int, int, float]]:
+        """Yield what shares enough n-grams: number of the text, position of the sentence, share of the shorter's."""
         grams, lines = _grams(texts, self._gram)
         if not len(self._keys) or not len(grams):
-            return [[] for _ in texts]
+            return
         slot = np.minimum(np.searchsorted(self._keys, grams), len(self._keys) - 1)
         hit = self._keys[slot] == grams
         slot, lines = slot[hit], lines[hit]
         width = self._ends[slot] - self._starts[slot]
         offset = np.arange(width.sum()) - np.repeat(np.cumsum(width) - width, width)
         owners = self._owners[np.repeat(self._starts[slot], width) + offset]
-        cells = np.repeat(lines, width) * len(self._texts) + owners
-        counts = np.bincount(cells, minlength=len(texts) * len(self._texts))
+        cells = np.repeat(lines, width) * len(self._positions) + owners
+        counts = np.bincount(cells, minlength=len(texts) * len(self._positions))
         cells = np.flatnonzero(counts)
-        rows, positions = np.divmod(cells, len(self._texts))
+        rows, positions = np.divmod(cells, len(self._positions))
         own = np.array([max(1, len(text) - self._gram + 1) for text in texts])
         shares = counts[cells] / np.minimum(self._kept[positions], own[rows])
         enough = shares >= _NEAR_SHARE
         rows, positions, shares = rows[enough], positions[enough], shares[enough]
         lengths = np.array([len(text) for text in texts])[rows], self._lengths[positions]
         # Texts of very different length cannot be near; they are compared only if one may hold the other.
-        near = 2 * np.minimum(*lengths) >= self.threshold * (lengths[0] + lengths[1])
+        near = 2 * np.minimum(*lengths) >= threshold * (lengths[0] + lengths[1])
         worth = near | (shares >= _INSIDE_SHARE)
-        rows, positions, shares = rows[worth], positions[worth], shares[worth]
-        candidates: list[list[tuple[int, float]]] = [[] for _ in texts]
-        for line, position, share in zip(rows.tolist(), positions.tolist(), shares.tolist(), strict=True):
-            candidates[line].append((position, share))
-        return candidates
+        found = rows[worth].tolist(), self._positions[positions[worth]].tolist(), shares[worth].tolist()
+        yield from zip(*found, strict=True)
 
 
 def _weight(text: str) -> int:

@@ -61,8 +61,7 @@ def read_sentences(place: Place) -> list[str]:
         DeftxError: As :func:`read_rows`; or a table of sentences has no column of texts.
     """
     if place.dataset != SENTENCES:
-        rows = read_rows(place).frame
-        return [*rows["text"], *(text for text in rows["text_pair"] if text is not None)]
+        return sentences_of(read_rows(place).frame)
     texts: list[str] = []
     for path in place.files:
         if path.suffix.lower() in (".tsv", ".csv"):
@@ -73,6 +72,11 @@ def read_sentences(place: Place) -> list[str]:
         else:
             texts += read_text(path).split("\n")
     return [text for text in map(clean_line, texts) if text]
+
+
+def sentences_of(rows: pd.DataFrame) -> list[str]:
+    """Return every text of rows, premises and hypotheses apart."""
+    return [*rows["text"], *(text for text in rows["text_pair"] if text is not None)]
 
 
 def _file_table(place: Place, path: Path) -> pd.DataFrame:

@@ -25,8 +25,8 @@ import pandas as pd
 from deftx.data.finding import NotAtHandError
 from deftx.data.labelled import place_of, task_spec, train_spec
 from deftx.data.leakage import LeakFilter, normalise, summarise
-from deftx.data.places import Form, MissingSplitError, Place
-from deftx.data.rows import SENTENCES, Rows, read_rows, read_sentences
+from deftx.data.places import Form, MissingSplitError, Origin, Place, digest_files
+from deftx.data.rows import SENTENCES, Rows, read_rows, read_sentences, sentences_of
 from deftx.data.settings import PROTECTED, SPLITS, DataSettings, LanguageSettings
 from deftx.errors import DeftxError
 
@@ -50,24 +50,30 @@ class Evaluation(NamedTuple):
     sets: tuple[str, ...] = ()
     files: tuple[Path, ...] = ()
 
-    def places(self, data: DataSettings) -> list[Place]:
+    def places(self, data: DataSettings, text: Origin | None = None) -> list[Place]:
         """Return what is protected in every text: rows in files of the user's own, ``sets`` and ``files``.
 
         Other public sets are protected language by language (:func:`protected_places`): another choice of targets
-        changes no key. The generated family holds no test sentence, but its few words and fixed patterns make every
-        line resemble some.
+        changes no key. The generated family's text holds no test sentence, but its few words and fixed patterns make
+        every line resemble some; so its rows are protected in text that does not come from it, alone.
+
+        Args:
+            data: Where data sets are.
+            text: What they are kept out of, where that is unlabelled text.
 
         Raises:
             DeftxError: One of ``sets`` has no rows at hand.
         """
-        own = {self.task: sorted({"test", *self.splits})} if task_spec(self.task, data).own else {}
+        given = text is not None and not text.generated
+        spec = task_spec(self.task, data)
+        own = {self.task: sorted({"test", *self.splits})} if spec.own or (spec.generated and given) else {}
         wanted = {**own, **{name: ["dev", "test"] for name in self.sets}}
         places: list[Place] = []
         for name, splits in wanted.items():
             rows = [place for spoken in self.languages for place in _evaluation_places(name, spoken, data, splits)]
             if name in self.sets and not rows:
                 raise DeftxError(f"protect={name}: there are no rows of it; set data.root=FOLDER or data.{name}=FOLDER")
-            places += [place for place in rows if not place.generated]
+            places += [place for place in rows if given or not place.generated]
         # One file may hold the rows of several languages, and in a combined one each language has its own.
         places = list({(place.files, place.hub, place.language): place for place in places}.values())
         return places + [Place(dataset=SENTENCES, form=Form(()), split="test", files=(path,)) for path in self.files]
@@ -79,7 +85,7 @@ class TrainPlaces(NamedTuple):
     Attributes:
         train: Rows to learn from.
         valid: Rows for model selection; ``None`` where a seeded part of ``train`` is held out.
-        protected: Every place whose sentences are kept out of both; of the validation rows those of other places.
+        protected: Every place whose sentences are kept out of both; but a dev split may be what validates.
     """
 
     train: Place
@@ -116,9 +122,10 @@ def train_places(
     Raises:
         DeftxError: Unknown set; the language is not in it; files missing.
     """
-    spec = train_spec(train, data)
+    spec = train_spec(train, data, evaluation.task if evaluation is not None else None)
     rows, valid = place_of(spec, language, data, "train"), None
-    if "own" in spec.validation:
+    # Files that the settings name have no validation file unless they name one, too.
+    if "own" in spec.validation and not (spec.own and data.train is not None and data.valid is None):
         try:
             valid = place_of(spec, language, data, "dev")
         except MissingSplitError:
@@ -132,7 +139,12 @@ def train_places(
         else:
             places = _evaluation_places(guard.name, language, data, guard.splits)
             protected += [place for place in places if place.local_files]
-    protected += evaluation.places(data) if evaluation is not None else []
+    if evaluation is not None:
+        protected += evaluation.places(data)
+        if spec.own and evaluation.task in PROTECTED:
+            # Files of one's own may hold sentences of any language. Public training sets have one, and its guards.
+            for spoken in evaluation.languages:
+                protected += _evaluation_places(evaluation.task, spoken, data, ("dev", "test"))
     return TrainPlaces(rows, valid, tuple(dict.fromkeys(protected)))
 
 
@@ -161,14 +173,16 @@ def load_train(
     report: dict[str, Any] = {
         "source": train,
         "language": language.code,
-        "leak": {"threshold": data.leak_threshold, "protected": len(leak_filter)},
+        "leak": {
+            "threshold": data.leak_threshold,
+            "protected": len(leak_filter),
+            "sets": sorted({_digest_texts(texts[place]) for place in places.protected}),
+        },
     }
     kept, report["train"] = _without_leaks(read_rows(places.train), leak_filter, protected)
     _need_rows(origin, "train", kept, report)
     if places.valid is not None:
-        others = [
-            place for place in places.protected if (place.files, place.hub) != (places.valid.files, places.valid.hub)
-        ]
+        others = [place for place in places.protected if not _validates_dev(places.valid, place)]
         if len(others) < len(places.protected):  # a study whose validation rows are somebody's dev rows keeps them
             protected = [text for place in others for text in texts[place]]
             leak_filter = LeakFilter(protected, data.leak_threshold)
@@ -233,7 +247,7 @@ def load_test(task: str, language: LanguageSettings, data: DataSettings, split: 
 
 
 def protected_places(
-    language: LanguageSettings, data: DataSettings, evaluation: Evaluation | None = None
+    language: LanguageSettings, data: DataSettings, evaluation: Evaluation | None = None, text: Origin | None = None
 ) -> list[Place]:
     """Return the evaluation rows whose sentences must not be in a language's unlabelled text.
 
@@ -251,19 +265,48 @@ def protected_places(
     if evaluation is not None and evaluation.task in PROTECTED:
         names[evaluation.task] = None
     places = [place for task in names for place in _evaluation_places(task, language, data, ("dev", "test"))]
-    return list(dict.fromkeys([*places, *(evaluation.places(data) if evaluation is not None else ())]))
+    return list(dict.fromkeys([*places, *(evaluation.places(data, text) if evaluation is not None else ())]))
 
 
-def protected_texts(language: LanguageSettings, data: DataSettings, evaluation: Evaluation | None = None) -> list[str]:
-    """Read the sentences of :func:`protected_places`; premises and hypotheses apart.
+class Protected(NamedTuple):
+    """Sentences that nobody may learn from.
+
+    Attributes:
+        texts: The sentences; premises and hypotheses apart.
+        sets: A :func:`digest_rows` of each set, sorted: whether rows were among them can be told later.
+    """
+
+    texts: list[str]
+    sets: list[str]
+
+
+def digest_rows(rows: pd.DataFrame) -> str:
+    """SHA-256 of the letters of rows' texts, whatever their order, ids and labels."""
+    return _digest_texts(_joined(rows))
+
+
+def _digest_texts(texts: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(sorted(set(map(normalise, texts)))).encode()).hexdigest()
+
+
+def protected_texts(
+    language: LanguageSettings, data: DataSettings, evaluation: Evaluation | None = None, text: Origin | None = None
+) -> Protected:
+    """Read the sentences of :func:`protected_places`.
 
     Raises:
         DeftxError: As :func:`protected_places`; or a file is malformed; or the hub does not answer.
     """
     texts: dict[str, None] = {}
-    for place in protected_places(language, data, evaluation):
+    sets = set()
+    for place in protected_places(language, data, evaluation, text):
         try:
-            read = read_sentences(place)
+            if place.dataset == SENTENCES:
+                read = read_sentences(place)
+            else:
+                rows = read_rows(place).frame
+                sets.add(digest_rows(rows))
+                read = sentences_of(rows)
         except DeftxError as error:
             if place.hub is None or place.dataset not in data.protect:
                 raise
@@ -273,7 +316,7 @@ def protected_texts(language: LanguageSettings, data: DataSettings, evaluation: 
                 f"data.protect=[{','.join(left)}] leaves it out"
             ) from error
         texts |= dict.fromkeys(read)
-    return list(texts)
+    return Protected(list(texts), sorted(sets))
 
 
 def fingerprint_rows(rows: pd.DataFrame) -> str:
@@ -330,6 +373,20 @@ def _evaluation_places(task: str, language: LanguageSettings, data: DataSettings
         with contextlib.suppress(NotAtHandError, MissingSplitError):
             places.append(place_of(task_spec(task, data), language, data, split))
     return places
+
+
+def _validates_dev(valid: Place, protected: Place) -> bool:
+    """Tell whether a protected place is a dev split that the study also validates on: its rows may choose, as dev does.
+
+    Files are compared by content, as keys compare them; a copy under another name is the same rows.
+    """
+    if protected.split not in ("dev", "validation"):
+        return False
+    if (valid.files, valid.hub) == (protected.files, protected.hub):
+        return True
+    if valid.hub or protected.hub or valid.url or protected.url:
+        return False
+    return digest_files(valid.files) == digest_files(protected.files)
 
 
 def _joined(frame: pd.DataFrame) -> list[str]:

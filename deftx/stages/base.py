@@ -221,7 +221,11 @@ def _pretrained_here(
     external |= {
         f"protected.{code}": ExternalInput.of(
             f"evaluation rows of {code}",
-            partial(combined_fingerprint, protected_places(language, data, study.evaluation), cache.fingerprint),
+            partial(
+                combined_fingerprint,
+                protected_places(language, data, study.evaluation, sources[code]),
+                cache.fingerprint,
+            ),
         )
         for code, language in study.pretrain_languages.items()
     }
@@ -239,7 +243,10 @@ def _pretrained_here(
         check_device(study)
         texts = {
             code: build_corpus(
-                source, protected_texts(study.pretrain_languages[code], data, study.evaluation), cleaning, seed
+                source,
+                protected_texts(study.pretrain_languages[code], data, study.evaluation, source).texts,
+                cleaning,
+                seed,
             )
             for code, source in sources.items()
         }

@@ -196,7 +196,7 @@ class _Reader:
                     raise
                 inputs.skipped[code] = str(error)
                 continue
-            protected = protected_places(language, data, study.evaluation)
+            protected = protected_places(language, data, study.evaluation, source)
             inputs.texts[code] = self._text(language, source, protected)
             self._record_read("text", code, source)
 
@@ -225,20 +225,22 @@ class _Reader:
             partial(load_test, study.task, language, self.data, split),
         )
 
-    def _text(self, language: LanguageSettings, source: TextSource, protected: Sequence[Place]) -> Node:
+    def _text(self, language: LanguageSettings, source: TextSource, places: Sequence[Place]) -> Node:
         """Unlabelled text of one language: cleaned, without evaluation sentences, its first lines held out.
 
         Reads nothing but what was given, or the generated family. Writes ``train.txt`` and ``valid.txt`` (UTF-8, a
         sentence on each line) and ``report.json`` (how many lines were read, dropped and why, and kept).
         """
         study, data = self.study, self.data
-        sources = {"text": self._external(f"text of {language.code}", source), "protected": self._protected(protected)}
+        sources = {"text": self._external(f"text of {language.code}", source), "protected": self._protected(places)}
 
         def compute(work: Workspace, loggers: Loggers) -> None:
             from deftx.data.tasks import protected_texts
 
-            texts = protected_texts(language, data, study.evaluation)
-            built = build_corpus(source, texts, study.corpus, seed=stage_seed(study.seed, "corpus", language.code))
+            protected = protected_texts(language, data, study.evaluation, source)
+            seed = stage_seed(study.seed, "corpus", language.code)
+            built = build_corpus(source, protected.texts, study.corpus, seed=seed)
+            built.report["leak"]["sets"] = protected.sets
             check_all(sources)
             for split, lines in (("train", built.train), ("valid", built.valid)):
                 (work.out / f"{split}.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
@@ -249,7 +251,7 @@ class _Reader:
             3,
             {"corpus": asdict(study.corpus), "language": language.code},
             compute,
-            needs=self._needs(source, *protected),
+            needs=self._needs(source, *places),
             content=contents(sources),
             seed=study.seed,
             label=f"text {language.code}",

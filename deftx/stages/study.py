@@ -16,12 +16,13 @@ from typing import Any
 
 from deftx import atomic, tracking
 from deftx.cache import StageCache
+from deftx.data.labelled import SETS
 from deftx.data.settings import LanguageSettings
 from deftx.errors import DeftxError
 from deftx.stages.base import PRETRAINING_TEXT
 from deftx.stages.execute import Results, StudyProgress
 from deftx.stages.graph import GivenSFTs, graph
-from deftx.stages.inputs import NEEDS, read_json
+from deftx.stages.inputs import NEEDS, TestRows, read_json
 from deftx.stages.knobs import flat_knobs, given_knobs
 from deftx.stages.outputs import fill, keep, short, show, write_tables
 from deftx.stages.preflight import refuse_used
@@ -125,7 +126,10 @@ def run_eval(
     def body(progress: StudyProgress) -> None:
         nodes = progress.open(NEEDS["eval"], GivenSFTs(task, languages, int(task_facts["training"]["max_length"])))
         progress.sfts += nodes.sfts
-        progress.remarks += remarks
+        unfiltered = list(_unfiltered(task_facts, language_facts, nodes.inputs.tests))
+        for remark in unfiltered:
+            log.warning("%s", remark.line)
+        progress.remarks += [*remarks, *unfiltered]
         progress.evaluate()
 
     return _run(study, run_dir, "eval", knobs, body)
@@ -155,6 +159,36 @@ def _given_remarks(
     if silent:
         text = "these SFTs do not say which tokenizer they were trained with, so that cannot be checked"
         yield tracking.Remark("unknown_tokenizer", text, tuple(silent))
+
+
+def _unfiltered(
+    task: Mapping[str, Any], languages: Mapping[str, Mapping[str, Any]], tests: Mapping[tuple[str, str], TestRows]
+) -> Iterator[tracking.Remark]:
+    """Yield which given SFTs may have learnt from the rows that are evaluated, as far as their files say.
+
+    Args:
+        task: Metadata of φ_T. Rows of a public set have their own guards; those of files may hold anything.
+        languages: Metadata of φ_L by target.
+        tests: The rows that will be evaluated. The generated family's stand in no text.
+    """
+    from deftx.data.tasks import digest_rows
+
+    own = [report for report in (task.get("rows") or {}).values() if SETS[report["source"]].own]
+    learnt: dict[str, list[Mapping[str, Any]]] = {code: [facts.get("text") or {}] for code, facts in languages.items()}
+    found: dict[str, None] = {}
+    for (code, _), rows in tests.items():
+        if rows.needs:
+            continue
+        digest = digest_rows(rows.frame)
+        for name, reports in ((f"φ_L of {code}", learnt.get(code, [])), (f"φ_T, with {code}'s rows", own)):
+            filters = [report.get("leak") or {} for report in reports]
+            if any(item.get("threshold", 2) > 1 or digest not in item.get("sets", ()) for item in filters):
+                found[name] = None
+    if found:
+        text = (
+            "what these SFTs learnt from was not kept clear of the sentences that are evaluated: scores may be too high"
+        )
+        yield tracking.Remark("unfiltered", text, tuple(found))
 
 
 def run_pretrain(study: StudySettings, text: Sequence[str], out: Path) -> None:

@@ -140,9 +140,8 @@ class Remark:
     Attributes:
         kind: A stable word: ``split``, ``no_text``, ``not_zero_shot``, ``no_source_sft``, ``one_target``,
             ``constant_predictions``, ``drawn_head``,
-            ``unknown_pieces``, ``absent_labels``, ``untrained_labels``, ``other_language``,
-            ``other_length``, ``unknown_tokenizer``, ``provenances_differ``; ``other`` in older
-            results.
+            ``unknown_pieces``, ``absent_labels``, ``untrained_labels``, ``other_language``, ``other_length``,
+            ``unfiltered``, ``unknown_tokenizer``, ``provenances_differ``; ``other`` in older results.
         text: One sentence, without what it lists.
         about: The cells, languages or files that it lists.
     """

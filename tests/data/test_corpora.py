@@ -238,7 +238,7 @@ def test_shared_text(shared_data: Path, code: str, duplicates: int, leaks: dict[
     """Evaluation sentences that upstream left in its training text (shared README: bzd 1, shp 5 equal ones)."""
     data = DataSettings(root=str(shared_data))
     corpus = build_corpus(
-        resolve_text(language(code), data), protected_texts(language(code), data), CorpusSettings(), 0
+        resolve_text(language(code), data), protected_texts(language(code), data).texts, CorpusSettings(), 0
     )
     assert corpus.report["duplicate"] == duplicates
     assert {kind: corpus.report["leak"]["by_kind"][kind] for kind in leaks} == leaks

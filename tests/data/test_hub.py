@@ -153,7 +153,7 @@ def test_training_rows_protected_sentences_and_text_come_from_the_cache(
     loaded = load_train("smsa", language("ind"), data, seed=0)
     assert loaded.report["train"]["leak"]["dropped"] == 1
     assert loaded.report["leak"]["protected"] == 3
-    assert protected_texts(language("ind"), data) == ["c", leaked, "b"]
+    assert protected_texts(language("ind"), data).texts == ["c", leaked, "b"]
     wiki = resolve_text(language("ind"), data)
     assert list(wiki.pieces(0.5)) == [(["Satu.", "Dua.", "Tiga."], 2)]
     assert wiki.identity() == {"hub": "wikimedia/wikipedia", "config": "20231101.id", "revision": OLD}

@@ -76,7 +76,7 @@ def test_a_clone_with_the_language_is_enough(code: str, upstream: Upstream, tmp_
             assert set(rows["label"]) == {0, 1, 2}
             assert rows["text_pair"].notna().all() == TASKS[task].pair
             expected += 12 if TASKS[task].pair else 6
-    protected = protected_texts(settings, data)
+    protected = protected_texts(settings, data).texts
     assert len(protected) == expected
 
     text = write(tmp_path / "t.txt", "".join(f"{line}\n" for line in protected) + "one two three\nfour five six\n" * 40)

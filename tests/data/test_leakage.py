@@ -149,6 +149,17 @@ def test_index_loses_nothing_of_an_exhaustive_comparison(edit: str, bound: float
     assert found > 50
 
 
+def test_sentences_of_another_script_beside_it_hide_none() -> None:
+    chinese = "今天天气很好我们一起去公园散步看花吧朋友们"
+    edited = chinese.replace("公园", "学校").replace("花", "书")
+    latin = [sentence(random.Random(seed), 12) for seed in range(40)]
+    alone, mixed = (LeakFilter(protected).matches([edited])[0] for protected in ([chinese], [*latin, chinese]))
+    assert alone is not None
+    assert mixed is not None
+    assert (mixed.similarity, mixed.kind, mixed.index) == (alone.similarity, alone.kind, 40)
+    assert LeakFilter([*latin, chinese]).matches(latin) == LeakFilter(latin).matches(latin)
+
+
 def test_a_sentence_of_common_words_only_is_still_found() -> None:
     """Frequent n-grams are left out of the index, but not where a sentence has no others."""
     rng = random.Random(1)

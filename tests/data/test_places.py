@@ -114,7 +114,7 @@ def test_loading_reads_the_places_and_nothing_else(
     load_test("xnli", language("swa"), data)
     assert read == [evaluation_place("xnli", language("swa"), data)]
     read.clear()
-    evaluation = Evaluation("sentiment", ("test",), (spoken, language("jav")))
+    evaluation = Evaluation("xnli" if train == "multinli" else "sentiment", ("test",), (spoken, language("jav")))
     load_train(train, spoken, data, 0, evaluation)
     assert set(read) == set(everything(train_places(train, spoken, data, evaluation)))
     read.clear()
@@ -244,6 +244,13 @@ def test_the_family_is_known_before_it_is_there(later: FamilyData) -> None:
         found: list[Origin] = [evaluation_place("synthetic", member, later) for member in MEMBERS]
         training = train_places("synthetic", MEMBERS[0], later)
         assert training.protected == ()
+        evaluation = Evaluation("synthetic", ("test",), tuple(MEMBERS))
+        text = resolve_text(MEMBERS[0], later)
+        assert protected_places(MEMBERS[0], later, evaluation, text) == []
+        # Text that is not the family's own may hold its sentences.
+        given = Origin(files=(Path(__file__),))
+        protected = protected_places(MEMBERS[0], later, evaluation, given)
+        assert protected == [evaluation_place("synthetic", member, later) for member in MEMBERS]
         assert protected_places(MEMBERS[0], later) == []
         return [*found, *everything(training), *(resolve_text(member, later) for member in MEMBERS)]
 

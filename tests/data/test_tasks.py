@@ -18,6 +18,8 @@ from deftx.data.hub import resolve_commit
 from deftx.data.labelled import NLI, SENTIMENT, TASKS, task_spec
 from deftx.data.settings import DataSettings, LanguageSettings
 from deftx.data.tasks import (
+    Evaluation,
+    digest_rows,
     fingerprint_rows,
     load_test,
     load_train,
@@ -302,7 +304,9 @@ def test_smsa_loses_the_originals_of_nusax(tmp_path: Path) -> None:
     assert report["train"]["kept"] == len(loaded.train) == 31
     assert report["valid"]["leak"]["dropped"] == 1
     assert report["valid"]["kept"] == len(loaded.valid) == 10
-    assert report["leak"] == {"threshold": 0.7, "protected": 12}
+    assert report["leak"]["threshold"] == 0.7
+    assert report["leak"]["protected"] == 12
+    assert len(report["leak"]["sets"]) == 2
     assert json.loads(json.dumps(report)) == report
 
 
@@ -432,6 +436,74 @@ def test_own_test_sentences_are_not_learnt(tmp_path: Path) -> None:
     assert any(own in place.files for place in train_places("sentiment", language("ind"), data).protected)
 
 
+OTHERS = [[f"satu kalimat nomor {word} yang tidak sama {word}", "neutral"] for word in "abcdefghijklmnopqrst"]
+
+
+@pytest.mark.parametrize("train", ["sentiment", "tsv"])
+def test_files_of_ones_own_hold_no_row_of_a_public_set_in_any_language(tmp_path: Path, train: str) -> None:
+    write_clones(tmp_path)
+    evaluated = load_test("nusax", language("ace"), DataSettings(root=str(tmp_path)))["text"].tolist()
+    file = write(tmp_path / "mixed.tsv", tsv("text label", [*OTHERS, *([text, "neutral"] for text in evaluated)]))
+    data = DataSettings(root=str(tmp_path), train=str(file), labels=list(SENTIMENT))
+    evaluation = Evaluation("nusax", ("test",), (language("ind"), language("ace")))
+    loaded = load_train(train, language("ind"), data, seed=0, evaluation=evaluation)
+    assert not {*loaded.train["text"], *loaded.valid["text"]} & set(evaluated)
+    assert len(loaded.train) + len(loaded.valid) == len(OTHERS)
+
+
+def test_evaluated_rows_do_not_choose_a_checkpoint_under_any_name(tmp_path: Path) -> None:
+    rows = tsv("text label", [[f"kalimat uji {word} sekali lagi {word}", "neutral"] for word in "abcdefgh"])
+    train = write(tmp_path / "train.tsv", tsv("text label", OTHERS))
+    test, copy = (write(tmp_path / name, rows) for name in ("test.tsv", "copy.tsv"))
+    evaluation = Evaluation("sentiment", ("test",), (OWN,))
+    for valid in (test, copy):
+        data = DataSettings(train=str(train), valid=str(valid), test=str(test))
+        with pytest.raises(DeftxError, match="none of 8 validation rows is left: 8 are sentences of evaluation sets"):
+            load_train("sentiment", OWN, data, seed=0, evaluation=evaluation)
+    # Dev rows choose checkpoints by their nature; a copy of them is the same rows.
+    write(tmp_path / "other.tsv", tsv("text label", [["tidak ada yang sama di sini sama sekali", "neutral"]]))
+    evaluation = Evaluation("sentiment", ("dev",), (OWN,))
+    for valid in (test, copy):
+        data = DataSettings(train=str(train), valid=str(valid), test=str(tmp_path / "other.tsv"))
+        assert len(load_train("sentiment", OWN, data, seed=0, evaluation=evaluation).valid) == 8
+
+
+def test_a_training_label_means_what_the_task_means_by_it(tmp_path: Path) -> None:
+    pairs = [(text, SENTIMENT[number % 3]) for number, (text, _) in enumerate(OTHERS)]
+    file = write(tmp_path / "train.tsv", tsv("text label", [list(pair) for pair in pairs]))
+    told = dict(pairs)
+    for order in (SENTIMENT, SENTIMENT[::-1]):
+        data = DataSettings(train=str(file), labels=list(order))
+        loaded = load_train("tsv", OWN, data, seed=0, evaluation=Evaluation("sentiment"))
+        for frame in (loaded.train, loaded.valid):
+            assert labels(frame, SENTIMENT) == [told[text] for text in frame["text"]]
+    data = DataSettings(train=str(file), labels=["no", "yes"])
+    with pytest.raises(
+        DeftxError, match=r"task.train=tsv has the labels no, yes, and task=sentiment asks for negative"
+    ):
+        load_train("tsv", OWN, data, seed=0, evaluation=Evaluation("sentiment"))
+
+
+def test_named_training_rows_without_validation_rows_hold_out_a_part(tmp_path: Path) -> None:
+    own_files(tmp_path, "sentiment")
+    file = write(tmp_path / "mine.tsv", tsv("text label", OTHERS))
+    data = DataSettings(root=str(tmp_path), train=str(file), valid_fraction=0.25)
+    loaded = load_train("sentiment", OWN, data, seed=0)
+    assert len(loaded.valid) == 5
+    assert set(loaded.valid["text"]) <= {text for text, _ in OTHERS}
+
+
+def test_sets_of_sentences_are_known_by_their_letters(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"text": ["Satu, dua", "tiga"], "text_pair": [None, "empat"]})
+    again = pd.DataFrame({"text": ["TIGA", "satu dua!", "tiga"], "text_pair": ["empat", None, "empat"]})
+    assert digest_rows(frame) == digest_rows(again)
+    assert digest_rows(frame) != digest_rows(frame[:1])
+    write_clones(tmp_path)
+    data = DataSettings(root=str(tmp_path))
+    assert digest_rows(load_test("nusax", language("ace"), data)) in protected_texts(language("ace"), data).sets
+    assert digest_rows(load_test("nusax", language("ban"), data)) not in protected_texts(language("ace"), data).sets
+
+
 def test_labels_of_ones_own(tmp_path: Path) -> None:
     file = write(tmp_path / "t.csv", "label,text,note\nyes,a,x\nno,b,y\n")
     data = DataSettings(test=str(file), labels=["no", "yes"])
@@ -553,17 +625,17 @@ def test_folders_that_are_not_there(tmp_path: Path, settings: dict[str, str], me
 def test_protected_texts_are_dev_and_test_of_what_is_at_hand(tmp_path: Path) -> None:
     clones = write_clones(tmp_path)
     data = DataSettings(root=str(tmp_path))
-    texts = protected_texts(language("eng"), data)
+    texts = protected_texts(language("eng"), data).texts
     assert len(texts) == len(set(texts)) == 12 + 24  # NusaX valid + test; premises and hypotheses of XNLI dev + test
-    assert len(protected_texts(language("quy"), data)) == 24
+    assert len(protected_texts(language("quy"), data).texts) == 24
     (tmp_path / "americasnli/data/anli_final/test/quy.tsv").unlink()
-    assert len(protected_texts(language("quy"), data)) == 12
+    assert len(protected_texts(language("quy"), data).texts) == 12
     data.protect = ["nusax"]
-    assert sorted(protected_texts(language("ind"), data)) == sorted(
+    assert sorted(protected_texts(language("ind"), data).texts) == sorted(
         f"{text}, ya" for split in ("valid", "test") for text in clones.indonesian[split]
     )
-    assert protected_texts(language("quy"), data) == []
-    assert protected_texts(language("ace"), DataSettings(root=str(tmp_path / "xnli"))) == []
+    assert protected_texts(language("quy"), data).texts == []
+    assert protected_texts(language("ace"), DataSettings(root=str(tmp_path / "xnli"))).texts == []
     data.protect = ["nusaks"]
     with pytest.raises(DeftxError, match=r"data\.protect: 'nusaks'"):
         protected_texts(language("ind"), data)

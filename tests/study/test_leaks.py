@@ -68,6 +68,30 @@ def test_evaluation_sentences_of_ones_own_reach_nothing_that_trains(
     assert {report["leak"]["dropped"] for report in texts.values()} == {6}
 
 
+def test_given_sfts_that_were_not_kept_clear_are_named(
+    deftx: Command, own: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    cache, common = tmp_path / "cache", own("test")
+    assert deftx("run", *common, "only=[base]", cache=cache).status == 0
+    [base] = cache.glob("pretrain/*/model")
+    here = ["task=sentiment", "task.source=qaa", f"data.root={tmp_path / 'data'}", "language=qba", "logger=csv"]
+    here += ["model=local", f"model.path={base}", "trainer=cpu", "trainer.threads=1", "trainer.progress=false"]
+    later = tmp_path / "later.tsv"
+    rows = (tmp_path / "data/sentiment/qba/test.tsv").read_text(encoding="utf-8")
+    later.write_text(f"{rows}one sentence more\tneutral\n", encoding="utf-8")
+    for kind in ("language", "task"):
+        size = ["budget=smoke", "k=200", "rank=4"]
+        made = deftx("sft", f"kind={kind}", f"out={tmp_path / kind}", *here, *size, cache=cache, small=False)
+        assert made.status == 0, made.err
+    given = [f"task_sft={tmp_path / 'task'}", f"language_sft.qba={tmp_path / 'language'}"]
+    for files, named in (([], None), ([f"data.test={later}"], ["φ_L of qba", "φ_T, with qba's rows"])):
+        outcome = deftx("eval", *here, *given, *files, cache=cache, small=False)
+        assert outcome.status == 0, outcome.err
+        notes = {note["kind"]: note["about"] for note in outcome.result()["notes"]}
+        assert notes.get("unfiltered") == named
+    assert "scores may be too high: φ_L of qba" in " ".join(outcome.out.split())
+
+
 def test_with_the_filter_off_they_do(deftx: Command, own: Callable[..., list[str]], tmp_path: Path) -> None:
     off = ["data.leak_threshold=2", "corpus.leak_threshold=2", "only=[base]"]
     outcome = deftx("run", *own("test"), *off, cache=tmp_path / "cache")
