@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from deftx import __version__
 from deftx.errors import DeftxError, did_you_mean
+from deftx.streams import lasting_streams
 
 if TYPE_CHECKING:
     import argparse
@@ -29,6 +31,7 @@ COMMANDS = {
     "eval": "compose given SFTs and evaluate them on target languages",
     "pretrain": "train a small multilingual encoder from raw text, for work without a hub",
     "report": "tables, plots and one page from the results of many runs: deftx report DIR...",
+    "status": "what sweeps and runs have done, what runs now, what is left: deftx status [DIR...]",
     "dashboard": "a W&B workspace over the runs of a study, as a specification or published",
     "cache": "list, explain, verify and prune the results of stages: ls | info KEY | verify | prune",
 }
@@ -59,13 +62,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         status = _dispatch(arguments)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except DeftxError as error:
         print(_message(error), file=sys.stderr)
         status = 1
     except KeyboardInterrupt:
         print(
-            "deftx: interrupted; finished stages are in the cache, run the command again to go on",
+            "deftx: interrupted; finished stages and the last state of a phase are in the cache. "
+            f"To go on, run the command again: deftx {_again(arguments)}",
             file=sys.stderr,
         )
         status = 130
@@ -74,6 +79,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 141
     sys.exit(status)
+
+
+def _again(arguments: Sequence[str]) -> str:
+    """Return what goes on with an interrupted command: the same, but for a folder that is not new any more."""
+    return shlex.join(item for item in arguments if not item.startswith(("hydra.sweep.dir=", "hydra.run.dir=")))
 
 
 def _message(error: DeftxError) -> str:
@@ -103,6 +113,10 @@ def _dispatch(arguments: list[str]) -> int:
         from deftx.dashboard import main as dashboard
 
         return dashboard(rest)
+    if name == "status":
+        from deftx.status import main as status
+
+        return status(rest)
     if name == "report":
         from deftx.report.command import main as report
 
@@ -145,9 +159,12 @@ def _command(name: str, arguments: list[str]) -> int:
             "only=[...] makes parts of one study; it is neither swept nor planned: leave out only= (a sweep makes what "
             "its jobs share by itself), or -m and --dry-run"
         )
-    if command.multirun or options.dry_run:
+    if options.dry_run:
         return _sweep(name, command, options)
-    return _single(name, command.jobs[0].overrides, options.config_dir)
+    with lasting_streams():
+        if command.multirun:
+            return _sweep(name, command, options)
+        return _single(name, command.jobs[0].overrides, options.config_dir)
 
 
 def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -229,10 +246,10 @@ def _sweep(name: str, command: CheckedCommand, options: argparse.Namespace) -> i
         studies if name == "run" else [],
         devices,
     )
-    check(sweep.launcher)
     if options.dry_run:
         if config.search.space:
             print("a search: its trials are not known yet; this is the plan of one run at the base settings")
         dry_run(sweep)
         return 0
+    check(sweep.launcher)
     return run_search(sweep, config.search) if config.search.space else run_sweep(sweep)

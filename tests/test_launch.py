@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from deftx.errors import DeftxError
-from deftx.launch import LauncherSettings, TaskFailure, check, run_all
+from deftx.launch import LauncherSettings, TaskFailure, TaskStop, check, run_all
 from deftx.launch.processes import _claim, visible_gpus
 
 BASIC = LauncherSettings()
@@ -23,6 +23,10 @@ LOCAL = LauncherSettings(name="submitit", cluster="local", workers=2, timeout_mi
 
 def square(number: int) -> int:
     return number * number
+
+
+def threads(names: tuple[str, ...]) -> dict[str, str]:
+    return {name: os.environ[name] for name in names if name in os.environ}
 
 
 def trouble(task: dict[str, Any]) -> str:
@@ -98,6 +102,30 @@ def test_a_task_that_raises_ends_alone(settings: LauncherSettings, tmp_path: Pat
     assert {number for number, answer in found.items() if not isinstance(answer, TaskFailure)} == {0, 2}
     assert found[1] == "ValueError: no such luck"
     assert settings is BASIC or "told to stop" in found[3]
+    assert [number for number, answer in found.items() if isinstance(answer, TaskStop)] == [3] * (settings is JOBLIB)
+
+
+def test_a_worker_whose_sweep_has_died_before_it_began_ends(tmp_path: Path) -> None:
+    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
+    code = "import sys, time; from deftx.launch.processes import _begin; _begin(sys.argv[1], 1, [], int(sys.argv[2]))"
+    worker = subprocess.run(
+        [sys.executable, "-c", f"{code}; time.sleep(60)", str(tmp_path), gone.stdout.decode()], timeout=50, check=False
+    )
+    assert worker.returncode == 1
+
+
+@pytest.mark.parametrize("given", [{}, {"OMP_NUM_THREADS": "1"}, {"MKL_NUM_THREADS": "1"}])
+def test_threads_that_are_set_are_those_of_workers(
+    given: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    (found,) = answers(JOBLIB, threads, [names], tmp_path).values()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    assert found == (given or dict.fromkeys(names, str(cores)))
 
 
 def test_a_worker_takes_the_claim_of_a_dead_one(tmp_path: Path) -> None:

@@ -19,7 +19,19 @@ SETTINGS = {
     "methods.table",
     *(f"{room}.settings" for room in ("core", "data", "launch", "methods", "tracking", "training")),
 }
-GROUND = {"atomic", "errors", "knobs", "memory", "processes", "seeds", "signals", "units"}
+GROUND = {
+    "atomic",
+    "errors",
+    "folders",
+    "heartbeat",
+    "knobs",
+    "memory",
+    "processes",
+    "seeds",
+    "signals",
+    "streams",
+    "units",
+}
 ROOMS = {
     "core": set(),
     "data": set(),
@@ -37,7 +49,20 @@ ROOMS = {
     "help": {"config"},
     "report": {"plots", "tracking"},
     "dashboard": {"tracking"},
-    "cli": {"stages", "config", "help", "cache", "tracking", "jobs", "launch", "sweeps", "report", "dashboard"},
+    "status": {"tracking"},
+    "cli": {
+        "stages",
+        "config",
+        "help",
+        "cache",
+        "tracking",
+        "jobs",
+        "launch",
+        "sweeps",
+        "report",
+        "dashboard",
+        "status",
+    },
 }
 
 

@@ -208,20 +208,22 @@ def test_metrics_csv_has_one_row_for_each_score(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "kind", "traced"),
+    ("error", "kind", "traced", "status"),
     [
-        (RuntimeError("boom"), "RuntimeError", True),
-        (DeftxError("rank is 0"), "DeftxError", False),
-        (KeyboardInterrupt(), "KeyboardInterrupt", False),
+        (RuntimeError("boom"), "RuntimeError", True, "failed"),
+        (DeftxError("rank is 0"), "DeftxError", False, "failed"),
+        (KeyboardInterrupt(), "KeyboardInterrupt", False, "interrupted"),
     ],
 )
-def test_a_failed_run_leaves_its_record(tmp_path: Path, error: BaseException, kind: str, traced: bool) -> None:
+def test_a_failed_run_leaves_its_record(
+    tmp_path: Path, error: BaseException, kind: str, traced: bool, status: str
+) -> None:
     record = RunRecord("s", "j", metrics=[SCORES[0]])
     with pytest.raises(type(error)) as caught, recording(tmp_path, record):
         raise error
     assert caught.value is error
     content = json.loads((tmp_path / "result.json").read_text())
-    assert content["status"] == "failed"
+    assert content["status"] == status
     assert content["error"]["type"] == kind
     assert content["error"]["message"] == str(error)
     assert ("raise error" in (content["error"]["traceback"] or "")) is traced

@@ -483,8 +483,6 @@ def test_wandb_off_writes_curves_alone(tmp_path: Path, monkeypatch: pytest.Monke
         ("online", {"WANDB_MODE": "disabled"}, "off"),
         ("offline", {"WANDB_MODE": "disabled"}, "off"),
         ("off", {"WANDB_MODE": "online"}, "off"),
-        ("offline", {"RANK": "1"}, "off"),
-        ("offline", {"LOCAL_RANK": "2"}, "off"),
     ],
 )
 def test_the_environment_can_only_lower_the_mode(

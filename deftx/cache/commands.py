@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import sys
 import time
@@ -33,6 +32,7 @@ from deftx.cache.processes import in_use
 from deftx.cache.store import StageCache
 from deftx.cache.verify import DamageError, load, set_aside
 from deftx.errors import DeftxError, did_you_mean
+from deftx.folders import cache_root
 from deftx.units import size_text, time_text
 
 if TYPE_CHECKING:
@@ -149,12 +149,12 @@ def run(arguments: Sequence[str]) -> int:
 
 def _root(root: str | None) -> Path:
     """Return the folder as conf/run.yaml's ``paths.cache`` has it."""
-    if root is not None:
-        return Path(root)
-    if "DEFTX_CACHE" in os.environ:
-        return Path(os.environ["DEFTX_CACHE"])
-    around = os.environ.get("XDG_CACHE_HOME", f"{os.environ.get('HOME', '.')}/.cache")
-    return Path(around) / "deftx"
+    found = cache_root() if root is None else root
+    if not found.strip():
+        raise DeftxError(
+            "there is no home folder to look for a stage cache in; give --cache FOLDER or DEFTX_CACHE=FOLDER"
+        )
+    return Path(found)
 
 
 def parse_age(text: str) -> float:

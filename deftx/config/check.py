@@ -17,8 +17,8 @@ from yaml import YAMLError
 
 from deftx.config.compose import Composer, is_group, is_hydra
 from deftx.config.resolve import resolve_command
-from deftx.config.session import group_options, typed, unknown
-from deftx.errors import DeftxError, did_you_mean
+from deftx.config.session import group_options, language_settings, typed, unknown
+from deftx.errors import DeftxError, collected, did_you_mean
 from deftx.knobs import Knob, declared, problems
 from deftx.settings import KNOBS, RunConfig
 from deftx.stages.settings import StudySettings
@@ -212,6 +212,11 @@ def _jobs(
     """
     single = [item for item in items if not item.is_sweep_override()]
     base = compose(composer.name, overrides=_lines(single), return_hydra_config=True)
+    if base.hydra.job.chdir:
+        raise DeftxError(
+            "hydra.job.chdir=true: relative paths would be looked for in each run's own folder; leave it out (results "
+            "land there anyway)"
+        )
     # A search is many jobs, too, though it has one set of overrides to begin with.
     multirun = multirun or base.hydra.mode == RunMode.MULTIRUN or bool(base.search.space)
     if not multirun:
@@ -277,12 +282,47 @@ def _group_problems(item: Override) -> list[str]:
         return []
     options = group_options(item.key_or_group)
     group, values = item.key_or_group, _values(item)
+    if read := _read_as_values(item):
+        return [
+            f"{item.input_line}: {text!r} is read as a value, not as a name; quote it: '{group}={_requoted(item)}'"
+            for text in read[:1]
+        ]
     if group in ONE and len(values) > 1 and not item.is_sweep_override():
         beside = f", compare=[{','.join(values[1:])}] evaluates it beside {values[0]}" if group == "method" else ""
         return [f"{item.input_line}: a run has one {group}; -m {group}={','.join(values)} runs each{beside}"]
-    return [
+    messages = [
         unknown(group, value, options) for value in values if value not in options and value not in ("null", "None", "")
     ]
+    for value in values if group == "language" else ():
+        if value in options:
+            with collected(messages):
+                language_settings(value)
+    return messages
+
+
+def _parts(item: Override) -> list[Any]:
+    """Return what an override of a group chooses, as Hydra read it."""
+    value = item.value()
+    found = list(getattr(value, "list", [])) if item.is_sweep_override() else value
+    return found if isinstance(found, list) else [found]
+
+
+def _read_as_values(item: Override) -> list[str]:
+    """Return names that Hydra's grammar takes for numbers or truth values, as they were written."""
+    texts = (item.input_line or "").partition("=")[2].strip("[] ").split(",")
+    parts = _parts(item)
+    if len(texts) != len(parts):
+        return []
+    return [text.strip() for text, part in zip(texts, parts, strict=True) if isinstance(part, bool | int | float)]
+
+
+def _requoted(item: Override) -> str:
+    texts = [text.strip() for text in (item.input_line or "").partition("=")[2].strip("[] ").split(",")]
+    quoted = [
+        f'"{text}"' if isinstance(part, bool | int | float) else text
+        for text, part in zip(texts, _parts(item), strict=True)
+    ]
+    return f"[{','.join(quoted)}]" if item.key_or_group in LISTS else ",".join(quoted)
 
 
 def _override_problems(items: Sequence[Override], composer: Composer, check: ConfigCheck, multirun: bool) -> list[str]:
@@ -313,7 +353,10 @@ def _override_problems(items: Sequence[Override], composer: Composer, check: Con
                 else:
                     composer([*chosen, text])
             except COMPOSE_ERRORS as error:
-                messages.append(f"{text}: {_first_line(error.__cause__ or error)}")
+                reason = _first_line(error.__cause__ or error)
+                if "is not a ListConfig" in reason:
+                    reason = f"a list is needed: {key}=[{text.partition('=')[2]}]"
+                messages.append(f"{text}: {reason}")
     try:
         messages += check(config, [], multirun)
     except COMPOSE_ERRORS as error:

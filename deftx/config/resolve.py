@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from deftx.config.session import group_options, language_settings, typed, unknown
 from deftx.core.settings import RankPolicy, ResidualPolicy
 from deftx.data.settings import PROTECTED, SPLITS, LanguageSettings
-from deftx.errors import DeftxError, collected
+from deftx.errors import DeftxError, collected, did_you_mean
 from deftx.knobs import declared, problems
 from deftx.methods import METHODS
 from deftx.methods.settings import SFTKnobs, SizeKnobs
@@ -50,6 +50,10 @@ def resolve(config: RunConfig, command: str = "run") -> tuple[StudySettings | No
         task_spec(config.task.name, config.data)
     task = TASKS.get(config.task.name)
     splits = _splits(config.split, task, messages)
+    for name in ("cache", "output"):
+        if not getattr(config.paths, name).strip():
+            what = "; or DEFTX_CACHE=FOLDER: there is no home folder to put it in" if name == "cache" else ""
+            messages.append(f"paths.{name} is empty: give paths.{name}=FOLDER{what}")
     if not config.language:
         messages.append("no target language: language=ace or language=[ace,ban]")
     messages += [
@@ -68,6 +72,13 @@ def resolve(config: RunConfig, command: str = "run") -> tuple[StudySettings | No
     more = {code: _language(code, messages) for code in config.task.more_sources}
     pretrained_on = [*config.model.languages, *config.model.vocabulary] if config.model.pretrain else []
     pretrain = {code: _language(code, messages) for code in pretrained_on}
+
+    used = {*config.language, config.task.source, *more, *pretrain}
+    messages += [
+        f"data.text.{code}: no language of this study{did_you_mean(code, used)}; they are {', '.join(sorted(used))}"
+        for code in config.data.text
+        if code not in used
+    ]
 
     language_sft = _sft("lang", config.lang, config, config.sparsity.language, messages)
     task_sft = _sft("task", config.task, config, config.sparsity.task, messages)

@@ -11,6 +11,7 @@ from pathlib import Path
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
+from deftx.folders import cache_root
 from deftx.knobs import declared
 from deftx.methods.settings import ShortKnobs, SizeKnobs
 from deftx.settings import RunConfig
@@ -33,4 +34,5 @@ def register() -> None:
     schema.corpus.max_lines = "${budget.max_lines}"
     # Hydra makes these folders itself, and the shell leaves the ~ of key=~/x alone.
     OmegaConf.register_new_resolver("home", lambda path: str(Path(path).expanduser()), replace=True)
+    OmegaConf.register_new_resolver("cache_root", cache_root, replace=True)
     ConfigStore.instance().store(name="run_schema", node=schema)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -160,7 +161,24 @@ def language_settings(code: str) -> LanguageSettings:
 def _language(code: str) -> LanguageSettings:
     # Read alone: composing a whole configuration around it takes fifty times as long.
     result = _repository().load_config(f"language/{code}")
+    problems = list(_file_problems(code, result))
+    if problems:
+        raise DeftxError("\n".join(f"language/{code}.yaml: {problem}" for problem in problems))
     return cast(LanguageSettings, OmegaConf.to_object(OmegaConf.merge(LanguageSettings, result.config)))
+
+
+def _file_problems(code: str, result: Any) -> Iterator[str]:
+    """Yield what a first file of one's own gets wrong, in words that say what to write."""
+    if result.header.get("package") != f"language.{code}":
+        yield f"its first line must be `# @package language.{code}`"
+    kinds = {item.name: item.type for item in fields(LanguageSettings)}
+    for key, value in (result.config or {}).items():
+        if key not in kinds:
+            yield f"unknown key {key!r}{did_you_mean(str(key), kinds)}; available: {', '.join(kinds)}"
+        elif "list" in str(kinds[key]) and isinstance(value, str):
+            yield f"{key}: {value} is no list; write {key}: [{value}]"
+        elif "str" in str(kinds[key]) and isinstance(value, bool | int | float):
+            yield f'{key}: YAML reads this as {value}, not as a word; quote it: {key}: "..."'
 
 
 def typed(config: DictConfig) -> RunConfig:

@@ -102,8 +102,9 @@ class Corpus:
 def resolve_text(language: LanguageSettings, data: DataSettings) -> TextSource:
     """Find a language's unlabelled text; nothing is read or downloaded yet.
 
-    In this order: the language's own ``text``; its ``local_text`` and ``unlabelled/<code>.txt`` below ``data.root``;
-    Wikipedia on the hub, unless ``data.root`` is set without ``data.wikipedia``.
+    In this order: ``data.text`` of its code; the language's own ``text``; its ``local_text`` and
+    ``unlabelled/<code>.txt`` below ``data.root``; Wikipedia on the hub, unless ``data.root`` is set without
+    ``data.wikipedia``.
 
     Raises:
         DeftxError: There is none; the message says where it was looked for and how to give some.
@@ -112,10 +113,11 @@ def resolve_text(language: LanguageSettings, data: DataSettings) -> TextSource:
     root = Path(data.root).expanduser() if data.root is not None else None
     if root is not None and family is None and not root.is_dir():
         raise DeftxError(f"data.root={data.root}: no such folder")
-    own = f"language.{language.code}.text"
-    if language.text:
+    own = f"data.text.{language.code}"
+    texts = data.text.get(language.code) or language.text
+    if texts:
         start = root if root is not None and family is None else Path.cwd()
-        matches = {text: _of_family(text, family) or expand([text], start)[text] for text in language.text}
+        matches = {text: _of_family(text, family) or expand([text], start)[text] for text in texts}
         missing = [pattern for pattern, files in matches.items() if not files]
         if missing:
             raise DeftxError(f"no text file matches {', '.join(missing)} ({own}, below {start})")

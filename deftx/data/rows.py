@@ -74,6 +74,12 @@ def read_sentences(place: Place) -> list[str]:
     return [text for text in map(clean_line, texts) if text]
 
 
+def _quoting(labels: Sequence[str]) -> str:
+    """Return a hint where labels look like what YAML makes of words that are not quoted."""
+    made = {"True", "False", "None", "nan"} & set(labels)
+    return "; YAML reads yes, no, on, off and nan as values: quote them in data.labels" if made else ""
+
+
 def sentences_of(rows: pd.DataFrame) -> list[str]:
     """Return every text of rows, premises and hypotheses apart."""
     return [*rows["text"], *(text for text in rows["text_pair"] if text is not None)]
@@ -131,7 +137,8 @@ def _common(table: pd.DataFrame, form: Form, origin: str) -> Rows:
         text, *other = map(clean_line, cells)
         label = labels.get(label_key(word))
         if label is None:
-            raise DeftxError(f"{origin}: row {number}: unknown label {word!r}; known are {', '.join(form.labels)}")
+            known = ", ".join(form.labels) + _quoting(form.labels)
+            raise DeftxError(f"{origin}: row {number}: unknown label {word!r}; known are {known}")
         if label < 0:
             dropped["unlabelled"] += 1
         elif not all((text, *other)):

@@ -77,6 +77,8 @@ class DataSettings:
         protect: Evaluation sets whose sentences are kept out of unlabelled text.
         revisions: Hub revision by data set, e.g. ``{nusax: 7b2ff4f}``.
         cache_dir: Cache folder of ``datasets``; null is its own default.
+        text: Unlabelled text by language code (files, folders or globs), in place of what the language's own file
+            says: of a target, of the source, of a language that a base learns from.
     """
 
     root: str | None = knob(None)
@@ -95,6 +97,7 @@ class DataSettings:
     protect: list[str] = knob(list(PROTECTED), one_of(*PROTECTED))
     revisions: dict[str, str] = knob({})
     cache_dir: str | None = knob(None)
+    text: dict[str, list[str]] = knob({})
 
     def result_settings(self) -> dict[str, Any]:
         """Return the settings that change which labelled rows are loaded from equal files (for cache keys)."""

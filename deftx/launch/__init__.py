@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from deftx.errors import DeftxError
-from deftx.launch.batch import TaskBatch, TaskFailure, failure_of
+from deftx.launch.batch import TaskBatch, TaskFailure, TaskStop, failure_of
 from deftx.launch.settings import LauncherSettings
 
-__all__ = ["LauncherSettings", "TaskFailure", "check", "run_all"]
+__all__ = ["LauncherSettings", "TaskFailure", "TaskStop", "check", "run_all"]
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -14,6 +14,12 @@ class TaskFailure(str):
     __slots__ = ()
 
 
+class TaskStop(TaskFailure):
+    """Why a task was interrupted: it can go on."""
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True)
 class TaskBatch:
     """Tasks to run.

@@ -20,10 +20,11 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from deftx.launch.batch import TaskBatch, TaskFailure, failure_of
+from deftx.launch.batch import TaskBatch, TaskFailure, TaskStop, failure_of
 from deftx.launch.settings import LauncherSettings
 
 _LOOK_SECONDS = 2.0
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _TOGETHER = 2  # how often a task may be under way when a pool breaks before it is run alone
 _claims: list[FileLock] = []  # in a worker: what it holds until it ends
 
@@ -49,7 +50,9 @@ def _one_pool(workers: int, batch: TaskBatch, numbers: Sequence[int]) -> tuple[l
     done: list[int] = []
     waiting, lost = list(numbers), list[int]()
     with tempfile.TemporaryDirectory() as claims:
-        pool = ProcessPoolExecutor(max_workers=workers, initializer=_begin, initargs=(claims, workers, visible_gpus()))
+        pool = ProcessPoolExecutor(
+            max_workers=workers, initializer=_begin, initargs=(claims, workers, visible_gpus(), os.getpid())
+        )
         futures: dict[Future[Any], int] = {}
         try:
             while (waiting or futures) and not lost:
@@ -83,7 +86,7 @@ def _answer(work: Callable[[Any], Any], task: Any) -> Any:
     try:
         return work(task)
     except (KeyboardInterrupt, SystemExit) as stop:
-        return TaskFailure(f"its process was told to stop ({type(stop).__name__})")
+        return TaskStop(f"its process was told to stop ({type(stop).__name__})")
 
 
 def visible_gpus() -> list[str]:
@@ -99,15 +102,16 @@ def visible_gpus() -> list[str]:
     return [str(number) for number in range(len(lines))]
 
 
-def _begin(claims: str, workers: int, gpus: Sequence[str]) -> None:
+def _begin(claims: str, workers: int, gpus: Sequence[str], parent: int) -> None:
     """In a worker, before anything heavy is loaded: its share of the cores, and its GPU."""
     import logging
 
     logging.captureWarnings(True)
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        os.environ.setdefault(name, str(max(1, cores // workers)))
+    # One of them set is a choice: what follows from it here follows from it with launcher=basic, too.
+    if not any(name in os.environ for name in _THREADS):
+        os.environ.update(dict.fromkeys(_THREADS, str(max(1, cores // workers))))
     if len(gpus) > 1:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus[_claim(Path(claims)) % len(gpus)]
 

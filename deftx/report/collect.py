@@ -215,7 +215,7 @@ def _sort(
             if error.get("traceback"):
                 reason = f"{error.get('type')}: {reason}"
             kind = "failed" if record.status == "failed" else "missing"
-            text = reason if kind == "failed" else f"status {record.status}: it has not finished"
+            text = reason if kind == "failed" else f"{record.status}: it has not finished; its command again goes on"
             failed_runs.append((run, Trouble(kind, run.name, text)))
             continue
         same_job = done.setdefault(run.job, [])
@@ -324,6 +324,7 @@ def _sweep(
             else:
                 state = {
                     "waiting": "not started when the sweep stopped",
+                    "interrupted": "interrupted; the same command again goes on",
                     "running": "begun but not finished: the sweep was killed, or still runs",
                 }.get(job.status, f"the sweep says {job.status}, but there is no {tracking.RESULT}")
                 jobs.append((request, Trouble("missing", shown, state)))

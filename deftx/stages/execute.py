@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from deftx.cache import Entry, StageCache, Workspace
 from deftx.errors import DeftxError
+from deftx.heartbeat import Heartbeat, heartbeat_file, write_heartbeat
 from deftx.stages.evaluate import Outcome, outcome
 from deftx.stages.evidence import forget_module
 from deftx.stages.graph import GivenSFTs, StudyGraph, graph
@@ -46,10 +47,19 @@ class Results:
 
         def compute(work: Workspace) -> None:
             work.inputs.update(self.all(node.needs))
+            write_heartbeat(Heartbeat(str(node.stage)), heartbeat_file())
             node.compute(work, self.loggers)
 
         if node.key not in self.entries:
-            self.entries[node.key] = self.cache.get_or_compute(node.stage, compute)
+            try:
+                self.entries[node.key] = self.cache.get_or_compute(node.stage, compute)
+            except Exception as error:
+                if self.cache.root.is_dir() and all(entry.path.is_dir() for entry in self.entries.values()):
+                    raise
+                raise DeftxError(
+                    f"the stage cache {self.cache.root} was deleted while this run used it; run the command again: it "
+                    "makes the cache anew"
+                ) from error
         return self.entries[node.key]
 
     def all(self, needs: Mapping[str, Node]) -> dict[str, Entry]:

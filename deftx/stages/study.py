@@ -19,6 +19,7 @@ from deftx.cache import StageCache
 from deftx.data.labelled import SETS
 from deftx.data.settings import LanguageSettings
 from deftx.errors import DeftxError
+from deftx.heartbeat import heartbeats
 from deftx.stages.base import PRETRAINING_TEXT
 from deftx.stages.execute import Results, StudyProgress
 from deftx.stages.graph import GivenSFTs, graph
@@ -288,7 +289,7 @@ def _run(
         config=record.settings,
         tags=[*study.methods, study.task, *study.targets],
     )
-    with tracker, tracking.recording(run_dir, record):
+    with tracker, tracking.recording(run_dir, record), heartbeats(run_dir):
         progress = StudyProgress(study, Results(cache, tracker.lightning_loggers))
 
         def finish() -> None:

@@ -14,7 +14,7 @@ from deftx import atomic
 from deftx.cache import Entry, StageCache
 from deftx.errors import DeftxError
 from deftx.jobs import JobEnd, Task, work
-from deftx.launch import LauncherSettings, TaskFailure, run_all
+from deftx.launch import LauncherSettings, TaskFailure, TaskStop, run_all
 from deftx.search import OBJECTIVES, SearchSettings, knob_and_value
 from deftx.signals import terminated_as_interrupted
 from deftx.stages.settings import StudySettings
@@ -164,7 +164,7 @@ def run_search(sweep: Sweep, settings: SearchSettings) -> int:
 
 
 def _status(record: SweepRecord) -> int:
-    return 1 if any(job.status == "failed" for job in record.jobs) else 0
+    return 1 if any(job.status in ("failed", "interrupted") for job in record.jobs) else 0
 
 
 def _job(number: int, overrides: Sequence[str], differing: Sequence[str], folder: str) -> SweepJob:
@@ -282,9 +282,9 @@ def _run_waves(sweep: Sweep, record: SweepRecord, plans: Mapping[int, JobPlan]) 
         _launch(sweep, record, stages, tasks)
         for part, stage in zip(parts, stages, strict=True):
             # What needs a part that failed would train it again and fail the same way.
-            for job in record.jobs if stage.status == "failed" else ():
+            for job in record.jobs if stage.status in ("failed", "interrupted") else ():
                 if job.status == "waiting" and job.number in part.jobs:
-                    job.status = "failed"
+                    job.status = stage.status
                     job.error = f"{part.label}, which it shares with other jobs: {stage.error or 'unknown'}"
 
 
@@ -314,7 +314,7 @@ def _launch(
         ends[number] = end
         job = jobs[number]
         if isinstance(end, TaskFailure):
-            job.status, job.error = "failed", str(end)
+            job.status, job.error = ("interrupted" if isinstance(end, TaskStop) else "failed"), str(end)
         else:
             job.status, job.error, job.seconds = ("failed" if end.error else "done"), end.error, end.seconds
             if job in record.jobs:

@@ -110,15 +110,20 @@ def print_summary(
     jobs: Sequence[SweepJob], scores: Mapping[int, Mapping[str, float]], folder: str, *, shared_source: bool = False
 ) -> None:
     """Print the jobs side by side, how many ended how, and where it all lies."""
-    count = {status: sum(job.status == status for job in jobs) for status in ("done", "cached", "failed")}
+    count = {
+        status: sum(job.status == status for job in jobs) for status in ("done", "cached", "failed", "interrupted")
+    }
     unfinished = len(jobs) - sum(count.values())
     parts = [f"{count['done']} done", f"{count['cached']} finished before", f"{count['failed']} failed"]
+    if count["interrupted"]:
+        parts.append(f"{count['interrupted']} interrupted")
     if unfinished:
         parts.append(f"{unfinished} not run")
     rows = [(" ".join(job.swept) or "-", scores.get(job.number, {}), job.error) for job in jobs]
     print_sweep(rows, title=f"sweep: {len(jobs)} jobs, {', '.join(parts)}", shared_source=shared_source)
-    lines = [f"failed: {' '.join(job.swept) or job.number}: {job.error}" for job in jobs if job.status == "failed"]
-    again = "the same command again runs what is missing; " if count["failed"] or unfinished else ""
+    ended = [job for job in jobs if job.status in ("failed", "interrupted")]
+    lines = [f"{job.status}: {' '.join(job.swept) or job.number}: {job.error}" for job in ended]
+    again = "the same command again runs what is missing; " if ended or unfinished else ""
     lines.append(f"{again}deftx report {folder}")
     _print_lines(lines)
 

@@ -117,7 +117,7 @@ class RunRecord:
             (:func:`deftx.tracking.data_setting`), as soon as it is known.
         seed: the run's seed.
         provenance: of this process, from :func:`deftx.tracking.provenance`.
-        status: ``running``, ``done`` or ``failed``.
+        status: ``running``, ``done``, ``failed`` or ``interrupted``, which can go on.
         metrics: every score.
         fingerprints: name -> fingerprint: ``base`` (as in ``sft.json``), ``base files``, ``base commit`` on the
             hub, the rows evaluated.
@@ -179,7 +179,7 @@ class RunRecord:
 
     def finish(self, error: BaseException | None = None) -> None:
         """Set status, end, wall time, peak memory, and for a failed run the error."""
-        self.status = "done" if error is None else "failed"
+        self.status = status_of(None if error is None else type(error))
         self.finished, self.seconds = _now(), round(time.perf_counter() - self._clock, 3)
         self.peak_memory["cpu"] = peak_memory()
         if _command_starts:
@@ -189,6 +189,13 @@ class RunRecord:
             expected = isinstance(error, DeftxError | KeyboardInterrupt)
             trace = None if expected else "".join(traceback.format_exception(error))
             self.error = {"type": type(error).__name__, "message": str(error), "traceback": trace}
+
+
+def status_of(error: type[BaseException] | None) -> str:
+    """Return the status of a run that ended with an error of a type, or without one."""
+    if error is None:
+        return "done"
+    return "interrupted" if issubclass(error, KeyboardInterrupt) else "failed"
 
 
 _command_starts: list[float] = []  # of the command in this process, until its first run has ended

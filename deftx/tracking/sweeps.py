@@ -22,7 +22,7 @@ __all__ = ["JOB_STATES", "SWEEP", "SweepJob", "SweepRecord", "read_sweep", "writ
 SWEEP = "sweep.json"
 SCHEMA_VERSION = 2
 OLDEST_READ = 1
-JOB_STATES = ("waiting", "running", "done", "cached", "failed")
+JOB_STATES = ("waiting", "running", "done", "cached", "failed", "interrupted")
 """``cached``: an earlier launch had finished it, and its results were copied into this sweep's folder."""
 
 

@@ -15,7 +15,7 @@ from deftx.knobs import refuse
 from deftx.tracking import names
 from deftx.tracking.artifacts import declare, is_input, result_artifact, sft_artifact
 from deftx.tracking.media import draw_mask_density, draw_spectra
-from deftx.tracking.results import RunRecord, plain
+from deftx.tracking.results import RunRecord, plain, status_of
 from deftx.tracking.settings import MODES, LoggerSettings
 from deftx.tracking.summary import results_rows, summarise
 
@@ -86,7 +86,7 @@ class Tracker:
 
     def __enter__(self) -> Self:
         mode = min(self.settings.wandb, _environment_mode(), key=MODES.index)
-        if mode == "off" or not _is_first_rank():
+        if mode == "off":
             return self
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -108,7 +108,7 @@ class Tracker:
         try:
             if self.run is not None:
                 with self._forgiving("finishing the run"):
-                    self.run.summary[names.STATUS] = "done" if kind is None else "failed"
+                    self.run.summary[names.STATUS] = status_of(kind)
                 if self._handed is not None and not self._lost:
                     self._log(*self._handed, failed=kind is not None)
                 with self._forgiving("finishing the run"):
@@ -148,8 +148,6 @@ class Tracker:
         Args:
             stage: a stable name such as ``full/ace``; a repeated one gets a number.
         """
-        if not _is_first_rank():
-            return []
         loggers: list[Any] = []
         number = 1
         name = stage
@@ -305,14 +303,6 @@ def _environment_mode() -> str:
     return {"disabled": "off", "offline": "offline", "dryrun": "offline"}.get(mode, "online")
 
 
-def _is_first_rank() -> bool:
-    """Return whether this process is the one of a distributed training that logs."""
-    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"):
-        if name in os.environ:
-            return os.environ[name] == "0"
-    return True
-
-
 def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in values.items():
@@ -325,7 +315,6 @@ def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
 
 def _stage_logger(tracker: Tracker, stage: str) -> Any:
     from pytorch_lightning.loggers import Logger
-    from pytorch_lightning.utilities import rank_zero_only
 
     class StageLogger(Logger):
         """Passes a trainer's metrics to the job's W&B run, under the stage's name."""
@@ -342,11 +331,9 @@ def _stage_logger(tracker: Tracker, stage: str) -> Any:
         def experiment(self) -> Any:
             return tracker.run
 
-        @rank_zero_only
         def log_hyperparams(self, *_: Any, **__: Any) -> None:
             """Do nothing: the config is the job's."""
 
-        @rank_zero_only
         def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
             tracker.log_curve(stage, metrics, step or 0)
 

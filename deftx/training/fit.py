@@ -28,8 +28,11 @@ import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from pytorch_lightning.strategies import DDPStrategy
+from pytorch_lightning.utilities import rank_zero_only
+from torch import distributed
 
 from deftx.errors import DeftxError
+from deftx.heartbeat import heartbeat_file
 from deftx.knobs import refuse
 from deftx.memory import peak_memory
 from deftx.training.callback import SparseFineTuning
@@ -37,7 +40,7 @@ from deftx.training.checkpoint import Checkpoints, read_best, read_outcome
 from deftx.training.devices import run_on_devices
 from deftx.training.modules import Encoder
 from deftx.training.profile import StepProfile, medians
-from deftx.training.record import FitRecord, ProgressBar
+from deftx.training.record import FitRecord, Heartbeats, ProgressBar
 from deftx.training.settings import TrainerSettings, TrainingSettings
 
 
@@ -139,7 +142,19 @@ def fit_phase(
         scratch.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DeftxError(f"cannot write checkpoints to {scratch}: {error.strerror or error}") from error
-    job = _Job(module, data_module, callback, settings, trainer, scratch, seed, steps, epoch, label or "training")
+    job = _Job(
+        module,
+        data_module,
+        callback,
+        settings,
+        trainer,
+        scratch,
+        seed,
+        steps,
+        epoch,
+        label or "training",
+        heartbeat_file(),
+    )
     outcome = _run(job, loggers) if trainer.devices == 1 else _run_on_devices(job, loggers)
     checkpoint = scratch / outcome["best"]["file"]
     module.load_trained(read_best(checkpoint, job.label)["state_dict"])
@@ -175,6 +190,7 @@ class _Job:
     steps: int
     epoch: int
     label: str
+    heartbeats: Path | None = None
 
     def facts(self) -> dict[str, Any]:
         """Return what a state on disk must agree on to be this fit's."""
@@ -231,11 +247,15 @@ def _run(job: _Job, loggers: Sequence[Any] = ()) -> dict[str, Any]:
     callbacks: list[pl.Callback] = [record]
     if job.callback is not None:
         callbacks.insert(0, job.callback)
-    if trainer.progress and sys.stderr.isatty() and not int(os.environ.get("LOCAL_RANK", 0)):
+    bar = trainer.progress and sys.stderr.isatty() and not _rank()
+    callbacks.append(Heartbeats(record, job.heartbeats, line=not bar))
+    if bar:
         callbacks.append(ProgressBar(job.label, job.steps, module.monitor))
     if parts is not None:
         callbacks.append(parts)
     callbacks.append(checkpoints)  # last: a state holds what the others noted
+    # Lightning took it from the environment, where it may be that of a launcher which started independent jobs.
+    rank_zero_only.rank = _rank()  # type: ignore[attr-defined]
     with _surroundings(trainer), computing(module, trainer):
         fitter = pl.Trainer(
             accelerator=accelerator,
@@ -314,6 +334,11 @@ def _strategy(trainer: TrainerSettings) -> Any:
         return "auto"
     # Buffers are constants or each device's own counts, and validation runs unequal numbers of batches.
     return DDPStrategy(broadcast_buffers=False)
+
+
+def _rank() -> int:
+    """Return which of a fit's own processes this is; 0 where there is one."""
+    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,9 +13,15 @@ import pytorch_lightning as pl
 import torch
 
 from deftx.errors import DeftxError
+from deftx.heartbeat import Heartbeat, write_heartbeat
 from deftx.seeds import seed_of
 from deftx.training.modules import Encoder
 from deftx.training.settings import TrainingSettings
+
+log = logging.getLogger(__name__)
+
+_FILE_SECONDS = 5.0
+_LINE_SECONDS = 60.0
 
 
 class FitRecord(pl.Callback):
@@ -144,6 +151,42 @@ class FitRecord(pl.Callback):
             f"{self.label}: {event} at step {step} of {self.steps}; {last}\n"
             "next: lower learning_rate, or look at the data of that step"
         )
+
+
+class Heartbeats(pl.Callback):
+    """Tells how far a phase is: every few seconds a file beside the job's results, once a minute a line in the log.
+
+    Reads nothing from the device.
+
+    Args:
+        record: What it tells of.
+        file: The job's file; null writes none.
+        line: Whether to write lines; a progress bar says the same.
+    """
+
+    def __init__(self, record: FitRecord, file: Path | None, *, line: bool) -> None:
+        super().__init__()
+        self._record, self._file, self._line = record, file, line
+        self._began: tuple[float, int] | None = None
+        self._written = self._logged = time.monotonic()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        now, step = time.monotonic(), trainer.global_step
+        if self._began is None:
+            self._began = (now, step)
+        due = [now - self._written >= _FILE_SECONDS, self._line and now - self._logged >= _LINE_SECONDS]
+        if not any(due) or not trainer.is_global_zero:
+            return
+        began, first = self._began
+        losses = (entry["train/loss"] for entry in reversed(self._record.history) if "train/loss" in entry)
+        rate = (step - first) / (now - began) if now > began else None
+        beat = Heartbeat(self._record.label, step, self._record.steps, next(losses, None), rate)
+        if due[0]:
+            write_heartbeat(beat, self._file)
+            self._written = now
+        if due[1]:
+            log.info("%s", beat.line)
+            self._logged = now
 
 
 class ProgressBar(pl.Callback):

@@ -65,7 +65,7 @@ def test_files_folders_and_globs(tmp_path: Path) -> None:
 
 def test_every_pattern_of_ones_own_must_match(tmp_path: Path) -> None:
     write(tmp_path / "a.txt", "x\n")
-    with pytest.raises(DeftxError, match=r"no text file matches b\.txt, \*\.md \(language\.xxx\.text, below"):
+    with pytest.raises(DeftxError, match=r"no text file matches b\.txt, \*\.md \(data\.text\.xxx, below"):
         resolve_text(spoken(text=["a.txt", "b.txt", "*.md"]), DataSettings(root=str(tmp_path)))
 
 
@@ -87,7 +87,7 @@ def test_order_of_sources(tmp_path: Path) -> None:
     with pytest.raises(
         DeftxError,
         match=r"no unlabelled text for 'xxx' \(below .*: set/\*\.xx, absent/\*\.xx, unlabelled/xxx\.txt\); "
-        r"set language\.xxx\.text=\[FILE, \.\.\.\]; or data\.wikipedia=wikimedia/wikipedia for 20231101\.xx",
+        r"set data\.text\.xxx=\[FILE, \.\.\.\]; or data\.wikipedia=wikimedia/wikipedia for 20231101\.xx",
     ):
         resolve_text(settings, root)
     for data in (DataSettings(), DataSettings(root=str(tmp_path), wikipedia="wikimedia/wikipedia")):

@@ -394,6 +394,7 @@ DATA = {
     "protect": one("data.protect=[]", NOTHING),  # none of those sets is in the folder; their sentences are the input
     "revisions": one("++data.revisions.nusax=abc", NOTHING),
     "cache_dir": one("data.cache_dir=/elsewhere", NOTHING),
+    "text": one("++data.text.qba=[unlabelled/qbb.txt]", sft("lang") | {"corpus"}),
 }
 
 CLASSES: dict[type, dict[str, Any]] = {

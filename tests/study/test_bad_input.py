@@ -147,6 +147,20 @@ def test_training_rows_of_one_label_are_refused(deftx: Command, tmp_path: Path) 
     assert "Traceback" not in outcome.err
 
 
+def test_text_of_any_language_of_the_study_can_be_named(deftx: Command, tmp_path: Path) -> None:
+    text = tmp_path / "mine.txt"
+    text.write_text("".join(f"a line of my own with number {n} and {n * 7}\n" for n in range(60)))
+    for code, kind in (("qba", "language"), ("qaa", "source")):
+        outcome = deftx("run", *PREPARED, f"data.text.{code}=[{text}]", f"only=[full:{kind}:{code}]")
+        assert outcome.status == 0, outcome.err
+        assert outcome.result()["data"][f"text {code}"]["lines"] == 60
+    outcome = deftx("run", *PREPARED, f"data.text.qaz=[{text}]")
+    assert outcome.status == 1
+    assert "data.text.qaz: no language of this study; did you mean" in outcome.err
+    missing = deftx("run", *PREPARED, "data.text.qaa=[nowhere.txt]")
+    assert "no text file matches nowhere.txt (data.text.qaa, below" in missing.err
+
+
 def test_training_rows_that_are_all_evaluation_sentences_are_refused(deftx: Command, tmp_path: Path) -> None:
     rows = "".join(f"word{number} another{number}\t{'no' if number % 2 else 'yes'}\n" for number in range(30))
     for name in ("train.tsv", "test.tsv"):

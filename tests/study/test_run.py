@@ -416,7 +416,7 @@ def test_an_interrupted_run_says_so_and_goes_on_later(tmp_path: Path) -> None:
     assert process.returncode == 130, errors
     assert "run the command again" in errors
     result = json.loads(next((tmp_path / "out").rglob("result.json")).read_text())
-    assert (result["status"], result["error"]["type"]) == ("failed", "KeyboardInterrupt")
+    assert (result["status"], result["error"]["type"]) == ("interrupted", "KeyboardInterrupt")
     assert list((tmp_path / "cache" / "pretrain").iterdir())
 
 

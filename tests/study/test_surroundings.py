@@ -1,0 +1,133 @@
+"""What surrounds a job changes nothing that it leaves: other launchers' variables, streams, the cache's folder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import offline_runs
+import pytest
+from small_study import FEW, SMALL, Command, Outcome
+
+# Of a SLURM step of independent jobs, of torchrun, of other launchers: this one is not the first.
+FOREIGN = {
+    **{"SLURM_NTASKS": "4", "SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_NODEID": "1", "SLURM_JOB_ID": "7"},
+    **{"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "NODE_RANK": "1", "GROUP_RANK": "1"},
+    **{"JSM_NAMESPACE_RANK": "1", "OMPI_COMM_WORLD_RANK": "1", "PMI_RANK": "1"},
+}
+
+
+def run(
+    cache: Path, folder: Path, *arguments: str, environment: dict[str, str] | None = None, shell: str = ""
+) -> Outcome:
+    """Run the command in a process of its own, where variables and streams are the system's."""
+    places = [f"paths.cache={cache}", f"paths.output={folder}", f"hydra.sweep.dir={folder}"]
+    command = [sys.executable, "-m", "deftx", "run", *SMALL, *FEW, *places, *arguments]
+    clean = {name: value for name, value in os.environ.items() if name not in FOREIGN and not name.startswith("WANDB")}
+    clean["PYTHONPATH"] = str(Path(__file__).parents[2])
+    full = ["sh", "-c", f'exec "$@" {shell}', "sh", *command] if shell else command
+    done = subprocess.run(full, capture_output=True, env=clean | (environment or {}), timeout=200, check=False)
+    return Outcome(done.returncode, done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace"), folder)
+
+
+def left(outcome: Outcome) -> tuple[list[str], list[dict[str, float]]]:
+    """Names of the files of a run, and the curves that W&B has."""
+    [result] = outcome.folder.rglob("result.json")
+    names = {path.name for path in result.parent.rglob("*") if path.is_file() and "wandb" not in path.parts}
+    times = ("_timestamp", "_runtime", "_step")
+    lines = offline_runs.history(offline_runs.records(result.parent))
+    curves = [{name: value for name, value in line.items() if "loss" in name and name not in times} for line in lines]
+    return sorted(names), [line for line in curves if line]
+
+
+def test_variables_of_other_launchers_change_nothing_that_a_job_leaves(tmp_path: Path) -> None:
+    found = []
+    for name, environment in (("plain", {}), ("foreign", FOREIGN)):
+        outcome = run(tmp_path / name, tmp_path / f"out-{name}", "logger=offline", environment=environment)
+        assert outcome.status == 0, outcome.err
+        found.append(left(outcome))
+    assert found[0] == found[1]
+    assert len(found[0][1]) > 4
+
+
+@pytest.mark.parametrize(
+    ("environment", "shell"),
+    [
+        ({"PYTHONIOENCODING": "ascii"}, ""),
+        ({"PYTHONIOENCODING": "latin-1:strict"}, ""),
+        ({}, ">/dev/full"),
+        ({}, ">/dev/full 2>&1"),
+        ({}, ">&- 2>&-"),
+    ],
+    ids=["ascii", "latin-1", "full", "both full", "closed"],
+)
+def test_whatever_happens_to_the_terminal_a_finished_run_is_finished(
+    deftx: Command, shared_cache: Path, tmp_path: Path, environment: dict[str, str], shell: str
+) -> None:
+    assert deftx("run", *FEW).status == 0
+    outcome = run(shared_cache, tmp_path / "there", environment=environment, shell=shell)
+    assert outcome.status == 0, outcome.err
+    assert outcome.result()["status"] == "done"
+    assert "Traceback" not in outcome.err
+    if environment:
+        sign = r"\xd7" if environment["PYTHONIOENCODING"] == "ascii" else "\ufffd"  # read back as UTF-8
+        assert f"macro-F1 {sign} 100" in outcome.out
+
+
+def test_a_reader_who_goes_stops_no_run(deftx: Command, shared_cache: Path, tmp_path: Path) -> None:
+    assert deftx("run", *FEW).status == 0
+    outcome = run(shared_cache, tmp_path / "there", shell="| head -c 1 >/dev/null")
+    assert outcome.result()["status"] == "done"
+    assert "Traceback" not in outcome.err
+    assert "BrokenPipe" not in outcome.err
+
+
+def test_a_cache_that_is_deleted_under_a_run_is_said_so(
+    deftx: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from deftx.stages import learn
+
+    cache = tmp_path / "cache"
+
+    def gone(*_: object, **__: object) -> None:
+        shutil.rmtree(cache)
+        raise FileNotFoundError(2, "No such file or directory", str(cache / "full"))
+
+    monkeypatch.setattr(learn, "_write_json", gone)  # at the end of a phase
+    outcome = deftx("run", *FEW, cache=cache)
+    assert outcome.status == 1
+    assert f"the stage cache {cache} was deleted while this run used it" in outcome.err
+    assert "Traceback" not in outcome.err
+
+
+@pytest.mark.parametrize("variable", ["DEFTX_CACHE", "XDG_CACHE_HOME"])
+def test_an_empty_variable_is_none(variable: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from deftx.folders import cache_root
+
+    for name in ("DEFTX_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv(variable, " ")
+    assert cache_root() == str(tmp_path / ".cache" / "deftx")
+    monkeypatch.setenv(variable, "/somewhere")
+    assert cache_root() == ("/somewhere" if variable == "DEFTX_CACHE" else "/somewhere/deftx")
+
+
+def test_without_a_home_a_folder_has_to_be_named(
+    deftx: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", "")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    monkeypatch.delenv("DEFTX_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    for command, said in ((["run", "--dry-run"], "paths.cache=FOLDER"), (["cache", "ls"], "--cache FOLDER")):
+        done = subprocess.run(
+            [sys.executable, "-m", "deftx", *command], capture_output=True, text=True, cwd=tmp_path, check=False
+        )
+        assert done.returncode == 1
+        assert said in done.stderr
+        assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
