@@ -40,12 +40,14 @@ usage: deftx report DIR... [--out FOLDER] [--baseline NAME] [--metric NAME] [opt
                        text). Neither looks at target labels; the best test score of a sweep would
   --choose-on dev      chooses by the targets' labelled dev rows instead, of runs with split=[test,dev]. The table's
                        title says so: chosen on target labels, not zero-shot
+  --controls           prints the table of all conditions, too: controls (without φ_L, with φ_S, another language's φ_L)
+                       beside the methods. The page and the files have it anyway
   --samples N          resamples of the bootstrap (2000)
   --confidence P       of the intervals (0.95)
   --seed N             of the resamples (0)
 
 It writes report.html (self-contained: send it as it is), scores.csv (one row a score and seed), tables/*.md, *.tex and
-*.csv, plots/*.svg and *.png.
+*.csv (*-main is the table to send), plots/*.svg and *.png.
 """
 
 
@@ -59,6 +61,7 @@ class Request:
     metric: str | None
     options: Options
     rule: Rule | None = None
+    controls: bool = False
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -100,6 +103,7 @@ def parse(arguments: Sequence[str]) -> Request:
     parser.add_argument("--metric")
     parser.add_argument("--choose")
     parser.add_argument("--choose-on")
+    parser.add_argument("--controls", action="store_true")
     parser.add_argument("--samples", type=int, default=2000)
     parser.add_argument("--confidence", type=float, default=0.95)
     parser.add_argument("--seed", type=int, default=0)
@@ -135,6 +139,7 @@ def parse(arguments: Sequence[str]) -> Request:
         options.metric,
         Options(options.samples, options.confidence, options.seed),
         next(iter(rules), None),
+        options.controls,
     )
 
 
@@ -148,14 +153,16 @@ def report(request: Request, collection: Collection) -> int:
     from deftx.report.plots import make_plots
     from deftx.report.sections import make_sections
     from deftx.report.summary import summarise
-    from deftx.report.tables import difference_table, score_table, scores_csv, summary_csv
+    from deftx.report.tables import difference_table, lead_table, score_table, scores_csv, summary_csv
 
     sections = make_sections(collection.runs, request.metric)
     baseline = choose_baseline(sections, request.baseline)
     summaries = [summarise(section, baseline, request.options) for section in sections]
     tables: list[tuple[Summary, list[Table]]] = []
     for summary in summaries:
-        shown = [score_table(summary), difference_table(summary), mask_table(summary)]
+        lead, scores = lead_table(summary), score_table(summary, title="All conditions")
+        scores.behind = lead is not None and bool(summary.section.columns)
+        shown = [lead, difference_table(summary), scores, mask_table(summary)]
         rule = request.rule
         if rule is not None and summary.section.split != rule.split:  # rows that chose would score what they chose
             choices = choose(summary, rule, summaries)
@@ -240,6 +247,8 @@ def _show(request: Request, collection: Collection, tables: Sequence[tuple[Summa
 
     for summary, section_tables in tables:
         for table in section_tables:
+            if table.behind and not request.controls:
+                continue
             line(table.title, "bold")
             # Wider than the terminal: its lines wrap, but no number is cut off.
             Console(width=max(console.width, table.width)).print(table.rich())

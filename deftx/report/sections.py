@@ -105,6 +105,12 @@ class Column:
         """Its knobs as a text: ``rank=16 density=0.1``."""
         return " ".join(text for name, value in self.knobs.items() if (text := knob_text(name, value)))
 
+    @property
+    def paper_name(self) -> str:
+        """Its title in a table that is sent: ``DeFT-X, rank 4, density 0.1``."""
+        knobs = (knob_text(name, value).replace("=", " ", 1) for name, value in self.knobs.items())
+        return ", ".join([self.title, *(text for text in knobs if text)])
+
 
 @dataclass(eq=False)
 class Section:

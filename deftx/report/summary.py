@@ -77,8 +77,10 @@ class Difference:
 
     @property
     def clear(self) -> bool:
-        """Whether the interval leaves zero out."""
-        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+        """Whether the interval, as tables show it (× 100, one digit), leaves zero out."""
+        if self.low is None or self.high is None:
+            return False
+        return float(f"{100 * self.low:.1f}") > 0 or float(f"{100 * self.high:.1f}") < 0
 
 
 @dataclass(eq=False)

@@ -8,6 +8,10 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
+
+from deftx.report.bootstrap import METRICS, confusion, labels_held
 from deftx.report.sections import MEAN, Column
 from deftx.report.summary import MARKED_SEEDS, Difference, Score, Summary
 
@@ -36,6 +40,7 @@ class Table:
         rows: Its cells, row by row.
         ruled: Numbers of the rows that have a line above them.
         caption: What a reader needs beside the numbers.
+        behind: Whether the terminal shows it on request alone.
     """
 
     name: str
@@ -44,6 +49,7 @@ class Table:
     rows: list[list[Text]]
     ruled: list[int] = field(default_factory=list)
     caption: str = ""
+    behind: bool = False
 
     @property
     def width(self) -> int:
@@ -106,6 +112,78 @@ def score_table(summary: Summary, columns: Sequence[Column] = (), name: str = "s
     """
     section = summary.section
     columns = columns or section.columns
+    cell, caption = _score_cells(summary, columns)
+    caption = f"{caption}; n: examples; bold: the highest of its language."
+    return laid_out(summary, columns, cell, f"{section.slug}-{name}", f"{title}: {section.title}", caption)
+
+
+def lead_table(summary: Summary) -> Table | None:
+    """Lay out methods × languages and their mean under names fit for a paper; below them what no model is needed for.
+
+    Two rows stand for guesses: always the label that is most frequent among the gold rows, and each label with equal
+    probability (its expected score; of macro-F1, F1 of the expected counts).
+
+    Returns:
+        None where no method was evaluated.
+    """
+    section = summary.section
+    columns = sorted(section.named(section.methods), key=lambda column: _LEAD.get(column.condition, len(_LEAD)))
+    if not columns:
+        return None
+    cell, caption = _score_cells(summary, columns)
+    header = ["method", *(f"mean of {len(section.languages)}" if row == MEAN else row for row in summary.rows)]
+    rows = [[Text(column.paper_name), *(cell(column, row) for row in summary.rows)] for column in columns]
+    guesses = {name: _guess(summary, score) for name, score in _GUESSES.items()}
+    rows += [
+        [Text(name), *(Text(f"{100 * values[row]:.1f}" if row in values else "–") for row in summary.rows)]
+        for name, values in guesses.items()
+        if values
+    ]
+    caption = f"{caption}; bold: the highest of its language."
+    if any(guesses.values()):
+        caption += " Majority: always the most frequent label of the gold rows; chance: every label as likely."
+    ruled = [len(columns)] if len(rows) > len(columns) else []
+    return Table(f"{section.slug}-main", f"Scores: {section.title}", header, rows, ruled, caption)
+
+
+_LEAD = {"deftx": 0, "ltsft": 1}
+Counts = npt.NDArray[np.int64]
+
+
+def _majority(gold: Counts, classes: int, metric: str) -> float:
+    predicted = np.full((1, len(gold)), np.bincount(gold, minlength=classes).argmax())
+    weights = np.ones((1, len(gold)), dtype=np.float32)
+    return float(METRICS[metric](confusion(weights, gold, predicted, classes), labels_held(gold, classes)).mean())
+
+
+def _chance(gold: Counts, classes: int, metric: str) -> float:
+    share = np.bincount(gold, minlength=classes) / len(gold)
+    if metric == "accuracy":
+        return 1 / classes
+    held = share[share > 0]
+    return float((2 * held / classes / (held + 1 / classes)).mean())
+
+
+_GUESSES: dict[str, Callable[[Counts, int, str], float]] = {"majority": _majority, "chance": _chance}
+
+
+def _guess(summary: Summary, score: Callable[[Counts, int, str], float]) -> dict[str, float]:
+    """Return a guess's score by row; empty where the gold rows of a language are not at hand."""
+    section = summary.section
+    golds = {
+        language: cell.items.gold
+        for (_, language, _), cell in reversed(section.cells.items())
+        if cell.items is not None and len(cell.items.gold)
+    }
+    if section.metric not in METRICS or len(section.classes) < 2 or set(golds) != set(section.languages):
+        return {}
+    values = {language: score(gold, len(section.classes), section.metric) for language, gold in golds.items()}
+    return values | {MEAN: sum(values.values()) / len(values)}
+
+
+def _score_cells(summary: Summary, columns: Sequence[Column]) -> tuple[Callable[[Column, str], Text], str]:
+    """Return what makes the cells of a table of scores, and the beginning of its caption."""
+    section = summary.section
     most = len(summary.seeds)
     best = {
         row: max(score.mean for column in columns if (score := summary.scores.get((column, row))) is not None)
@@ -124,8 +202,7 @@ def score_table(summary: Summary, columns: Sequence[Column] = (), name: str = "s
         return Text(text, bold=len(columns) > 1 and not marks and score.mean == best[row])
 
     spread = f"mean ± standard deviation over {_seeds(most)}" if most > 1 else f"one seed ({summary.seeds[0]})"
-    caption = f"{section.metric_name} × 100, {spread}; n: examples; bold: the highest of its language."
-    return laid_out(summary, columns, cell, f"{section.slug}-{name}", f"{title}: {section.title}", caption)
+    return cell, f"{section.metric_name} × 100, {spread}"
 
 
 def difference_table(summary: Summary) -> Table | None:

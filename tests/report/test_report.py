@@ -312,6 +312,18 @@ def test_a_damaged_sweep_is_listed(report: Report, tmp_path: Path) -> None:
     assert f"unreadable: {tmp_path.name}" in outcome.words
 
 
+def test_controls_are_shown_on_request(tmp_path: Path, report: Report) -> None:
+    write_run(tmp_path / "runs", conditions={"no_language_sft": 0.8, **BOTH})
+    without = report(tmp_path / "runs", "--out", tmp_path / "a")
+    shown = report(tmp_path / "runs", "--out", tmp_path / "b", "--controls")
+    assert "All conditions" not in without.words
+    assert "All conditions" in shown.words
+    for name in ("a", "b"):
+        page = (tmp_path / name / "report.html").read_text(encoding="utf-8")
+        assert page.index("Scores: ") < page.index("All conditions")
+        assert len(list((tmp_path / name / "tables").glob("*-main.tex"))) == 1
+
+
 def test_mixed_tasks_are_separate(report: Report, tmp_path: Path) -> None:
     write_run(tmp_path / "0", conditions=BOTH)
     write_run(tmp_path / "1", conditions=BOTH, task="xnli", metric="accuracy")

@@ -5,14 +5,17 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from fabricate import write_run
+from sklearn.dummy import DummyClassifier
+from sklearn.metrics import accuracy_score, f1_score
 
 from deftx.report.collect import collect
 from deftx.report.page import template
 from deftx.report.sections import make_sections
 from deftx.report.summary import Difference, Options, Summary, summarise
-from deftx.report.tables import Table, Text, difference_table, difference_text, latex, score_table
+from deftx.report.tables import Table, Text, difference_table, difference_text, latex, lead_table, score_table
 
 BOTH = {"ltsft": 0.3, "deftx": 0.9}
 
@@ -31,6 +34,46 @@ def test_languages_are_rows_and_the_best_is_bold(tmp_path: Path) -> None:
     assert all(row[3].bold and not row[2].bold for row in table.rows)
     assert all(re.fullmatch(r"\d+\.\d ± \d+\.\d", row[3].text) for row in table.rows)
     assert "2 seeds" in table.caption
+
+
+def test_the_lead_table_has_methods_under_paper_names_and_what_a_guess_gets(tmp_path: Path) -> None:
+    conditions = {"no_language_sft": 0.8, "ltsft": 0.3, "deftx": 0.9}
+    for rank in ("4", "16"):
+        write_run(tmp_path / rank, conditions=conditions, rank=rank)
+    found = summary(tmp_path)
+    table = lead_table(found)
+    assert table is not None
+    assert table.header == ["method", "ace", "min", "mean of 2"]
+    assert [row[0].text for row in table.rows] == [
+        "DeFT-X, rank 4",
+        "DeFT-X, rank 16",
+        "LT-SFT",
+        "majority",
+        "chance",
+    ]
+    assert table.ruled == [3]
+    golds = {language: cell.items.gold for (_, language, _), cell in found.section.cells.items() if cell.items}
+    for place, language in enumerate(("ace", "min"), 1):
+        gold = golds[language]
+        always = DummyClassifier(strategy="most_frequent").fit(gold[:, None], gold).predict(gold[:, None])
+        rng = np.random.default_rng(0)
+        score = f1_score if found.section.metric == "macro_f1" else accuracy_score
+        options = {"average": "macro"} if score is f1_score else {}
+        assert table.rows[3][place].text == f"{100 * score(gold, always, **options):.1f}"
+        drawn = np.repeat(gold, 400)
+        guessed = rng.integers(0, 3, len(drawn))
+        assert float(table.rows[4][place].text) == pytest.approx(100 * score(drawn, guessed, **options), abs=0.6)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "clear"), [(-0.03, -0.0001, False), (-0.03, -0.001, True), (0.0004, 0.1, False), (0.001, 0.1, True)]
+)
+def test_a_zero_that_is_shown_is_not_outside(low: float, high: float, clear: bool) -> None:
+    difference = Difference(0.5 * (low + high), (0, 1, 2), low, high)
+    assert difference.clear is clear
+    assert (
+        "0.0" in difference_text(difference)[difference_text(difference).index("[") :].replace("10.0", "")
+    ) is not clear
 
 
 def test_many_methods_are_rows(tmp_path: Path) -> None:
