@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test soak lint type bench bench-base clean
+.PHONY: help setup demo test soak ray lint type bench bench-base clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -27,6 +27,10 @@ test: setup  ## run the test suite (offline, under five minutes)
 
 soak: setup  ## run the tests that take minutes (kills, several devices, the wheel in an empty environment)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m soak
+
+ray: setup  ## install ray and run a sweep through it (not in CI)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt "ray>=2.40"
+	$(BIN)/python -m pytest tests/test_ray.py -m ray
 
 lint: setup  ## check style and format with ruff
 	$(BIN)/ruff check .

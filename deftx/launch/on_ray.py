@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from typing import Any
 
 from deftx.errors import DeftxError
@@ -42,7 +44,16 @@ def run_all(settings: LauncherSettings, batch: TaskBatch) -> None:
 
 
 def _connect(ray: Any, settings: LauncherSettings) -> None:
+    # What jobs print goes to their own logs; ray's news of itself is nobody's here.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    logging.getLogger("ray").setLevel(logging.ERROR)
     try:
-        ray.init(address=settings.address, log_to_driver=True, configure_logging=False, include_dashboard=False)
+        ray.init(
+            address=settings.address,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            configure_logging=False,
+            include_dashboard=False,
+        )
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise DeftxError(f"launcher.address={settings.address}: {error}") from error
