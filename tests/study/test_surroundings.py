@@ -43,6 +43,7 @@ def left(outcome: Outcome) -> tuple[list[str], list[dict[str, float]]]:
     return sorted(names), [line for line in curves if line]
 
 
+@pytest.mark.soak
 def test_variables_of_other_launchers_change_nothing_that_a_job_leaves(
     deftx: Command, shared_cache: Path, tmp_path: Path
 ) -> None:
