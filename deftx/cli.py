@@ -6,7 +6,6 @@ only a command whose configuration passed imports torch. ``sys.argv`` is never c
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import sys
@@ -35,6 +34,8 @@ COMMANDS = {
     "dashboard": "a W&B workspace over the runs of a study, as a specification or published",
     "cache": "list, explain, verify and prune the results of stages: ls | info KEY | verify | prune",
 }
+_FILES = ("run", "sft", "eval", "pretrain", "report")  # commands whose result is files
+_PRINTED = ("-h", "--help", "--cfg", "--dry-run")  # what makes them print alone
 
 HELP = """\
 deftx {version}: composable sparse fine-tuning with SVD denoising, for cross-lingual transfer
@@ -60,25 +61,32 @@ options
 def main(argv: Sequence[str] | None = None) -> None:
     """Run ``deftx``; exits with 0, 1 (a mistake or a failed run), 130 (interrupted) or 141 (the reader has gone)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    with lasting_streams() as lost:
+        status = _status(arguments)
+        reason = lost()
+        # What leaves files is done when they are there. Others have nothing but what they print.
+        leaves_files = set(arguments[:1]) & set(_FILES) and not set(arguments) & set(_PRINTED)
+        if reason is not None and not status and not leaves_files:
+            status = 141 if isinstance(reason, BrokenPipeError) else 1
+            if status == 1:
+                print(f"deftx: error: not all of it could be printed: {reason}", file=sys.stderr)
+    sys.exit(status)
+
+
+def _status(arguments: list[str]) -> int:
+    """Run a command; returns its exit status, with a message where it is not 0."""
     try:
-        status = _dispatch(arguments)
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        return _dispatch(arguments)
     except DeftxError as error:
         print(_message(error), file=sys.stderr)
-        status = 1
+        return 1
     except KeyboardInterrupt:
         print(
             "deftx: interrupted; finished stages and the last state of a phase are in the cache. "
             f"To go on, run the command again: deftx {_again(arguments)}",
             file=sys.stderr,
         )
-        status = 130
-    except BrokenPipeError:
-        # The reader (head, less) has gone; nothing is left to say, not even at interpreter exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 141
-    sys.exit(status)
+        return 130
 
 
 def _again(arguments: Sequence[str]) -> str:
@@ -159,12 +167,9 @@ def _command(name: str, arguments: list[str]) -> int:
             "only=[...] makes parts of one study; it is neither swept nor planned: leave out only= (a sweep makes what "
             "its jobs share by itself), or -m and --dry-run"
         )
-    if options.dry_run:
+    if command.multirun or options.dry_run:
         return _sweep(name, command, options)
-    with lasting_streams():
-        if command.multirun:
-            return _sweep(name, command, options)
-        return _single(name, command.jobs[0].overrides, options.config_dir)
+    return _single(name, command.jobs[0].overrides, options.config_dir)
 
 
 def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:

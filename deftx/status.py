@@ -66,22 +66,36 @@ def main(arguments: Sequence[str]) -> int:
     for folder in folders:
         if not folder.is_dir():
             raise DeftxError(f"deftx status: {folder}: no such folder; give that of a sweep or a run")
-    found = sorted({path for folder in folders for path in _records(folder)}, key=lambda path: path.stat().st_mtime)
+    found = sorted({path for folder in folders for path in _records(folder)}, key=_changed)
     if not found:
         places = ", ".join(map(str, folders)) or "multirun/ and outputs/, which are not here"
         raise DeftxError(f"deftx status: no sweep and no run in {places}; `deftx run experiment=demo` makes one")
-    shown = [(path, read_sweep(path) if path.name == SWEEP else read_result(path)) for path in found]
+    shown: list[tuple[Path, SweepRecord | RunRecord]] = []
+    for path in found:
+        try:
+            shown.append((path, read_sweep(path) if path.name == SWEEP else read_result(path)))
+        except DeftxError as error:
+            print(error)
+    read = list(shown)
     if not options.all:
-        shown = [(path, record) for path, record in shown if not _over(record)] or shown[-1:]
+        shown = [(path, record) for path, record in read if not _over(record)] or read[-1:]
     for path, record in shown:
         if isinstance(record, SweepRecord):
             _print_sweep(path.parent, record)
         else:
             _print_run(path.parent, record)
-    hidden = len(found) - len(shown)
+    hidden = len(read) - len(shown)
     if hidden:
         print(f"{hidden} more that {'is' if hidden == 1 else 'are'} over: deftx status --all")
     return 0
+
+
+def _changed(path: Path) -> float:
+    """Return when a file changed last; a job that ends removes its own, and counts as long ago."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def _records(folder: Path) -> Iterator[Path]:
@@ -158,8 +172,7 @@ def _outlook(folder: Path, record: SweepRecord, under_way: Sequence[SweepJob]) -
     elif left:
         yield f"left: {len(left)} jobs"
     beats = [beat for job in under_way if (beat := read_heartbeat(folder / job.folder)) is not None]
-    signs = [path.stat().st_mtime for path in (folder / SWEEP, *folder.rglob(FILE))]
-    quiet = time.time() - max(signs)
+    quiet = time.time() - max(map(_changed, (folder / SWEEP, *folder.rglob(FILE))))
     if (beats and not any(map(_lives, beats))) or (not beats and quiet > PATIENCE):
         yield f"nothing has been heard of it for {time_text(quiet)}: if it was stopped, the same command again goes on"
 

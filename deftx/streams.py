@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO, cast
 
@@ -15,10 +15,14 @@ class _LastingStream:
 
     What its encoding lacks is written as an escape. Once nothing can be written (the reader has gone, the disk is
     full), it is silent.
+
+    Attributes:
+        lost: Why something was not written; null while everything was.
     """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
+        self.lost: Exception | None = None
 
     def write(self, text: str) -> int:
         """Write, or do nothing."""
@@ -28,8 +32,8 @@ class _LastingStream:
             except UnicodeEncodeError:
                 encoding = self._stream.encoding or "ascii"
                 self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
-        except (OSError, ValueError):
-            self._silence()
+        except (OSError, ValueError) as error:
+            self._silence(error)
         return len(text)
 
     def writelines(self, lines: list[str]) -> None:
@@ -41,10 +45,11 @@ class _LastingStream:
         """Flush, or do nothing."""
         try:
             self._stream.flush()
-        except (OSError, ValueError):
-            self._silence()
+        except (OSError, ValueError) as error:
+            self._silence(error)
 
-    def _silence(self) -> None:
+    def _silence(self, error: Exception) -> None:
+        self.lost = self.lost or error
         # The file beneath takes what is still buffered, and what the interpreter flushes at its end.
         with contextlib.suppress(OSError, ValueError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -56,16 +61,26 @@ class _LastingStream:
 
 
 @contextlib.contextmanager
-def lasting_streams() -> Iterator[None]:
-    """Let nothing that is printed within the block stop it: not an encoding, a closed pipe or a full disk."""
+def lasting_streams() -> Iterator[Callable[[], Exception | None]]:
+    """Let nothing that is printed within the block stop it: not an encoding, a closed pipe or a full disk.
+
+    Yields:
+        Says why some of standard output was lost; null where all of it was written.
+    """
     before = sys.stdout, sys.stderr
     with contextlib.ExitStack() as stack:
         # A stream that was closed when the interpreter began is None.
         streams = [stream or stack.enter_context(Path(os.devnull).open("w", encoding="utf-8")) for stream in before]
-        sys.stdout, sys.stderr = (cast(TextIO, _LastingStream(stream)) for stream in streams)
+        out, err = map(_LastingStream, streams)
+
+        def lost() -> Exception | None:
+            out.flush()
+            return out.lost
+
+        sys.stdout, sys.stderr = cast(TextIO, out), cast(TextIO, err)
         try:
-            yield
+            yield lost
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
+            out.flush()
+            err.flush()
             sys.stdout, sys.stderr = before

@@ -6,6 +6,7 @@ lists its cases. A :class:`Clock` kills work in the tests' own process, at a mom
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -38,7 +39,7 @@ class Clock:
         self.seen, self.last = [], last
 
 
-class RestartEqualsOneShot:
+class RestartEqualsOneShot(ABC):
     """The test; ``cases`` is its table, by sentences. A case is whatever the hooks of the subclass understand."""
 
     cases: ClassVar[Mapping[str, Any]]
@@ -49,17 +50,17 @@ class RestartEqualsOneShot:
             rows = [pytest.param(case, id=name, marks=marks.get(name, ())) for name, case in self.cases.items()]
             metafunc.parametrize("case", rows)
 
+    @abstractmethod
     def start(self, folder: str, case: Any, kill: Any = None) -> Any:
         """Do the work in ``folder``, in which an earlier attempt may have died; None if it died at ``kill``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def histories(self, case: Any, whole: Any) -> Iterable[Iterable[Any]]:
         """The kills of one attempt after the other; for each folder in which the work is then done to its end."""
-        raise NotImplementedError
 
+    @abstractmethod
     def check(self, folder: str, case: Any, resumed: Any, whole: Any) -> None:
         """Assert that what ``start`` returned in the end is what it returned for the work that ran through."""
-        raise NotImplementedError
 
     def test_a_restart_equals_one_shot(self, case: Any) -> None:
         whole = self.start("whole", case)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 from hydra import compose
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
@@ -20,7 +22,7 @@ from deftx.config.resolve import resolve_command
 from deftx.config.session import group_options, language_settings, typed, unknown
 from deftx.errors import DeftxError, collected, did_you_mean
 from deftx.knobs import Knob, declared, problems
-from deftx.settings import KNOBS, RunConfig
+from deftx.settings import KNOBS, OPEN_MAPPINGS, RunConfig
 from deftx.stages.settings import StudySettings
 
 # OmegaConf asserts where an override goes below a null (model.pretrain.steps=9 with model=local).
@@ -274,7 +276,7 @@ def _values(item: Override) -> list[str]:
     else:
         value = item.value()
         texts = [str(part) for part in value] if isinstance(value, list) else [str(value)]
-    return [part.strip() for text in texts for part in text.strip("[]").split(",")]
+    return [part.strip(" '\"") for text in texts for part in text.strip("[]").split(",")]
 
 
 def _group_problems(item: Override) -> list[str]:
@@ -282,11 +284,8 @@ def _group_problems(item: Override) -> list[str]:
         return []
     options = group_options(item.key_or_group)
     group, values = item.key_or_group, _values(item)
-    if read := _read_as_values(item):
-        return [
-            f"{item.input_line}: {text!r} is read as a value, not as a name; quote it: '{group}={_requoted(item)}'"
-            for text in read[:1]
-        ]
+    if message := _misread(item):
+        return [message]
     if group in ONE and len(values) > 1 and not item.is_sweep_override():
         beside = f", compare=[{','.join(values[1:])}] evaluates it beside {values[0]}" if group == "method" else ""
         return [f"{item.input_line}: a run has one {group}; -m {group}={','.join(values)} runs each{beside}"]
@@ -300,29 +299,23 @@ def _group_problems(item: Override) -> list[str]:
     return messages
 
 
-def _parts(item: Override) -> list[Any]:
-    """Return what an override of a group chooses, as Hydra read it."""
-    value = item.value()
-    found = list(getattr(value, "list", [])) if item.is_sweep_override() else value
-    return found if isinstance(found, list) else [found]
+def _misread(item: Override) -> str:
+    """Return what to write where Hydra's grammar takes a name for a number or a truth value; else an empty text."""
+    parser = OverridesParser.create()
+    chosen = (item.input_line or "").partition("=")[2]
 
+    def quoted(match: re.Match[str]) -> str:
+        text = match[0].strip()
+        try:
+            value = parser.parse_rule(text, "primitive")
+        except HydraException:  # a function, a quoted text with a comma: no name that was misread
+            return match[0]
+        return f'"{text}"' if isinstance(value, bool | int | float) else match[0]
 
-def _read_as_values(item: Override) -> list[str]:
-    """Return names that Hydra's grammar takes for numbers or truth values, as they were written."""
-    texts = (item.input_line or "").partition("=")[2].strip("[] ").split(",")
-    parts = _parts(item)
-    if len(texts) != len(parts):
-        return []
-    return [text.strip() for text, part in zip(texts, parts, strict=True) if isinstance(part, bool | int | float)]
-
-
-def _requoted(item: Override) -> str:
-    texts = [text.strip() for text in (item.input_line or "").partition("=")[2].strip("[] ").split(",")]
-    quoted = [
-        f'"{text}"' if isinstance(part, bool | int | float) else text
-        for text, part in zip(texts, _parts(item), strict=True)
-    ]
-    return f"[{','.join(quoted)}]" if item.key_or_group in LISTS else ",".join(quoted)
+    again = re.sub(r"[^\[\],]+", quoted, chosen)
+    if again == chosen:
+        return ""
+    return f"{item.input_line}: some of it is read as a value, not as a name; quote it: '{item.key_or_group}={again}'"
 
 
 def _override_problems(items: Sequence[Override], composer: Composer, check: ConfigCheck, multirun: bool) -> list[str]:
@@ -356,7 +349,9 @@ def _override_problems(items: Sequence[Override], composer: Composer, check: Con
                 reason = _first_line(error.__cause__ or error)
                 if "is not a ListConfig" in reason:
                     reason = f"a list is needed: {key}=[{text.partition('=')[2]}]"
-                messages.append(f"{text}: {reason}")
+                elif key in OPEN_MAPPINGS:
+                    reason = f"it has keys of your own: {key}.NAME=VALUE"
+                messages.append(f"{text.lstrip('+')}: {reason}")
     try:
         messages += check(config, [], multirun)
     except COMPOSE_ERRORS as error:

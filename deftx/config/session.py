@@ -171,14 +171,19 @@ def _file_problems(code: str, result: Any) -> Iterator[str]:
     """Yield what a first file of one's own gets wrong, in words that say what to write."""
     if result.header.get("package") != f"language.{code}":
         yield f"its first line must be `# @package language.{code}`"
-    kinds = {item.name: item.type for item in fields(LanguageSettings)}
-    for key, value in (result.config or {}).items():
-        if key not in kinds:
-            yield f"unknown key {key!r}{did_you_mean(str(key), kinds)}; available: {', '.join(kinds)}"
-        elif "list" in str(kinds[key]) and isinstance(value, str):
+    if not OmegaConf.is_dict(result.config):
+        yield "it must hold lines `key: value`, such as `text: [FILE]`"
+        return
+    lists = {item.name: "list" in str(item.type) for item in fields(LanguageSettings)}
+    for key, value in result.config.items():
+        if key not in lists:
+            yield f"unknown key {key!r}{did_you_mean(str(key), lists)}; available: {', '.join(lists)}"
+        elif lists[key] and isinstance(value, str):
             yield f"{key}: {value} is no list; write {key}: [{value}]"
-        elif "str" in str(kinds[key]) and isinstance(value, bool | int | float):
-            yield f'{key}: YAML reads this as {value}, not as a word; quote it: {key}: "..."'
+        else:
+            words = value if OmegaConf.is_list(value) else [value]
+            for read in (word for word in words if isinstance(word, bool | int | float)):
+                yield f'{key}: YAML reads this as {read}, not as a word; write it in quotes: "..."'
 
 
 def typed(config: DictConfig) -> RunConfig:

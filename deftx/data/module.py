@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -242,11 +243,12 @@ def _cuts(groups: np.ndarray, size: int) -> np.ndarray:
     return np.stack([np.concatenate(firsts), np.concatenate(lasts)], axis=1) if firsts else np.empty((0, 2), np.int64)
 
 
-class _Source:
+class _Source(ABC):
     """Examples of both splits, and how a step's rows become the batch of one part of it."""
 
+    @abstractmethod
     def examples(self, split: str) -> int:
-        raise NotImplementedError
+        """Return how many examples a split has."""
 
     def groups(self, split: str) -> np.ndarray:
         """Return the source language of each example, a small integer: a batch holds one language's."""
@@ -256,13 +258,13 @@ class _Source:
         """Return the tokens of each example, None where all are of one length."""
         return None
 
+    @abstractmethod
     def batch(self, split: str, rows: np.ndarray, seed: int, part: int, parts: int) -> Batch:
         """Return part ``part`` of ``parts`` of the step that consists of ``rows``.
 
         ``normalizer`` is the step's number of loss terms divided by ``parts``: the mean over the parts of
         (summed loss / normalizer) is the step's mean loss, however unequal the parts are.
         """
-        raise NotImplementedError
 
 
 class _Blocks(_Source):

@@ -64,16 +64,16 @@ class Evaluation(NamedTuple):
         Raises:
             DeftxError: One of ``sets`` has no rows at hand.
         """
-        given = text is not None and not text.generated
+        foreign = text is not None and not text.generated
         spec = task_spec(self.task, data)
-        own = {self.task: sorted({"test", *self.splits})} if spec.own or (spec.generated and given) else {}
+        own = {self.task: sorted({"test", *self.splits})} if spec.own or (spec.generated and foreign) else {}
         wanted = {**own, **{name: ["dev", "test"] for name in self.sets}}
         places: list[Place] = []
         for name, splits in wanted.items():
             rows = [place for spoken in self.languages for place in _evaluation_places(name, spoken, data, splits)]
             if name in self.sets and not rows:
                 raise DeftxError(f"protect={name}: there are no rows of it; set data.root=FOLDER or data.{name}=FOLDER")
-            places += [place for place in rows if given or not place.generated]
+            places += [place for place in rows if foreign or not place.generated]
         # One file may hold the rows of several languages, and in a combined one each language has its own.
         places = list({(place.files, place.hub, place.language): place for place in places}.values())
         return places + [Place(dataset=SENTENCES, form=Form(()), split="test", files=(path,)) for path in self.files]

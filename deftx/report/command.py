@@ -161,7 +161,7 @@ def report(request: Request, collection: Collection) -> int:
     tables: list[tuple[Summary, list[Table]]] = []
     for summary in summaries:
         lead, scores = lead_table(summary), score_table(summary, title="All conditions")
-        scores.behind = lead is not None and bool(summary.section.columns)
+        scores.behind = lead is not None
         shown = [lead, difference_table(summary), scores, mask_table(summary)]
         rule = request.rule
         if rule is not None and summary.section.split != rule.split:  # rows that chose would score what they chose

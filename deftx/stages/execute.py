@@ -54,7 +54,8 @@ class Results:
             try:
                 self.entries[node.key] = self.cache.get_or_compute(node.stage, compute)
             except Exception as error:
-                if self.cache.root.is_dir() and all(entry.path.is_dir() for entry in self.entries.values()):
+                before = [entry.path.is_dir() for entry in self.entries.values()]
+                if self.cache.root.is_dir() and (any(before) or not before):
                     raise
                 raise DeftxError(
                     f"the stage cache {self.cache.root} was deleted while this run used it; run the command again: it "

@@ -12,6 +12,7 @@ batches (accumulation) or on several devices has the gradient of the whole.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -40,7 +41,7 @@ from deftx.training.settings import TrainerSettings, TrainingSettings
 from deftx.training.vocabulary import LARGE, frozen_cross_entropy
 
 
-class Encoder(Parts, pl.LightningModule):
+class Encoder(Parts, pl.LightningModule, ABC):
     """A training model whose parameters are known as M (maskable) and head.
 
     Attributes:
@@ -179,9 +180,9 @@ class Encoder(Parts, pl.LightningModule):
         self.loss_sum += loss.detach()
         return loss
 
+    @abstractmethod
     def loss(self, batch: Mapping[str, Any], *, reduction: str = "mean") -> Tensor:
         """Return the cross entropy of a batch, a scalar; ``reduction`` as in torch's ``cross_entropy``."""
-        raise NotImplementedError
 
     def note(self, value: Tensor) -> None:
         """Remember the first optimizer step whose ``value`` is not finite, without waiting for the device."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -145,6 +146,85 @@ def test_training_rows_of_one_label_are_refused(deftx: Command, tmp_path: Path) 
     assert outcome.status == 1
     assert "training rows have one label" in outcome.err
     assert "Traceback" not in outcome.err
+
+
+LANGUAGE_FILES = {
+    "no package line": ("code: xxa\nname: X\n", "language/xxa.yaml: its first line must be `# @package language.xxa`"),
+    "unknown key": (
+        "# @package language.xxa\ncode: xxa\ntxt: [a.txt]\n",
+        "language/xxa.yaml: unknown key 'txt'; did you mean 'text'?",
+    ),
+    "no list": ("# @package language.xxa\ncode: xxa\ntext: a.txt\n", "text: a.txt is no list; write text: [a.txt]"),
+    "a word as a value": ("# @package language.xxa\ncode: no\n", "code: YAML reads this as False, not as a word"),
+    "a word in a list": ("# @package language.xxa\ncode: xxa\ntext: [on]\n", "text: YAML reads this as True"),
+    "a list": ("# @package language.xxa\n- code\n", "language/xxa.yaml: it must hold lines `key: value`"),
+    "no YAML": ("# @package language.xxa\ncode: [\n", "language/xxa.yaml"),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), LANGUAGE_FILES.values(), ids=list(LANGUAGE_FILES))
+def test_a_first_language_file_says_what_to_write(deftx: Command, tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "own" / "language").mkdir(parents=True)
+    (tmp_path / "own" / "language" / "xxa.yaml").write_text(content)
+    for asked in ("language=xxa", "task.source=xxa"):
+        outcome = deftx("run", "--config-dir", str(tmp_path / "own"), asked)
+        assert outcome.status == 1
+        assert message in outcome.err
+        assert "Traceback" not in outcome.err
+
+
+@pytest.mark.parametrize(
+    "asked", ["language=nan", "language=[nan,qba]", "-m language=nan,qba", "-m language=[nan],[qba]"]
+)
+def test_a_code_that_is_read_as_a_value_works_as_the_message_says(deftx: Command, tmp_path: Path, asked: str) -> None:
+    (tmp_path / "own" / "language").mkdir(parents=True)
+    (tmp_path / "own" / "language" / "nan.yaml").write_text('# @package language.nan\ncode: "nan"\nname: Min Nan\n')
+    common = ["--config-dir", str(tmp_path / "own"), "--dry-run"]
+    refused = deftx("run", *common, *asked.split())
+    assert refused.status == 1
+    assert "is read as a value, not as a name" in refused.err
+    advice = shlex.split(refused.err.partition("quote it: ")[2])
+    followed = deftx("run", *common, *asked.split()[:-1], *advice)
+    # The generated family has no such language: the name was read as one.
+    assert "language 'nan' is not in the generated family" in followed.err
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ("hydra.job.chdir=true", "hydra.job.chdir=true: relative paths would be looked for in each run's own folder"),
+        ("language.qba.text=a.txt", "language.qba.text=a.txt: a list is needed: language.qba.text=[a.txt]"),
+        ("data.text.qba=a.txt", "error: data.text.qba=a.txt: a list is needed: data.text.qba=[a.txt]"),
+        ("data.text=[a.txt]", "data.text=[a.txt]: it has keys of your own: data.text.NAME=VALUE"),
+        ("data.revisions=abc", "data.revisions=abc: it has keys of your own: data.revisions.NAME=VALUE"),
+        ("paths.output=", "paths.output is empty: give paths.output=FOLDER"),
+    ],
+)
+def test_a_first_override_says_what_to_write(deftx: Command, asked: str, message: str) -> None:
+    for sweep in ([], ["-m"]):
+        outcome = deftx("run", *PREPARED, asked, *sweep)
+        assert outcome.status == 1
+        assert message in outcome.err
+
+
+def test_a_cluster_can_be_planned_for_where_there_is_none(
+    deftx: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    asked = ["run", *PREPARED, "-m", "rank=2,3", "launcher=slurm"]
+    assert deftx(*asked).status == 1
+    planned = deftx(*asked, "--dry-run")
+    assert planned.status == 0, planned.err
+    assert "dry run: nothing was computed" in planned.out
+
+
+def test_labels_that_yaml_read_as_values_are_said_so(deftx: Command, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.tsv"
+    rows.write_text("text\tlabel\n" + "".join(f"sentence {n} of mine\t{('no', 'yes')[n % 2]}\n" for n in range(30)))
+    labels = ["task=tsv", "task.source=qaa", f"data.train={rows}", f"data.test={rows}", "data.labels=['False','True']"]
+    outcome = deftx("run", *PREPARED, *labels)
+    assert outcome.status == 1
+    assert "unknown label 'no'; known are False, True; YAML reads yes, no, on, off and nan as values" in outcome.err
 
 
 def test_text_of_any_language_of_the_study_can_be_named(deftx: Command, tmp_path: Path) -> None:

@@ -87,6 +87,18 @@ def test_without_a_folder_what_runs_here_is_shown(
     assert "older, 2 jobs: 2 done" in said(capsys, "--all")[1]
 
 
+def test_a_damaged_record_hides_no_other(
+    sweep: tuple[Path, SweepRecord], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    damaged = tmp_path / "multirun" / "damaged"
+    damaged.mkdir()
+    (damaged / "sweep.json").write_text("{")
+    status, text = said(capsys, str(tmp_path))
+    assert status == 0
+    assert "mine, 8 jobs" in text
+    assert str(damaged) in text
+
+
 def test_what_is_not_there_is_said(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -79,6 +79,50 @@ def test_whatever_happens_to_the_terminal_a_finished_run_is_finished(
         assert r"macro-F1 \xd7 100" in outcome.out
 
 
+def test_jobs_of_a_sweep_under_an_agent_are_one_run_each(deftx: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("WANDB_RUN_ID", "agent"), ("WANDB_SWEEP_ID", "sweep"), ("WANDB_RESUME", "allow")):
+        monkeypatch.setenv(name, value)
+    outcome = deftx("run", *FEW, "logger=offline", "-m", "controls=[],[source_sft]")
+    assert outcome.status == 0, outcome.err
+    runs = sorted(path.name.rpartition("-")[2] for path in outcome.folder.rglob("offline-run-*") if path.is_dir())
+    assert len(set(runs)) == len(outcome.runs()) == 2
+    assert "agent" not in runs
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "shell", "status", "said"),
+    [
+        (["run", "--help"], {"PYTHONIOENCODING": "ascii"}, "", 0, r"\u03c6"),
+        (["cache", "ls"], {"PYTHONIOENCODING": "ascii"}, "", 0, "pretrain"),
+        (["status", "."], {"PYTHONIOENCODING": "ascii"}, "", 0, "demo"),
+        (["cache", "ls"], {}, ">/dev/full", 1, "not all of it could be printed"),
+        (["run", "--help"], {}, ">/dev/full", 1, "not all of it could be printed"),
+        (["--help"], {}, ">&-", 0, ""),
+    ],
+)
+def test_what_only_prints_says_when_it_could_not(
+    deftx: Command,
+    shared_cache: Path,
+    tmp_path: Path,
+    arguments: list[str],
+    environment: dict[str, str],
+    shell: str,
+    status: int,
+    said: str,
+) -> None:
+    assert deftx("run", *FEW).status == 0
+    command = [sys.executable, "-m", "deftx", *arguments]
+    if shell:
+        command = ["sh", "-c", f'exec "$@" {shell}', "sh", *command]
+    places = {"PYTHONPATH": str(Path(__file__).parents[2]), "DEFTX_CACHE": str(shared_cache)}
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env=os.environ | places | environment, check=False
+    )
+    assert done.returncode == status
+    assert said in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_a_reader_who_goes_stops_no_run(deftx: Command, shared_cache: Path, tmp_path: Path) -> None:
     assert deftx("run", *FEW).status == 0
     outcome = run(shared_cache, tmp_path / "there", shell="| head -c 1 >/dev/null")
