@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -76,6 +77,7 @@ class JobFunction(Protocol):
 def work(task: Task) -> JobEnd:
     """Run one job of a sweep."""
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_without(_AGENT))
         if task.logged:
             Path(task.folder).mkdir(parents=True, exist_ok=True)
             output = stack.enter_context((Path(task.folder) / LOG).open("a", encoding="utf-8"))
@@ -84,6 +86,20 @@ def work(task: Task) -> JobEnd:
         elif task.headline:
             print(task.headline, flush=True)
         return _launched(task)
+
+
+# An agent of W&B means one run by them; the jobs of a sweep would all write into it.
+_AGENT = ("WANDB_RUN_ID", "WANDB_SWEEP_ID", "WANDB_SWEEP_PARAM_PATH", "WANDB_RESUME")
+
+
+@contextlib.contextmanager
+def _without(names: Sequence[str]) -> Iterator[None]:
+    """Hide environment variables within the block."""
+    hidden = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
 
 
 def _launched(task: Task) -> JobEnd:
