@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,16 +32,21 @@ def work(task: str) -> str:
     return task.upper()
 
 
-def deftx(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    """Start the command; it ends with the test."""
+@contextlib.contextmanager
+def deftx(folder: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """Run the command; it ends with the block."""
     places = [f"paths.cache={folder / 'cache'}", f"hydra.sweep.dir={folder / 'sweep'}"]
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-m", "deftx", *SWEEP, *arguments, *places],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         cwd=ROOT,
     )
+    try:
+        yield process
+    finally:
+        process.kill()
 
 
 @pytest.mark.enable_socket
@@ -56,8 +63,8 @@ def test_each_task_ends_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_a_sweep_gives_what_it_gives_here_and_prints_nothing_of_rays(tmp_path: Path) -> None:
     scores, printed = [], []
     for name, launcher in (("here", ["launcher=basic"]), ("there", ["launcher=ray", "launcher.workers=2"])):
-        process = deftx(tmp_path / name, *launcher)
-        printed.append(process.communicate(timeout=400)[0])
+        with deftx(tmp_path / name, *launcher) as process:
+            printed.append(process.communicate(timeout=400)[0])
         assert process.returncode == 0, printed[-1]
         results = sorted((tmp_path / name / "sweep").glob("[01]/result.json"))
         scores.append([json.loads(path.read_text())["metrics"] for path in results])
@@ -69,16 +76,16 @@ def test_a_sweep_gives_what_it_gives_here_and_prints_nothing_of_rays(tmp_path: P
 
 
 def test_a_worker_that_is_killed_is_run_again(tmp_path: Path) -> None:
-    process = deftx(tmp_path, "launcher=ray", "launcher.workers=2", "launcher.requeues=2")
-    deadline = time.monotonic() + 200
-    killed = 0
-    while not killed and time.monotonic() < deadline:
-        for path in (tmp_path / "sweep").rglob("progress.json"):
-            owner = json.loads(path.read_text())["owner"]
-            os.kill(int(owner.split("-")[1]), signal.SIGKILL)
-            killed += 1
-            break
-        time.sleep(0.05)
-    output, _ = process.communicate(timeout=400)
+    with deftx(tmp_path, "launcher=ray", "launcher.workers=2", "launcher.requeues=2") as process:
+        deadline = time.monotonic() + 200
+        killed = 0
+        while not killed and time.monotonic() < deadline:
+            for path in (tmp_path / "sweep").rglob("progress.json"):
+                owner = json.loads(path.read_text())["owner"]
+                os.kill(int(owner.split("-")[1]), signal.SIGKILL)
+                killed += 1
+                break
+            time.sleep(0.05)
+        output, _ = process.communicate(timeout=400)
     assert killed
     assert process.returncode == 0, output

@@ -55,6 +55,7 @@ def test_a_stage_made_again_with_other_bits_never_meets_evaluations_of_the_old_o
     assert len(sfts) == 2
 
 
+@pytest.mark.soak
 def test_results_of_other_threads_are_used_and_said(deftx: Command, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     alone = deftx("run", *FEW, "trainer.threads=1", "source=shared", cache=cache)
@@ -75,6 +76,7 @@ def test_results_of_other_threads_are_used_and_said(deftx: Command, tmp_path: Pa
     assert again.result()["provenances"] == mixed.result()["provenances"]
 
 
+@pytest.mark.soak
 def test_results_on_different_bits_of_one_result_are_made_again(deftx: Command, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     few = [*FEW, "compare=[ltsft]"]
@@ -151,6 +153,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(
     assert "evaluate" not in kinds
 
 
+@pytest.mark.soak
 def test_what_was_read_is_told_as_it_was(
     deftx: Command, shared_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

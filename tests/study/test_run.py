@@ -405,14 +405,19 @@ def test_an_interrupted_run_says_so_and_goes_on_later(tmp_path: Path) -> None:
         cwd=tmp_path,
         stderr=subprocess.PIPE,
         text=True,
+        # Tests that run in the background of a script inherit that it is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stderr is not None
-    for line in process.stderr:  # in the middle of a fit: after the last line that comes before one
-        if line.startswith("pretrain"):
-            break
-    time.sleep(3)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    try:
+        for line in process.stderr:  # in the middle of a fit: after the last line that comes before one
+            if line.startswith("pretrain"):
+                break
+        time.sleep(3)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130, errors
     assert "run the command again" in errors
     result = json.loads(next((tmp_path / "out").rglob("result.json")).read_text())

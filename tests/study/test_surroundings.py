@@ -62,8 +62,8 @@ def test_variables_of_other_launchers_change_nothing_that_a_job_leaves(
     ("environment", "shell"),
     [
         ({"PYTHONIOENCODING": "ascii"}, ""),
-        ({}, ">/dev/full 2>&1"),
-        ({}, ">&- 2>&-"),
+        pytest.param({}, ">/dev/full 2>&1", marks=pytest.mark.soak),
+        pytest.param({}, ">&- 2>&-", marks=pytest.mark.soak),
     ],
     ids=["ascii", "full", "closed"],
 )
@@ -90,6 +90,7 @@ def test_jobs_of_a_sweep_under_an_agent_are_one_run_each(deftx: Command, monkeyp
     assert "agent" not in runs
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize(
     ("arguments", "environment", "shell", "status", "said"),
     [
@@ -124,6 +125,7 @@ def test_what_only_prints_says_when_it_could_not(
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.soak
 def test_a_reader_who_goes_stops_no_run(deftx: Command, shared_cache: Path, tmp_path: Path) -> None:
     assert deftx("run", *FEW).status == 0
     outcome = run(shared_cache, tmp_path / "there", shell="| head -c 1 >/dev/null")
