@@ -26,7 +26,7 @@ from deftx.core.gaps import pack, unpack
 from deftx.core.settings import VALUE_DTYPES
 from deftx.errors import DeftxError, did_you_mean, listed
 
-__all__ = ["SparseDelta", "fingerprint", "need_float32"]
+__all__ = ["SparseDelta", "fingerprint", "need_float32", "part_of"]
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
@@ -47,6 +47,12 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name}\n{str(tensor.dtype).removeprefix('torch.')}\n{list(tensor.shape)}\n".encode())
         digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def part_of(name: str) -> str:
+    """Return the part of the model that a parameter belongs to: ``layer.0``, or the first word of its name."""
+    match = re.search(r"(?:^|\.)layers?\.(\d+)\.", name)
+    return f"layer.{match[1]}" if match else name.split(".")[0]
 
 
 def need_float32(name: str, *tensors: Tensor) -> None:
@@ -182,9 +188,7 @@ class SparseDelta:
         """Changed coordinates by part of the model, in its order: ``embeddings``, ``layer.0``, …, ``pooler``."""
         counts: dict[str, int] = {}
         for name, index in self.indices.items():
-            match = re.search(r"(?:^|\.)layers?\.(\d+)\.", name)
-            part = f"layer.{match[1]}" if match else name.split(".")[0]
-            counts[part] = counts.get(part, 0) + index.numel()
+            counts[part_of(name)] = counts.get(part_of(name), 0) + index.numel()
         order = {"embeddings": -1, "pooler": math.inf}
 
         def sort_key(part: str) -> tuple[float, str]:
