@@ -8,6 +8,7 @@ results say it, what ignores it, how tables name it. All else reads those declar
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Set
 from copy import deepcopy
@@ -74,6 +75,8 @@ def matching(pattern: str, sentence: str) -> Range:
     """Return text that a regular expression matches in whole."""
     return Range(sentence, lambda value: re.fullmatch(pattern, value) is not None)
 
+
+FINITE = Range("must be a finite number", lambda value: math.isfinite(value))
 
 SEED = Range("must lie in [0, 2**32)", lambda value: 0 <= value < 2**32)
 """What seeds of every library may be."""

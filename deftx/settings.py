@@ -13,8 +13,8 @@ from typing import Any
 from deftx.data.settings import SPLITS, CorpusSettings, DataSettings, LanguageSettings, SyntheticSettings
 from deftx.knobs import SEED, Knob, declared, knob, matching, one_of, table
 from deftx.launch.settings import LauncherSettings
-from deftx.methods.settings import DenoiseKnobs, SFTKnobs, ShortKnobs, SizeKnobs
-from deftx.methods.table import METHODS, UNDENOISED, WITHOUT_LANGUAGE_SFT
+from deftx.methods.settings import ComposeSettings, DenoiseKnobs, SFTKnobs, ShortKnobs, SizeKnobs
+from deftx.methods.table import BY_PROXY, METHODS, UNDENOISED, WITHOUT_LANGUAGE_SFT
 from deftx.search import SearchSettings
 from deftx.tracking.settings import LoggerSettings
 from deftx.training.settings import ModelSettings, TrainerSettings, TrainingSettings
@@ -110,7 +110,7 @@ class RunConfig(ShortKnobs):
     model: ModelSettings = knob(ModelSettings, commands=COMMANDS, fixed=True, bookkeeping=True)
     # A method's own scores stand under its name; a control's are those of the main method's SFTs.
     method: MethodConfig = knob(
-        MethodConfig, ignored_by={*METHODS, *WITHOUT_LANGUAGE_SFT, "composed", "source_language_only"}
+        MethodConfig, ignored_by={*METHODS, *WITHOUT_LANGUAGE_SFT, *BY_PROXY, "composed", "source_language_only"}
     )
     denoise: DenoiseKnobs = knob(DenoiseKnobs)
     sparsity: SparsityConfig = knob(SparsityConfig)
@@ -120,6 +120,11 @@ class RunConfig(ShortKnobs):
     # φ_S has a method of its own, whatever the run's is.
     source: SourceConfig = knob(SourceConfig, ignored_by={"no_language_sft"}, read_by=UNDENOISED)
     lang: SFTKnobs = knob(SFTKnobs, ignored_by={"no_language_sft", "source_sft", *WITHOUT_LANGUAGE_SFT})
+    compose: ComposeSettings = knob(
+        ComposeSettings,
+        commands=("run", "eval"),
+        ignored_by={"no_language_sft", "source_language_only", *WITHOUT_LANGUAGE_SFT},
+    )
     budget: BudgetConfig = knob(BudgetConfig)
     corpus: CorpusSettings = knob(CorpusSettings, commands=COMMANDS, ignored_by={"no_language_sft"}, fixed=True)
     data: DataSettings = knob(DataSettings, commands=COMMANDS, fixed=True)

@@ -5,7 +5,7 @@ Precedence of the mask size: the SFT's own knob, then the top knob, then the spa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,7 @@ from deftx.knobs import declared, problems
 from deftx.methods import METHODS
 from deftx.methods.settings import SFTKnobs, SizeKnobs
 from deftx.settings import RunConfig
-from deftx.stages.settings import SFTSettings, StudySettings
+from deftx.stages.settings import SFTSettings, StudySettings, relatives
 
 if TYPE_CHECKING:
     from deftx.data.labelled import TaskSpec
@@ -44,7 +44,7 @@ def resolve(config: RunConfig, command: str = "run") -> tuple[StudySettings | No
 
     methods = [config.method.name, *(name for name in config.compare if name != config.method.name)]
     messages = [unknown("method", name, list(METHODS)) for name in methods if name not in METHODS]
-    for name in ("", "corpus", "data", "synthetic", "trainer", "logger", "launcher"):
+    for name in ("", "corpus", "data", "synthetic", "compose", "trainer", "logger", "launcher"):
         messages += problems(getattr(config, name), f"{name}.") if name else problems(config)
     with collected(messages):
         task_spec(config.task.name, config.data)
@@ -89,7 +89,7 @@ def resolve(config: RunConfig, command: str = "run") -> tuple[StudySettings | No
             source_sft = source_sft.by(source_sft.method)
     if language_sft is not None and task_sft is not None and not set(methods) - set(METHODS):
         methods = _called(methods, language_sft, task_sft)
-    messages += _ablation_problems(config)
+    messages += _ablation_problems(config) + _compose_problems(config)
     if task is not None and task.generated and config.data.root is not None and command != "pretrain":
         messages.append(
             f"data.root={config.data.root}: task={task.name} reads generated files only; choose task=nusax, ..."
@@ -120,6 +120,7 @@ def resolve(config: RunConfig, command: str = "run") -> tuple[StudySettings | No
         data=config.data,
         synthetic=config.synthetic,
         controls=tuple(dict.fromkeys(config.controls)),
+        compose=config.compose,
         missing_text=config.missing_text,
         trainer=config.trainer,
         logger=config.logger,
@@ -184,6 +185,28 @@ def _ablation_problems(config: RunConfig) -> list[str]:
     return (
         [] if whole else [f"ablate={config.ablate} is {knob}, and the command sets it to something else: leave out one"]
     )
+
+
+def _compose_problems(config: RunConfig) -> list[str]:
+    """Return what is wrong with a composition: its rank, and proxies of languages that are not there."""
+    compose, messages = config.compose, list[str]()
+    with collected(messages):
+        RankPolicy.parse(compose.rank)
+    for code, weights in compose.proxy.items():
+        if code not in config.language:
+            messages.append(f"compose.proxy.{code}: no such target; add it with language=[{code}]")
+        named = weights if isinstance(weights, Mapping) else {}
+        messages += [
+            f"compose.proxy.{code}.{other}: only other targets have a φ_L to lend; add it with language=[{other}]"
+            for other in named
+            if other not in config.language or other in compose.proxy
+        ]
+        if weights == "family" and not relatives(code, config.language, compose.proxy):
+            family = config.language[code].family if code in config.language else ""
+            messages.append(
+                f"compose.proxy.{code}=family: no other target is {family or 'of its family'}; name weights"
+            )
+    return messages
 
 
 def _splits(asked: str | list[str], task: TaskSpec | None, messages: list[str]) -> tuple[str, ...]:

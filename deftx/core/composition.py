@@ -59,6 +59,11 @@ class Composition:
         self._terms: dict[str, _Term] = {}
 
     @property
+    def parameters(self) -> Mapping[str, Tensor]:
+        """The model's parameters by the base's names; nobody else may change those that a term touches."""
+        return self._parameters
+
+    @property
     def terms(self) -> dict[str, float]:
         """Scale by name of term, in the order of the names."""
         return {name: self._terms[name].scale for name in sorted(self._terms)}

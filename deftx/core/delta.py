@@ -23,10 +23,10 @@ from torch import Tensor
 
 from deftx.core.folder import model_card, read_folder, write_folder
 from deftx.core.gaps import pack, unpack
-from deftx.core.settings import VALUE_DTYPES
+from deftx.core.settings import VALUE_DTYPES, part_of
 from deftx.errors import DeftxError, did_you_mean, listed
 
-__all__ = ["SparseDelta", "fingerprint", "need_float32", "part_of"]
+__all__ = ["SparseDelta", "fingerprint", "need_float32"]
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
@@ -47,12 +47,6 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name}\n{str(tensor.dtype).removeprefix('torch.')}\n{list(tensor.shape)}\n".encode())
         digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def part_of(name: str) -> str:
-    """Return the part of the model that a parameter belongs to: ``layer.0``, or the first word of its name."""
-    match = re.search(r"(?:^|\.)layers?\.(\d+)\.", name)
-    return f"layer.{match[1]}" if match else name.split(".")[0]
 
 
 def need_float32(name: str, *tensors: Tensor) -> None:

@@ -18,22 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deftx.core.delta import SparseDelta, part_of
-from deftx.core.denoise import decompose, denoise
+from deftx.core.delta import SparseDelta
+from deftx.core.denoise import Decomposition, Side, decompose, denoise, resolve_rank
 from deftx.core.selection import select_topk
-from deftx.core.settings import RankPolicy, ResidualPolicy
+from deftx.core.settings import MERGE_OPTIONS, MERGE_RANGES, RankPolicy, ResidualPolicy, part_of
 from deftx.errors import DeftxError, did_you_mean, listed
-from deftx.knobs import Range, between, one_of
 from deftx.seeds import seed_of
 
-__all__ = ["RANGES", "RULES", "Rule", "Term", "merge"]
-
-RANGES: dict[str, Range] = {
-    "density": between(0, 1, "(]"),
-    "drop": between(0, 1, "[)"),
-    "elect": one_of("mass", "count"),
-}
-"""What options of rules may be."""
+__all__ = ["RULES", "Rule", "Term", "merge"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +36,7 @@ class Term:
         name: Such as ``task`` or ``language``; it orders the terms and seeds what is drawn.
         delta: The change.
         weight: λ, finite.
-        layers: λ for parts of the model, by the names of :func:`deftx.core.delta.part_of` (``embeddings``,
+        layers: λ for parts of the model, by the names of :func:`deftx.core.settings.part_of` (``embeddings``,
             ``layer.0``, ...), in place of ``weight`` there.
     """
 
@@ -98,14 +90,14 @@ class Rule:
     Attributes:
         title: What tables call it.
         merged: Merges the terms' values of one parameter.
-        knobs: The options it reads.
+        computed: The options it reads beside those that a person sets: ``parameters``, ``seed``.
         trims: Whether each term first keeps the ``density`` of all the base's parameters that are largest in magnitude.
         dense: Whether it changes all entries of a matrix, so that the result takes memory like the base.
     """
 
     title: str
     merged: _Rule
-    knobs: tuple[str, ...] = ()
+    computed: tuple[str, ...] = ()
     trims: bool = False
     dense: bool = False
 
@@ -134,13 +126,10 @@ def merge(rule: str, terms: Sequence[Term], **options: Any) -> SparseDelta:
     chosen = RULES[rule]
     terms = sorted(terms, key=lambda term: term.name)
     _check(terms)
-    unread = sorted(set(options) - set(chosen.knobs))
-    if unread:
-        raise DeftxError(
-            f"the rule {rule} reads no {listed(unread)}; it reads {', '.join(chosen.knobs) or 'weights only'}"
-        )
-    missing = sorted(set(chosen.knobs) - set(options))
-    if missing:
+    reads = (*MERGE_OPTIONS[rule], *chosen.computed)
+    if unread := sorted(set(options) - set(reads)):
+        raise DeftxError(f"the rule {rule} reads no {listed(unread)}; it reads {', '.join(reads) or 'weights only'}")
+    if missing := sorted(set(reads) - set(options)):
         raise DeftxError(f"the rule {rule} needs {listed(missing)}")
     _check_options(options)
     kept = [_trimmed(term.delta, options) for term in terms] if chosen.trims else [term.delta for term in terms]
@@ -195,7 +184,7 @@ def _check(terms: Sequence[Term]) -> None:
 
 
 def _check_options(options: Mapping[str, Any]) -> None:
-    problems = [RANGES[name].problem(name, value) for name, value in options.items() if name in RANGES]
+    problems = [MERGE_RANGES[name].problem(name, value) for name, value in options.items() if name in MERGE_RANGES]
     if any(problems):
         raise DeftxError("\n".join(filter(None, problems)))
 
@@ -296,17 +285,16 @@ def _tsv(terms: _Aligned, options: Mapping[str, Any]) -> _Change:
 
 
 def _rank_of(rank: RankPolicy, size: Tensor, shape: Sequence[int]) -> int:
-    from deftx.core.denoise import Decomposition, resolve_rank
-
     rows, columns = shape
-    side = "columns" if rows >= columns else "rows"
+    side: Side = "columns" if rows >= columns else "rows"
     return resolve_rank(Decomposition((rows, columns), rows, columns, size, side, size.new_zeros(0, 0)), rank)
 
 
 def _nearest_orthogonal(matrix: Tensor) -> Tensor:
     """Return the matrix with orthonormal columns (or rows, if it is wide) that is nearest in the Frobenius norm."""
     left, _, right = torch.linalg.svd(matrix, full_matrices=False)
-    return left @ right
+    nearest: Tensor = left @ right
+    return nearest
 
 
 def _denoised_sum(terms: _Aligned, options: Mapping[str, Any]) -> _Change:
@@ -325,9 +313,9 @@ def _denoised_sum(terms: _Aligned, options: Mapping[str, Any]) -> _Change:
 
 RULES: dict[str, Rule] = {
     "sum": Rule("sum", _sum),
-    "ties": Rule("TIES", _ties, ("density", "elect", "parameters"), trims=True),
-    "dare": Rule("DARE", _dare, ("drop", "seed")),
-    "tsv": Rule("TSV-Merge", _tsv, ("rank",), dense=True),
-    "denoised_sum": Rule("denoised sum", _denoised_sum, ("rank",), dense=True),
+    "ties": Rule("TIES", _ties, ("parameters",), trims=True),
+    "dare": Rule("DARE", _dare, ("seed",)),
+    "tsv": Rule("TSV-Merge", _tsv, dense=True),
+    "denoised_sum": Rule("denoised sum", _denoised_sum, dense=True),
 }
 """How changes are merged, by the name that ``compose=`` takes."""

@@ -3,22 +3,47 @@
 ``rank`` says how many singular directions of a weight change count as signal, ``residual`` what happens to
 the rest (docs/method.md, step 2). Both are small frozen values whose text is canonical, ``parse(str(policy))
 == policy``, so that the text itself can be a configuration value and part of a cache key. ``value_dtype``
-says how a sparse fine-tuning's values are stored. Standard library only.
+says how a sparse fine-tuning's values are stored, ``MERGE_OPTIONS`` names the rules that merge several. Standard
+library only.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
 from deftx.errors import DeftxError, did_you_mean
+from deftx.knobs import Range, between, one_of
 
 RankKind = Literal["fixed", "fraction", "energy", "gavish_donoho", "none"]
 DEFAULT_RESIDUAL = 0.05
 VALUE_DTYPES = ("float32", "float16", "bfloat16")
 
+MERGE_OPTIONS: dict[str, tuple[str, ...]] = {
+    "sum": (),
+    "ties": ("density", "elect"),
+    "dare": ("drop",),
+    "tsv": ("rank",),
+    "denoised_sum": ("rank",),
+}
+"""Options of each rule of :mod:`deftx.core.merging` that a person sets, beside the weights."""
+
+MERGE_RANGES: dict[str, Range] = {
+    "density": between(0, 1, "(]"),
+    "drop": between(0, 1, "[)"),
+    "elect": one_of("mass", "count"),
+}
+"""What those options may be; ``rank`` is a :class:`RankPolicy`."""
+
 _RANK_FORMS = "a whole number >= 1, fraction:F, energy:E (F and E in (0, 1]), gavish_donoho, none"
 _RESIDUAL_FORMS = "prune, prune:P (P in [0, 1]), drop"
+
+
+def part_of(name: str) -> str:
+    """Return the part of the model that a parameter belongs to: ``layer.0``, or the first word of its name."""
+    match = re.search(r"(?:^|\.)layers?\.(\d+)\.", name)
+    return f"layer.{match[1]}" if match else name.split(".")[0]
 
 
 def _number(text: str) -> float | None:

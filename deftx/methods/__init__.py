@@ -1,6 +1,7 @@
 """What is learnt for a language or a task: the table of methods, and how what was learnt is put on a model."""
 
 from deftx.methods.table import (
+    BY_PROXY,
     METHODS,
     SCORED,
     SECOND_PHASES,
@@ -12,6 +13,7 @@ from deftx.methods.table import (
 )
 
 __all__ = [
+    "BY_PROXY",
     "METHODS",
     "SCORED",
     "SECOND_PHASES",

@@ -7,6 +7,7 @@ from one cell to the next only what differs is touched. Taking everything off re
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
     from deftx.core.composition import Composition
     from deftx.core.delta import SparseDelta
+    from deftx.methods.settings import ComposeSettings
 
 
 class Adaptation(Protocol):
@@ -92,6 +94,11 @@ class AdaptedClassifier:
         for name, tensor in head.items():
             tensor.copy_(tensors[name])
 
+    @property
+    def size(self) -> int:
+        """Parameters of the base."""
+        return sum(parameter.numel() for parameter in self.composition.parameters.values())
+
 
 class SparseAdaptation:
     """A sparse fine-tuning in a folder, read when it is put on.
@@ -105,28 +112,92 @@ class SparseAdaptation:
         self.key = key
         self.folder = folder
 
-    def put_on(self, role: str, classifier: AdaptedClassifier) -> None:
-        """Add φ to the composition; φ_T sets the head, too."""
+    def change(self) -> SparseDelta:
+        """Return what it changes."""
         from deftx.core.delta import SparseDelta
 
         delta: SparseDelta = SparseDelta.load(self.folder)
-        classifier.composition.add(role, delta)
-        if role == "task":
-            try:
-                classifier.set_head(delta.head, self.folder)
-            except DeftxError:
-                classifier.composition.remove(role)
-                raise
+        return delta
+
+    def put_on(self, role: str, classifier: AdaptedClassifier) -> None:
+        """Add φ to the composition; φ_T sets the head, too."""
+        _add(role, self.change(), self.folder, classifier, with_head=role == "task")
 
     def take_off(self, role: str, classifier: AdaptedClassifier) -> None:
         """Remove φ from the composition; without φ_T the head is the one the classifier was made with."""
-        classifier.composition.remove(role)
-        if role == "task":
-            classifier.set_head(None)
+        _remove(role, classifier, with_head=role == "task")
+
+
+class MergedAdaptation:
+    """Several changes of weights, merged by a rule (:mod:`deftx.core.merging`); the head is φ_T's.
+
+    Args:
+        parts: What is merged, by role: ``task``, ``language``.
+        settings: Rule, weights and options.
+        seed: Of what the rule draws.
+    """
+
+    def __init__(self, parts: Mapping[str, SparseAdaptation], settings: ComposeSettings, seed: int) -> None:
+        self.parts = parts
+        self.settings = settings
+        self.seed = seed
+        self.key = repr(({role: part.key for role, part in parts.items()}, settings, seed))
+
+    def put_on(self, role: str, classifier: AdaptedClassifier) -> None:
+        """Add the merged change to the composition, and set the head."""
+        from deftx.core.merging import RULES, Term, merge
+        from deftx.core.settings import RankPolicy
+
+        settings, weights = self.settings, vars(self.settings)
+        changes = {name: part.change() for name, part in self.parts.items()}
+        # The head of a language SFT predicts tokens; it never reaches a classifier.
+        changes = {name: change if name == "task" else replace(change, head={}) for name, change in changes.items()}
+        terms = [Term(name, changes[name], weights[name], weights[f"{name}_layers"]) for name in changes]
+        options = settings.options()
+        if "rank" in options:
+            options["rank"] = RankPolicy.parse(options["rank"])
+        computed = {"seed": self.seed, "parameters": classifier.size}
+        options |= {name: computed[name] for name in RULES[settings.rule].computed}
+        _add(role, merge(settings.rule, terms, **options), self.parts["task"].folder, classifier, with_head=True)
+
+    def take_off(self, role: str, classifier: AdaptedClassifier) -> None:
+        """Restore the base and the head that the classifier was made with."""
+        _remove(role, classifier, with_head=True)
+
+
+def _add(role: str, delta: SparseDelta, source: Path, classifier: AdaptedClassifier, *, with_head: bool) -> None:
+    classifier.composition.add(role, delta)
+    if with_head:
+        try:
+            classifier.set_head(delta.head, source)
+        except DeftxError:
+            classifier.composition.remove(role)
+            raise
+
+
+def _remove(role: str, classifier: AdaptedClassifier, *, with_head: bool) -> None:
+    classifier.composition.remove(role)
+    if with_head:
+        classifier.set_head(None)
 
 
 COMPOSITIONS: dict[str, Callable[[str, Path], Adaptation]] = {"sum": SparseAdaptation}
 """How SFTs are put on a base, from key and folder: ``sum`` adds them."""
+
+
+def composed(parts: Mapping[str, Adaptation], settings: ComposeSettings, seed: int) -> dict[str, Adaptation]:
+    """Return what a classifier wears of φ_T and φ_L: both as they are, or merged.
+
+    Raises:
+        DeftxError: A rule is to merge what is no change of weights.
+    """
+    if settings.plain or "language" not in parts:
+        return dict(parts)
+    changes = {role: part for role, part in parts.items() if isinstance(part, SparseAdaptation)}
+    if len(changes) < len(parts):
+        others = ", ".join(role for role in parts if role not in changes)
+        raise DeftxError(f"compose={settings.rule} merges changes of weights; the {others} module is none: compose=sum")
+    return {"merged": MergedAdaptation(changes, settings, seed)}
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> str:

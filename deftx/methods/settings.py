@@ -6,11 +6,12 @@ override one kind, ``source.*`` are those of the source language's own SFT.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from deftx.core.settings import VALUE_DTYPES
-from deftx.knobs import at_least, between, declared, knob, labelled, one_of
+from deftx.core.settings import MERGE_OPTIONS, MERGE_RANGES, VALUE_DTYPES
+from deftx.knobs import FINITE, SEED, at_least, between, declared, knob, labelled, one_of
 from deftx.methods.table import UNDENOISED
 from deftx.training.settings import TrainingSettings
 
@@ -82,6 +83,82 @@ class SFTKnobs(ShortKnobs, DenoiseKnobs):
     """
 
     training: TrainingSettings = knob(TrainingSettings)
+
+
+@dataclass
+class ComposeSettings:
+    """How φ_T and φ_L are put on a base together, and what takes φ_L's place.
+
+    Attributes:
+        rule: A key of :data:`deftx.core.merging.RULES`. With ``sum`` and weights of 1 the SFTs are added as they are.
+        task: λ_T, the weight of φ_T.
+        language: λ_L, the weight of φ_L.
+        task_layers: λ_T for parts of the model, in place of ``task`` there, such as ``{embeddings: 0.5}``.
+        language_layers: The same for φ_L.
+        density: Of ``ties``: the share of all parameters that each SFT keeps.
+        elect: Of ``ties``: ``mass`` (the sign of the weighted sum) or ``count`` (of the majority).
+        drop: Of ``dare``: the share of entries that are dropped.
+        rank: Of ``tsv`` (of each SFT's matrix) and ``denoised_sum`` (of the sum's): a rank policy.
+        average: Seeds whose φ_L are averaged, in place of the φ_L of the run's seed.
+        proxy: Targets without text of their own, and whose φ_L stand in: ``{nij: {ban: 0.5, jav: 0.5}}``, or
+            ``{nij: family}`` for the other targets of its language family in equal parts.
+    """
+
+    rule: str = knob("sum", one_of(*MERGE_OPTIONS), since=4, label=5)
+    task: float = knob(1.0, FINITE, since=4)
+    language: float = knob(1.0, FINITE, since=4)
+    task_layers: dict[str, float] = knob({}, since=4)
+    language_layers: dict[str, float] = knob({}, since=4)
+    density: float = knob(0.2, MERGE_RANGES["density"], since=4)
+    elect: str = knob("mass", MERGE_RANGES["elect"], since=4)
+    drop: float = knob(0.5, MERGE_RANGES["drop"], since=4)
+    rank: Any = knob("fraction:0.5", since=4)
+    average: list[int] = knob([], SEED, since=4)
+    proxy: dict[str, Any] = knob({}, since=4)
+
+    @property
+    def plain(self) -> bool:
+        """Whether SFTs are added as they are."""
+        layers = (*self.task_layers.values(), *self.language_layers.values())
+        return self.rule == "sum" and {self.task, self.language, *layers} == {1.0}
+
+    def options(self) -> dict[str, Any]:
+        """Return what the rule reads of the settings, beside the weights."""
+        return {name: getattr(self, name) for name in MERGE_OPTIONS[self.rule]}
+
+    def conditions(self) -> list[str]:
+        """What values must have in common."""
+        messages = [
+            f"{name}={getattr(self, name)}: rule={self.rule} does not read it; it is one of rule={' and '.join(rules)}"
+            for name, rules in _rules_by_option().items()
+            if self.rule not in rules
+            and self.rule in MERGE_OPTIONS
+            and getattr(self, name) != declared(self)[name].default
+        ]
+        for scope in ("task_layers", "language_layers"):
+            for part, weight in getattr(self, scope).items():
+                if not FINITE.holds(weight):
+                    messages.append(f"{scope}.{part}={weight}: {FINITE.sentence}")
+        if len(set(self.average)) < len(self.average):
+            messages.append(f"average={self.average}: a seed is named twice")
+        for code, weights in self.proxy.items():
+            given = weights.values() if isinstance(weights, Mapping) else ()
+            if weights != "family" and (
+                not given or not all(isinstance(w, int | float) and FINITE.holds(w) for w in given)
+            ):
+                messages.append(
+                    f"proxy.{code}={weights}: write compose.proxy.{code}=family, or a weight for each relative, as in "
+                    f"compose.proxy.{code}.ban=0.5"
+                )
+        return messages
+
+
+def _rules_by_option() -> dict[str, list[str]]:
+    rules: dict[str, list[str]] = {}
+    for rule, options in MERGE_OPTIONS.items():
+        for option in options:
+            rules.setdefault(option, []).append(rule)
+    return rules
 
 
 DENOISING = tuple(declared(DenoiseKnobs))

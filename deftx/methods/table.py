@@ -103,5 +103,8 @@ WITHOUT_LANGUAGE_SFT = {f"{name}_without_language_sft": name for name in METHODS
 """Conditions of targets that have no language SFT: φ_T of a method, alone. They are not that method, and no part of its
 mean."""
 
+BY_PROXY = {f"{name}_by_proxy": name for name in METHODS}
+"""Conditions of targets for which other languages' φ_L of a method stand in. No part of that method's mean, either."""
+
 UNDENOISED = frozenset(name for name, method in METHODS.items() if not method.denoised)
 """Methods that ignore the knobs of denoising."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from deftx.knobs import Knob, declared
 from deftx.methods.settings import DENOISING, LABELLED, SFTKnobs, ShortKnobs
-from deftx.methods.table import METHODS, SCORED, WITHOUT_LANGUAGE_SFT
+from deftx.methods.table import BY_PROXY, METHODS, SCORED, WITHOUT_LANGUAGE_SFT
 from deftx.settings import KNOBS, RunConfig
 from deftx.tracking import DATA_READ, CellFacts, DataRead, Term
 
@@ -66,7 +66,7 @@ def read_by(condition: str, settings: Mapping[str, Any], cells: Iterable[CellFac
         cells: The run's cells. Its settings are those of all its methods; the terms of the cells say which of them a
             method used.
     """
-    names = {condition, WITHOUT_LANGUAGE_SFT.get(condition, condition)}
+    names = {condition, {**WITHOUT_LANGUAGE_SFT, **BY_PROXY}.get(condition, condition)}
 
     def reads(key: str) -> bool:
         return not names & _facts(key).ignored_by

@@ -7,7 +7,7 @@ SFT that two consecutive cells compose stays on it. Predictions are float32 what
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from deftx.cache import Entry, Workspace
 from deftx.core.folder import FACTS
 from deftx.errors import DeftxError
-from deftx.methods import WITHOUT_LANGUAGE_SFT
-from deftx.methods.adaptation import COMPOSITIONS, AdaptedClassifier
+from deftx.methods import BY_PROXY, WITHOUT_LANGUAGE_SFT
+from deftx.methods.adaptation import COMPOSITIONS, AdaptedClassifier, composed
 from deftx.stages.base import Base
 from deftx.stages.inputs import TestRows, read_json
 from deftx.stages.node import Node, node
@@ -118,15 +118,20 @@ class Evaluator:
         needs, content = {**self.base.needs, **rows.needs}, {**self.base.content, **rows.content}
         for sft in cell.sfts:
             needs, content = needs | sft.needs, content | sft.content
+        settings: dict[str, Any] = {
+            "labels": list(self.study.task_spec.labels),
+            "max_length": self.max_length,
+            "batch": EVAL_BATCH,
+            "composition": {sft.kind: sft.composition for sft in cell.sfts},
+        }
+        if cell.language_sft is not None and not (compose := self.study.compose).plain:
+            weights = {name: getattr(compose, name) for name in ("task", "language", "task_layers", "language_layers")}
+            settings["compose"] = {"rule": compose.rule, **weights, **compose.options()}
+            settings["compose"] |= {"seed": self.study.seed} if compose.rule == "dare" else {}
         return node(
             "evaluate",
             3,
-            {
-                "labels": list(self.study.task_spec.labels),
-                "max_length": self.max_length,
-                "batch": EVAL_BATCH,
-                "composition": {sft.kind: sft.composition for sft in cell.sfts},
-            },
+            settings,
             lambda work, loggers: self._compute(cell, work),
             needs=needs,
             content=content,
@@ -142,9 +147,8 @@ class Evaluator:
         for sft in cell.sfts:
             self._check_tokenizer(sft, sft.found_in(work))
         # By digest, not by key: an SFT that was computed again may have other bits.
-        classifier.wear(
-            {sft.kind: COMPOSITIONS[sft.composition](sft.digest(work), sft.found_in(work)) for sft in cell.sfts}
-        )
+        parts = {sft.kind: COMPOSITIONS[sft.composition](sft.digest(work), sft.found_in(work)) for sft in cell.sfts}
+        classifier.wear(composed(parts, self.study.compose, self.study.seed))
         logits = predict(classifier.model, self._encoded((cell.language, cell.split), rows), rows=len(rows))
         gold = rows["label"].tolist()
         metrics = {name: score(name, logits, gold, len(labels)) for name in TASK_METRICS}
@@ -204,6 +208,7 @@ def cells_of(
     controls: Sequence[str],
     source: str,
     sfts: Mapping[tuple[str, str, str], SFT],
+    proxied: Collection[str] = (),
 ) -> list[Cell]:
     """List the cells of a study in the order of the tables: by target, controls first.
 
@@ -214,8 +219,10 @@ def cells_of(
         source: The source language, whose φ_S a control composes.
         sfts: The SFTs by role, language and method, as :func:`deftx.stages.graph.trained` lists them; a target
             without text has no language SFT.
+        proxied: Targets whose language SFT is a proxy.
     """
     main = methods[0]
+    by_proxy = {method: condition for condition, method in BY_PROXY.items()}
     without = {method: condition for condition, method in WITHOUT_LANGUAGE_SFT.items()}
     tasks = {method: sfts["task", "", method] for method in methods}
     alone, source_sft = (
@@ -230,9 +237,10 @@ def cells_of(
             cells.append(Cell(language, "source_sft", tasks[main], source_sft))
         for other in targets if "other_language_sft" in controls else ():
             sft = sfts.get(("language", other, main))
-            if other != language and sft is not None:
+            if other != language and other not in proxied and sft is not None:
                 cells.append(Cell(language, "other_language_sft", tasks[main], sft, variant=other))
         for method, task in tasks.items():
             sft = sfts.get(("language", language, method))
-            cells.append(Cell(language, method if sft is not None else without[method], task, sft))
+            own = by_proxy[method] if language in proxied else method
+            cells.append(Cell(language, own if sft is not None else without[method], task, sft))
     return cells

@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from deftx.cache import Stage, StageCache
-from deftx.errors import DeftxError, did_you_mean
+from deftx.errors import DeftxError, did_you_mean, listed
 from deftx.stages.base import Base
 from deftx.stages.evaluate import Cell, Evaluator, cells_of
 from deftx.stages.inputs import NEEDS, Inputs, Needs, TestRows, inputs_of, measures
 from deftx.stages.knobs import flat_knobs
 from deftx.stages.learn import sft_nodes
+from deftx.stages.merge import merged_sft
 from deftx.stages.node import Node, ordered
 from deftx.stages.objectives import SFT, LanguageObjective, Objective, TaskObjective
 from deftx.stages.settings import StudySettings
@@ -237,7 +238,9 @@ def graph(
         cells = [Cell(code, "composed", given_sfts.task, sft) for code, sft in composed.items()]
         cells += [Cell(code, condition, given_sfts.task, None) for code in study.targets]
     elif needs.tests:
-        cells = cells_of(list(study.targets), study.methods, study.controls, study.source.code, sfts)
+        cells = cells_of(
+            list(study.targets), study.methods, study.controls, study.source.code, sfts, study.compose.proxy
+        )
     cells = [replace(cell, split=split) for split in study.splits for cell in cells]
     tested = {code: rows for (code, split), rows in inputs.tests.items() if split == study.splits[0]}
     rows: dict[str, Node | TestRows] = {**tested, **inputs.rows}
@@ -277,13 +280,28 @@ def _sfts_of(
         how = settings.get(role, study.task_sft)
         if how is None:
             raise RuntimeError(f"{role}: a study without φ_S trains none")
-        nodes = sft_nodes(objective, how.by(method) if method else how)
-        sfts[role, code, method] = nodes.sft
+        how = how.by(method) if method else how
+        seeds = sorted(study.compose.average) if role == "language" else []
+        members = [sft_nodes(objective.of_seed(seed), how) for seed in seeds] or [sft_nodes(objective, how)]
+        made = [item for member in members for item in (member.select, member.final)]
+        sft = members[0].sft
+        if seeds:
+            name = f"language {code} {how.description} mean of seeds {listed([str(seed) for seed in seeds])}"
+            sft = merged_sft(code, name, [(each.sft, 1 / len(seeds)) for each in members], {"seeds": seeds})
+            made += [] if sft.node is None else [sft.node]
+        sfts[role, code, method] = sft
         if role == "source":
-            on.setdefault(method, {})[code] = nodes.sft
-        whose = _whose(role, code)
-        for part in (Part("full", whose, nodes=nodes.shared), Part("sft", whose, method, [nodes.select, nodes.final])):
+            on.setdefault(method, {})[code] = sft
+        whose, shared = _whose(role, code), [item for member in members for item in member.shared]
+        for part in (Part("full", whose, nodes=shared), Part("sft", whose, method, made)):
             parts.setdefault(part.name, part).add(part.nodes)
+    for code, weights in study.proxies.items() if needs.lang else ():
+        for method in study.methods:
+            lent = [(sfts["language", other, method], weight) for other, weight in weights.items()]
+            proxy = merged_sft(code, f"language {code} {method} by proxy", lent, {"proxy": weights})
+            sfts["language", code, method] = proxy
+            part = parts.setdefault(f"sft:language:{code}:{method}", Part("sft", f"language:{code}", method))
+            part.add([] if proxy.node is None else [proxy.node])
     return sfts, list(parts.values())
 
 

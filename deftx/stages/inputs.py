@@ -188,7 +188,8 @@ class _Reader:
                 for role, place in roles.items():
                     self._record_read(role, code, place)
         sources = study.sources if needs.task and study.source_sft is not None else {}
-        for code, language in {**sources, **(study.targets if needs.lang else {})}.items():
+        own_text = {code: item for code, item in study.targets.items() if code not in study.compose.proxy}
+        for code, language in {**sources, **(own_text if needs.lang else {})}.items():
             try:
                 source = resolve_text(language, data)
             except MissingTextError as error:

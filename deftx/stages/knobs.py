@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from deftx.core.settings import RankPolicy, ResidualPolicy
+from deftx.core.settings import MERGE_OPTIONS, RankPolicy, ResidualPolicy
 from deftx.knobs import declared, values
 from deftx.methods import UNDENOISED
 from deftx.methods.settings import DENOISING, ShortKnobs
@@ -40,7 +40,17 @@ def flat_knobs(study: StudySettings) -> dict[str, Any]:
         knobs |= _sft_knobs("source", own)
     for name in declared(ShortKnobs):
         knobs[name] = knobs[f"lang.{name}"] if knobs[f"lang.{name}"] == knobs[f"task.{name}"] else None
-    return knobs | values(study.corpus, "corpus.")
+    return knobs | values(study.corpus, "corpus.") | compose_knobs(study)
+
+
+def compose_knobs(study: StudySettings) -> dict[str, Any]:
+    """Return how SFTs are composed; ``None`` for what the rule does not read."""
+    compose = study.compose
+    read = {*MERGE_OPTIONS[compose.rule], *(name for name in declared(compose) if name not in _OPTIONS)}
+    return {f"compose.{name}": getattr(compose, name) if name in read else None for name in declared(compose)}
+
+
+_OPTIONS = {option for options in MERGE_OPTIONS.values() for option in options}
 
 
 def _read(sft: SFTSettings, methods: Sequence[str]) -> SFTSettings:
@@ -72,6 +82,7 @@ def given_knobs(
     knobs |= {f"task_sft.{name}": task.get(name) for name in SFT_KNOBS}
     for code, facts in languages.items():
         knobs |= {f"language_sft.{code}.{name}": facts.get(name) for name in SFT_KNOBS}
+    knobs |= compose_knobs(study)
     length = (task.get("training") or {}).get("max_length")  # that of φ_T, whatever this command's budget says
     return knobs | {"train": task.get("task"), "sources": task.get("languages"), "max_length": length}
 

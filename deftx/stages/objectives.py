@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,6 +104,15 @@ class Objective(ABC):
     @abstractmethod
     def facts(self, work: Workspace) -> dict[str, Any]:
         """Return what the SFT's ``sft.json`` says of it."""
+
+    def of_seed(self, seed: int) -> Objective:
+        """Return the same objective with everything that training draws taken from another seed."""
+        if seed == self.study.seed:
+            return self
+        other = copy(self)
+        other.study = replace(self.study, seed=seed)
+        other.label, other.slug = f"{self.label} seed {seed}", f"{self.slug}-seed-{seed}"
+        return other
 
     def key_settings(self) -> dict[str, Any]:
         """Return what of it, beside its inputs, changes what is trained."""

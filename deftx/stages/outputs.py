@@ -15,7 +15,7 @@ from deftx.cache import StageCache, Workspace
 from deftx.core.folder import FACTS, TENSORS
 from deftx.data.settings import SPLITS
 from deftx.errors import DeftxError
-from deftx.methods import WITHOUT_LANGUAGE_SFT
+from deftx.methods import BY_PROXY, WITHOUT_LANGUAGE_SFT
 from deftx.stages.base import PRETRAINING_TEXT
 from deftx.stages.diagnostics import diagnostics
 from deftx.stages.evaluate import Outcome
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 log = logging.getLogger(__name__)
+
+OF_METHOD = {**WITHOUT_LANGUAGE_SFT, **BY_PROXY}
 
 
 def keep(progress: StudyProgress, run_dir: Path) -> None:
@@ -136,7 +138,7 @@ def _cell_facts(outcome: Outcome, methods: Sequence[str], facts: Mapping[str, SF
     cell = outcome.cell
     # A control composes the main method's SFTs; given SFTs name their own method.
     main = methods[0] if cell.task.node is not None else facts[cell.task.key].method
-    method = cell.condition if cell.condition in methods else WITHOUT_LANGUAGE_SFT.get(cell.condition, main)
+    method = cell.condition if cell.condition in methods else OF_METHOD.get(cell.condition, main)
     terms = tuple(facts[sft.key].term for sft in cell.sfts)
     return CellFacts(cell.language, cell.condition, cell.variant, method, outcome.key, terms, cell.split)
 

@@ -12,10 +12,11 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
+from deftx.core.settings import part_of
 from deftx.data.corpora import resolve_text
 from deftx.data.labelled import SETS
 from deftx.data.tasks import load_test, train_places
-from deftx.errors import DeftxError, collected, listed
+from deftx.errors import DeftxError, collected, did_you_mean, listed
 from deftx.knobs import refuse
 from deftx.stages.base import described
 from deftx.stages.inputs import NEEDS, Needs
@@ -140,6 +141,13 @@ def _size_problems(study: StudySettings, needs: Needs) -> list[str]:
             problems.append(
                 f"{name}.training.max_length={sft.training.max_length} exceeds {limit}, the longest input of this model"
             )
+    parts = list(dict.fromkeys(map(part_of, shapes_of(model, kind="task"))))
+    for scope in ("task_layers", "language_layers"):
+        problems += [
+            f"compose.{scope}.{part}: this model has no such part{did_you_mean(part, parts)}; it has {', '.join(parts)}"
+            for part in getattr(study.compose, scope)
+            if part not in parts
+        ]
     return list(dict.fromkeys(problems))
 
 
@@ -200,7 +208,7 @@ def _data_problems(study: StudySettings, needs: Needs, checked: dict[str, list[s
     for language in study.targets.values():
         if needs.tests and local:
             checks += [partial(load_test, study.task, language, data, split=split) for split in study.splits]
-        if needs.lang and study.missing_text == "error":
+        if needs.lang and study.missing_text == "error" and language.code not in study.compose.proxy:
             checks.append(partial(resolve_text, language, data))
     for check in checks:
         key = repr(check)  # the function and its arguments

@@ -6,14 +6,15 @@ ignores is ``None`` in its SFTs (LT-SFT has no residual), so that it can enter n
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deftx.data.settings import PROTECTED, CorpusSettings, DataSettings, LanguageSettings, SyntheticSettings
 from deftx.errors import DeftxError
 from deftx.methods import METHODS, SCORED, SECOND_PHASES, SparseMethod
-from deftx.methods.settings import DENOISING, SFTKnobs
+from deftx.methods.settings import DENOISING, ComposeSettings, SFTKnobs
 from deftx.tracking.settings import LoggerSettings
 from deftx.training.settings import ModelSettings, TrainerSettings
 
@@ -112,6 +113,14 @@ class SFTSettings(SFTKnobs):
         }
 
 
+def relatives(code: str, targets: Mapping[str, LanguageSettings], without: Iterable[str]) -> list[str]:
+    """Return the targets of a language's own family that are not in ``without``."""
+    family = targets[code].family if code in targets else ""
+    return [
+        other for other, item in targets.items() if family and item.family == family and other not in {code, *without}
+    ]
+
+
 @dataclass(frozen=True)
 class StudySettings:
     """Settings of one run: everything that decides its result, and its folders.
@@ -132,6 +141,7 @@ class StudySettings:
         task_sft: Settings of the task SFT, whatever the method.
         controls: Conditions evaluated beside the composed model.
         missing_text: ``error`` or ``skip``.
+        compose: How φ_T and φ_L are put on the base together.
         only: Parts of the study to compute for later runs, instead of a result (:class:`deftx.stages.graph.Part`).
         protect: What the text of a base must not hold, beside what is evaluated: files, folders or globs of sentences,
             and names of public sets.
@@ -163,6 +173,7 @@ class StudySettings:
     logger: LoggerSettings
     cache_root: str
     source_shared: bool = False
+    compose: ComposeSettings = field(default_factory=ComposeSettings)
     only: tuple[str, ...] = ()
     protect: tuple[str, ...] = ()
     protect_languages: tuple[LanguageSettings, ...] = ()
@@ -174,6 +185,15 @@ class StudySettings:
         from deftx.data.labelled import task_spec
 
         return task_spec(self.task, self.data)
+
+    @property
+    def proxies(self) -> dict[str, dict[str, float]]:
+        """Weights of other targets' φ_L, by the target without text for which they stand in."""
+        given, weights = self.compose.proxy, {}
+        for code, how in given.items():
+            same = relatives(code, self.targets, given)
+            weights[code] = {other: 1 / len(same) for other in same} if how == "family" else dict(how)
+        return weights
 
     @property
     def sources(self) -> dict[str, LanguageSettings]:

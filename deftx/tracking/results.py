@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from deftx import atomic
 from deftx.errors import DeftxError
 from deftx.memory import peak_memory
-from deftx.methods.table import METHODS, WITHOUT_LANGUAGE_SFT
+from deftx.methods.table import BY_PROXY, METHODS, WITHOUT_LANGUAGE_SFT
 from deftx.tracking.facts import CellFacts, Provenance, Remark, SFTFacts, data_read
 from deftx.tracking.legacy import upgrade
 
@@ -50,8 +50,9 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 OLDEST_READ = 1
+WITH_FACTS = 3  # from here on results say what was composed as fields
 RESULT = "result.json"
 METRICS = "metrics.csv"
 PREDICTIONS = "predictions.parquet"
@@ -64,6 +65,7 @@ CONDITIONS = {
     "other_language_sft": "other language's SFT",
     **{name: METHODS[name].title for name in reversed(METHODS)},
     **{name: f"{METHODS[method].title} without φ_L" for name, method in reversed(WITHOUT_LANGUAGE_SFT.items())},
+    **{name: f"{METHODS[method].title} with a proxy φ_L" for name, method in reversed(BY_PROXY.items())},
     "source_language_only": "task SFT alone",
     "composed": "composed",
 }
@@ -293,7 +295,7 @@ def read_result(path: str | os.PathLike[str]) -> RunRecord:
     """
 
     def build(version: int, content: Any) -> RunRecord:
-        if version < SCHEMA_VERSION:
+        if version < WITH_FACTS:
             content = upgrade(version, content)
         content["metrics"] = [Metric(**metric) for metric in content["metrics"]]
         content["sfts"] = [SFTFacts(**sft) for sft in content["sfts"]]

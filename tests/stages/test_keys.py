@@ -25,6 +25,7 @@ from deftx.config import hydra_session
 from deftx.config.resolve import study_settings
 from deftx.core.settings import RankPolicy, ResidualPolicy
 from deftx.data.settings import CorpusSettings, DataSettings, LanguageSettings, SyntheticSettings
+from deftx.methods.settings import ComposeSettings
 from deftx.stages.graph import graph
 from deftx.stages.settings import SFTSettings, StudySettings
 from deftx.tracking import LoggerSettings
@@ -340,6 +341,7 @@ STUDY = {
     "data": [],  # DATA
     "synthetic": [],  # SYNTHETIC
     "controls": one("controls=[no_language_sft,source_sft]", NOTHING),
+    "compose": [],  # COMPOSE
     "missing_text": one("missing_text=skip", NOTHING),
     "trainer": [],  # TRAINER
     "logger": [],  # LOGGER
@@ -397,7 +399,23 @@ DATA = {
     "text": one("++data.text.qba=[unlabelled/qbb.txt]", sft("lang") | {"corpus"}),
 }
 
+COMPOSE = {
+    "rule": one("compose.rule=ties", EVALUATE),
+    "task": one("compose.task=0.5", EVALUATE),
+    "language": one("compose.language=0.5", EVALUATE),
+    "task_layers": one("+compose.task_layers.embeddings=0.5", EVALUATE),
+    "language_layers": one("+compose.language_layers.embeddings=0.5", EVALUATE),
+    # test_an_option_of_a_rule_changes_what_it_merges
+    "density": [],
+    "elect": [],
+    "drop": [],
+    "rank": [],
+    "average": one("compose.average=[1,2]", sft("lang")),
+    "proxy": [],  # test_a_proxy_takes_the_place_of_a_languages_own_text
+}
+
 CLASSES: dict[type, dict[str, Any]] = {
+    ComposeSettings: COMPOSE,
     TrainingSettings: TRAINING,
     SFTSettings: SFT_FIELDS,
     TrainerSettings: TRAINER,
@@ -448,7 +466,7 @@ def test_the_study_has_every_kind_of_stage(keys: Keys) -> None:
 
 @pytest.mark.parametrize(
     ("overrides", "expected"),
-    rows(TRAINING, SFT_FIELDS, TRAINER, CORPUS, PRETRAIN, MODEL, LANGUAGE, LOGGER, STUDY),
+    rows(TRAINING, SFT_FIELDS, TRAINER, CORPUS, PRETRAIN, MODEL, LANGUAGE, LOGGER, STUDY, COMPOSE),
 )
 def test_a_field_changes_the_keys_of_what_it_changes(keys: Keys, overrides: list[str], expected: set[str]) -> None:
     assert changed(keys(*SMALL), keys(*SMALL, *overrides)) == expected
@@ -462,6 +480,22 @@ def test_the_generated_family_is_one_of_its_settings(keys: Keys, field: str, val
 def test_another_source_of_the_family(keys: Keys) -> None:
     other = ["synthetic.source=qab", "synthetic.high_resource=[qaa,qac]", "task.source=qab"]
     assert {"family", "task"} | sft("source") <= changed(keys(*SMALL), keys(*SMALL, *other))
+
+
+@pytest.mark.parametrize(
+    ("rule", "option"), [("ties", "density=0.1"), ("ties", "elect=count"), ("dare", "drop=0.1"), ("tsv", "rank=2")]
+)
+def test_an_option_of_a_rule_changes_what_it_merges(keys: Keys, rule: str, option: str) -> None:
+    merged = keys(*SMALL, f"compose={rule}")
+    assert changed(merged, keys(*SMALL, f"compose={rule}", f"compose.{option}")) == EVALUATE
+
+
+def test_a_proxy_takes_the_place_of_a_languages_own_text(keys: Keys) -> None:
+    two = "language=[qba,qbb]"
+    own, proxy = keys(*SMALL, two), keys(*SMALL, two, "+compose.proxy.qbb.qba=0.5")
+    assert changed(own, proxy) == {"corpus", *(f"{stage} lang" for stage in PHASES), *EVALUATE}
+    assert len(proxy["full lang"]) == 1
+    assert changed(proxy, keys(*SMALL, two, "+compose.proxy.qbb.qba=0.4")) == {"merge lang", *EVALUATE}
 
 
 def test_another_target_shares_what_is_not_its_own(keys: Keys) -> None:
