@@ -106,7 +106,7 @@ def test_result_holds_everything_and_reads_back(tmp_path: Path) -> None:
     path = write_result(tmp_path / "new" / "run", record)
     content = json.loads(path.read_text())
     assert path == tmp_path / "new" / "run" / "result.json"
-    assert content["schema_version"] == 3
+    assert content["schema_version"] == 4
     assert content["status"] == "done"
     assert content["settings"] == {"rank": "energy:0.9", "k": 100, "residual": None, "out": "x", "bad": None}
     assert content["stages"][0]["seconds"] == 0.5
@@ -247,7 +247,7 @@ def test_a_result_is_replaced_whole(tmp_path: Path) -> None:
     ("content", "text"),
     [
         (None, "cannot read"),
-        ('{"schema_version": 0}', "schema version 0; this deftx reads 1 to 3"),
+        ('{"schema_version": 0}', "schema version 0; this deftx reads 1 to 4"),
         ('{"schema_version": 1}', "not a result"),
         ('{"schema_version": 1, "metrics": [{"x": 1}]}', "not a result"),
         ("[]", "not a result"),
