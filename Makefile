@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test soak ray lint type bench bench-base clean
+.PHONY: help setup demo test soak wheel ray lint type bench bench-base clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -27,6 +27,9 @@ test: setup  ## run the test suite (offline, under five minutes)
 
 soak: setup  ## run the tests that take minutes (kills, several devices, the wheel in an empty environment)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m soak
+
+wheel: setup  ## build the wheel and run it in an empty environment (part of soak)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m soak tests/test_installed.py
 
 ray: setup  ## install ray and run a sweep through it (not in CI)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt "ray>=2.40"
